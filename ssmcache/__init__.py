@@ -1,0 +1,40 @@
+"""Prefix caching for hybrid language models: one cache manager, on real memory or in a simulator."""
+
+from ssmcache.config import (
+    AttentionLayerConfig,
+    BatchDesc,
+    BufferConfig,
+    GpuCacheTierConfig,
+    KVCacheDesc,
+    KVCacheManagerConfig,
+    SsmLayerConfig,
+)
+from ssmcache.keys import BlockKeys, ReuseScope
+from ssmcache.manager import KVCacheManager
+from ssmcache.memory.simulated import SimulatedMemory
+from ssmcache.sequence import KVCache, KVCacheStatus, StateError
+from ssmcache.stats import CacheStats, LayerGroupUsage, MemoryUsage, ReuseMatch, Shortage
+
+__all__ = [
+    "AttentionLayerConfig",
+    "BatchDesc",
+    "BlockKeys",
+    "BufferConfig",
+    "CacheStats",
+    "GpuCacheTierConfig",
+    "KVCache",
+    "KVCacheDesc",
+    "KVCacheManager",
+    "KVCacheManagerConfig",
+    "KVCacheStatus",
+    "LayerGroupUsage",
+    "MemoryUsage",
+    "ReuseMatch",
+    "ReuseScope",
+    "Shortage",
+    "SimulatedMemory",
+    "SsmLayerConfig",
+    "StateError",
+]
+
+__version__ = "0.1.0"

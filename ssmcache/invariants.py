@@ -1,0 +1,143 @@
+"""Every invariant of a manager, in one place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from ssmcache.pools import SlotPool
+from ssmcache.tree import Root, Run, Segment
+
+if TYPE_CHECKING:
+    from ssmcache.manager import KVCacheManager
+
+
+def _expect(condition: bool, message: str) -> None:
+    # not `assert`: the check must also run under -O
+    if not condition:
+        raise AssertionError(message)
+
+
+def check_manager(manager: KVCacheManager) -> None:
+    """Raise AssertionError with the first broken invariant."""
+    store = manager.store
+    runs = store.all_runs()
+    for root in store.roots.values():
+        _check_children(root)
+    for run in runs:
+        _check_run(run, has_pages=store.page_pool is not None)
+    _check_holds(manager, runs)
+    _check_queues(manager, runs)
+    if store.page_pool is not None:
+        cached = [slot for run in runs if run.pages is not None for slot in run.pages.slots.tolist()]
+        private = [slot for sequence in manager.open_sequences for slot in sequence.private_pages()]
+        _check_slots("page", store.page_pool, cached, private)
+        _expect(len(cached) == store.num_cached_pages, f"{len(cached)} cached pages, counted {store.num_cached_pages}")
+        locked = sum(run.end - run.start for run in runs if run.holds)
+        _expect(locked == store.num_locked_pages, f"{locked} locked pages, counted {store.num_locked_pages}")
+    if store.snapshots is not None:
+        cached = [slot for run in runs for segment in run.snapshots for slot in segment.slots]
+        private = [slot for sequence in manager.open_sequences for slot in sequence.private_states()]
+        _check_slots("state", store.snapshots.pool, cached, private)
+        counted = store.snapshots.num_cached
+        _expect(len(cached) == counted, f"{len(cached)} cached snapshots, counted {counted}")
+        _expect(store.snapshots.unused <= set(cached), "a slot that is no snapshot counts as an unused one")
+        _expect(set(store.snapshots.held_sources) <= set(cached), "a held source is no snapshot of the tree")
+
+
+def _check_slots(what: str, pool: SlotPool, cached: list[int], private: list[int]) -> None:
+    """Each slot ever used is exactly one of: in the tree, a sequence's own, free."""
+    everywhere = Counter(cached + private + pool.returned_slots())
+    twice = [slot for slot, count in everywhere.items() if count > 1]
+    _expect(not twice, f"{what} slots with two owners: {twice[:5]}")
+    ever_used = set(range(pool.num_ever_used))
+    _expect(set(everywhere) == ever_used, f"{what} slots lost or made up: {sorted(set(everywhere) ^ ever_used)[:5]}")
+    used = len(cached) + len(private)
+    _expect(used == pool.used, f"{used} {what} slots in use, counted {pool.used}")
+    _expect(pool.used <= pool.capacity, f"{pool.used} {what} slots in use of {pool.capacity}")
+
+
+def _check_children(run: Run) -> None:
+    for edge, child in run.children.items():
+        _expect(child.parent is run, f"run {child.start}..{child.end} does not know its parent")
+        _expect(child.edge == edge == child.kind.edge_key(child.keys, 0), f"run {child.start}..{child.end}: wrong edge")
+        _expect(child.start == run.end, f"run {child.start}..{child.end} below a run that ends at {run.end}")
+
+
+def _check_run(run: Run, has_pages: bool) -> None:
+    name = f"run {run.start}..{run.end}"
+    _expect(run.end > run.start, f"{name} is empty")
+    _expect(run.keys.size == (run.end - run.start) * run.kind.width, f"{name} has {run.keys.size} keys")
+    _check_children(run)
+    _expect((run.pages is not None) == has_pages, f"{name}: pages where none belong, or none where they do")
+    if run.pages is not None:
+        _expect(run.pages.run is run, f"{name}: its pages belong to another run")
+        covered = (run.pages.start, run.pages.start + run.pages.count)
+        _expect(covered == (run.start, run.end), f"{name} has pages for {covered}")
+        if not run.holds:
+            for child in run.children.values():
+                below = child.pages
+                older = below is not None and below.stamp - child.start < run.pages.stamp - (run.end - 1)
+                _expect(older, f"{name} is older than its descendant")
+    ordinals: list[int] = []
+    for segment in run.snapshots:
+        _expect(segment.run is run, f"{name}: a snapshot segment belongs to another run")
+        _expect(len(segment.ordinals) == len(segment.slots) > 0, f"{name}: empty or uneven snapshot segment")
+        _expect(segment.ordinals == sorted(segment.ordinals), f"{name}: snapshots out of order")
+        ordinals += segment.ordinals
+    _expect(len(set(ordinals)) == len(ordinals), f"{name}: two snapshots after one block")
+    _expect(all(run.start <= ordinal < run.end for ordinal in ordinals), f"{name}: snapshot outside the run")
+
+
+def _check_holds(manager: KVCacheManager, runs: list[Run]) -> None:
+    holds: Counter[Run] = Counter()
+    soft_holds: Counter[Run] = Counter()
+    sources: Counter[int] = Counter()
+    sequences: Counter[Root] = Counter()
+    for sequence in manager.open_sequences:
+        sequences[sequence.root] += 1
+        holds.update(sequence.locked_path())
+        soft = sequence.soft_hold
+        if soft is not None and soft.run is not None:
+            soft_holds[soft.run] += 1
+            if soft.source_slot >= 0:
+                sources[soft.source_slot] += 1
+    for run in runs:
+        name = f"run {run.start}..{run.end}"
+        _expect(run.holds == holds[run], f"{name} is held {run.holds} times, by {holds[run]} sequences")
+        _expect(
+            run.soft_holds == soft_holds[run], f"{name}: {run.soft_holds} soft holds, by {soft_holds[run]} sequences"
+        )
+    for root in manager.store.roots.values():
+        _expect(
+            root.num_sequences == sequences[root],
+            f"{root.scope}: {root.num_sequences} sequences, {sequences[root]} open",
+        )
+    if manager.store.snapshots is not None:
+        held = manager.store.snapshots.held_sources
+        _expect(held == dict(sources), f"held sources {held}, expected {dict(sources)}")
+
+
+def _check_queues(manager: KVCacheManager, runs: list[Run]) -> None:
+    """In the queues is exactly what may go: tails of unheld leaves, and all snapshots."""
+    store = manager.store
+    queued: set[Segment] = set()
+    for run in runs:
+        evictable = not (run.children or run.holds or run.soft_holds)
+        if run.pages is not None:
+            in_queue = run.pages.entry is not None
+            _expect(
+                in_queue == evictable,
+                f"run {run.start}..{run.end}: in the page queue {in_queue}, evictable {evictable}",
+            )
+            if in_queue:
+                queued.add(run.pages)
+        for segment in run.snapshots:
+            _expect(segment.entry is not None, f"run {run.start}..{run.end}: snapshots not in the queue")
+            queued.add(segment)
+    num_queued = len(store.page_queue) + (0 if store.snapshots is None else len(store.snapshots.queue))
+    _expect(num_queued == len(queued), f"{num_queued} segments in the queues, {len(queued)} in the tree")
+    for queued_segment in queued:
+        assert queued_segment.entry is not None
+        belongs = queued_segment.stamp - queued_segment.tail
+        _expect(queued_segment.entry[0] == belongs, "a queued segment sits where it no longer belongs")

@@ -1,0 +1,114 @@
+"""What identifies a block: its tokens, or a ready key of a trace; and the scope that it is shared in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
+EdgeKey = int | bytes
+
+
+class KeyKind:
+    """How the blocks of one scope are told apart; a scope never mixes kinds.
+
+    Keys of n blocks are one flat [n * width] int64 array: the tokens of each block, or one ready key for it.
+    Tokens are compared, never hashed into an identity, so there is nothing to collide.
+    """
+
+    __slots__ = ("prefix_unique", "width")
+
+    def __init__(self, width: int, prefix_unique: bool) -> None:
+        self.width = width
+        self.prefix_unique = prefix_unique
+
+    def edge_key(self, keys: Int64Array, block: int) -> EdgeKey:
+        """What a dict of children finds the block by: exact, it holds the whole key."""
+        width = self.width
+        if width == 1:
+            key: int = keys.item(block)
+            return key
+        return keys[block * width : (block + 1) * width].tobytes()
+
+    def common_blocks(self, left: Int64Array, right: Int64Array, num_blocks: int) -> int:
+        """Number of leading equal blocks among the first `num_blocks` (>= 1) of two arrays.
+
+        Cost: O(1) for ready keys that agree to the end, since they name the whole prefix; else one comparison.
+        """
+        if self.prefix_unique and left.item(num_blocks - 1) == right.item(num_blocks - 1):
+            return num_blocks
+        size = num_blocks * self.width
+        differs = left[:size] != right[:size]
+        first = int(differs.argmax())
+        if not differs[first]:
+            return num_blocks
+        return first // self.width
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyKind) and (self.width, self.prefix_unique) == (other.width, other.prefix_unique)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return "ready block keys" if self.prefix_unique else f"tokens in blocks of {self.width}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseScope:
+    """Who may share blocks: sequences of equal scope only. Absent (None) and 0 are different scopes."""
+
+    lora_id: int | None = None
+    salt: int | None = None
+
+
+class BlockKeys:
+    """Ready keys in place of tokens: a prompt of which only the identity of each full block is known.
+
+    Args:
+        keys: [num_full_blocks] int64, unique per *prefix*: two prompts have an equal key at block i only if all
+            their tokens up to the end of block i are equal. Kept without a copy if it is a read-only array.
+        tokens_per_block: tokens that one key stands for.
+        num_tokens: length of the prompt; a last block that is not full has no key.
+
+    `prompt[a:b]` is the part from token a up to token b, a view (no copy, O(1)). A part remembers the keys beyond
+    its end: `prompt[:-1]` may know the key of a block whose last token it leaves out, and a lookup then finds the
+    KV of that block, although the prompt itself does not skip the token.
+
+    Errors: ValueError when a full block has no key.
+    """
+
+    __slots__ = ("keys", "start", "stop", "tokens_per_block")
+
+    def __init__(self, keys: npt.ArrayLike, tokens_per_block: int, num_tokens: int) -> None:
+        array = np.asarray(keys, dtype=np.int64)
+        if array.flags.writeable:
+            array = array.copy()
+            array.flags.writeable = False
+        if array.ndim != 1 or array.size != num_tokens // tokens_per_block:
+            raise ValueError(
+                f"keys of a prompt of {num_tokens} tokens in blocks of {tokens_per_block}: expected shape "
+                f"({num_tokens // tokens_per_block},), got {array.shape}"
+            )
+        self.keys: Int64Array = array
+        self.tokens_per_block = tokens_per_block
+        self.start = 0
+        self.stop = num_tokens
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, part: slice) -> "BlockKeys":
+        start, stop, step = part.indices(self.stop - self.start)
+        if step != 1:
+            raise ValueError(f"part of BlockKeys: expected step 1, got {step}")
+        view = BlockKeys.__new__(BlockKeys)
+        view.keys = self.keys
+        view.tokens_per_block = self.tokens_per_block
+        view.start = self.start + start
+        view.stop = self.start + max(start, stop)
+        return view
+
+
+Tokens = Sequence[int] | npt.NDArray[np.integer] | BlockKeys

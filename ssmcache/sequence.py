@@ -1,0 +1,413 @@
+"""One sequence of a model runner: its pages, its states and its lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssmcache.keys import BlockKeys, Int64Array, ReuseScope, Tokens
+from ssmcache.pools import SlotArray
+from ssmcache.states import SequenceStates
+from ssmcache.stats import ReuseMatch, Shortage
+from ssmcache.store import SoftHold
+from ssmcache.tree import Root, Run, deepest_snapshot, match_blocks
+
+if TYPE_CHECKING:
+    from ssmcache.manager import KVCacheManager
+
+_NO_SLOTS: SlotArray = np.empty(0, dtype=np.int32)
+_NO_TOKENS: Int64Array = np.empty(0, dtype=np.int64)
+
+
+class KVCacheStatus(Enum):
+    SUSPENDED = "suspended"
+    ACTIVE = "active"
+    CLOSED = "closed"
+
+
+class StateError(RuntimeError):
+    """A call that the status of the sequence does not allow: a mistake of the caller, nothing has changed."""
+
+
+class KVCache:
+    """The cache of one sequence; made by `KVCacheManager.create_kv_cache`.
+
+    Lengths are in tokens: `num_committed_tokens` <= `history_length` <= `capacity`. Blocks below `_cursor.end` lie in
+    the tree, on the path of `_cursor` (the prefix that was found, then what was committed); the pages after it are
+    private, in `_own_pages`. Between `resume` and `close` the whole path is locked.
+    """
+
+    __slots__ = (
+        "_cursor", "_found", "_input", "_kind", "_manager", "_own_pages", "_pending", "_root", "_soft_hold", "_states",
+        "_stopped", "_version", "capacity", "history_length", "id", "num_committed_tokens", "reuse_match", "shortage",
+        "status",
+    )  # fmt: skip
+
+    def __init__(self, manager: KVCacheManager, tokens: Tokens, scope: ReuseScope, id: object) -> None:
+        keys, kind, num_tokens = manager.keys_of(tokens)
+        self._manager = manager
+        self._kind = kind
+        self._root = manager.store.enter_scope(scope, kind)
+        self.id = id
+        self.status = KVCacheStatus.SUSPENDED
+        self.shortage: Shortage | None = None
+        self._input: tuple[Int64Array, int] | None = (keys, num_tokens)
+        self._cursor: Run = self._root
+        self._own_pages = _NO_SLOTS
+        self._pending = _NO_TOKENS
+        self._stopped = False
+        self._states = SequenceStates(manager) if manager.store.snapshots is not None else None
+        self._soft_hold: SoftHold | None = None
+        self._apply(*self._match(keys, num_tokens))
+
+    # -- the found prefix --------------------------------------------------------------------------------------------
+
+    def _match(self, keys: Int64Array, num_tokens: int) -> tuple[Run, int, ReuseMatch, int]:
+        """Look the prompt up: (run, blocks found, lengths, slot of the snapshot to start from or -1). Pure."""
+        block = self._manager.tokens_per_block
+        run, depth = match_blocks(self._root, keys, keys.size // self._kind.width)
+        # keys may reach beyond the tokens: such a block can be adopted, but not skipped (one token must be computed)
+        usable = found = min(depth, num_tokens // block)
+        slot = -1
+        if self._states is not None:
+            usable, slot = deepest_snapshot(run, found)
+        return run, depth, ReuseMatch(found * block, found * block, usable * block), slot
+
+    def _apply(self, run: Run, depth: int, match: ReuseMatch, source_slot: int) -> None:
+        store = self._manager.store
+        self._soft_hold = store.soft_hold(run, depth, source_slot)
+        self._version = store.version
+        self.reuse_match = match
+        self.num_committed_tokens = self.history_length = self.capacity = match.usable_tokens
+
+    @property
+    def num_attention_tokens(self) -> int:
+        """KV exists, in shared pages, up to here: kernels must not write KV below it."""
+        run = self._cursor
+        if self._soft_hold is not None and self._soft_hold.run is not None:
+            run = self._soft_hold.run
+        return run.end * self._manager.tokens_per_block
+
+    # -- what it owns, for `check` -----------------------------------------------------------------------------------
+
+    @property
+    def root(self) -> Root:
+        return self._root
+
+    @property
+    def soft_hold(self) -> SoftHold | None:
+        return self._soft_hold
+
+    def locked_path(self) -> list[Run]:
+        return [] if self._soft_hold is not None else list(self._cursor.path())
+
+    def private_pages(self) -> list[int]:
+        pages: list[int] = self._own_pages.tolist()
+        return pages
+
+    def private_states(self) -> list[int]:
+        return [] if self._states is None else self._states.slots()
+
+    # -- status ------------------------------------------------------------------------------------------------------
+
+    def _require_active(self, call: str) -> None:
+        if self.status is not KVCacheStatus.ACTIVE:
+            raise StateError(f"{call}: expected an ACTIVE sequence, got {self.status.name}")
+
+    def resume(self, stream: Any = None) -> bool:
+        """Make the sequence ACTIVE: all its pages are on the GPU and locked, and `stream` may compute.
+
+        The first resume also gives the sequence its live state, started from the snapshot that was found. If the tree
+        has changed since creation it looks the prompt up again, so lengths may change.
+
+        Returns False, with `shortage` set and nothing changed, if there is no room.
+        """
+        if self.status is not KVCacheStatus.SUSPENDED:
+            raise StateError(f"resume: expected a SUSPENDED sequence, got {self.status.name}")
+        if self._input is not None:
+            if not self._first_resume(*self._input, stream):
+                return False
+            self._input = None
+        else:
+            self.shortage = self._manager.gate(self._cursor, self._own_pages.size, int(self._states is not None))
+            if self.shortage is not None:
+                return False
+        self.status = KVCacheStatus.ACTIVE
+        self._manager.num_active += 1
+        return True
+
+    def _first_resume(self, keys: Int64Array, num_tokens: int, stream: Any) -> bool:
+        manager, store, states = self._manager, self._manager.store, self._states
+        hold = self._soft_hold
+        assert hold is not None
+        # only what is found now may be refused, so a refused resume leaves the old match as it was
+        current = hold.run is not None and self._version == store.version
+        found = None if current else self._match(keys, num_tokens)
+        source_slot = hold.source_slot if found is None else found[3]
+        self.shortage = manager.gate(self._root, 0, 0)
+        if self.shortage is None and states is not None:
+            holds_source = hold.run is not None and hold.source_slot == source_slot
+            self.shortage = states.shortage_of_live_state(source_slot, holds_source)
+        if self.shortage is not None:
+            return False
+        if found is not None:
+            old_hold = hold
+            self._apply(*found)
+            hold = self._soft_hold
+            assert hold is not None
+            if old_hold.run is not None:
+                store.drop_soft_hold(old_hold)
+        self._cursor = store.end_soft_hold(hold)
+        self._soft_hold = None
+        store.lock(self._cursor)
+        match = self.reuse_match
+        if states is not None:
+            states.start(self._cursor, source_slot, stream)
+        manager.counters.lookups += 1
+        manager.counters.lookup_tokens += num_tokens
+        manager.counters.tree_tokens += match.tree_tokens
+        manager.counters.attention_tokens += match.attention_tokens
+        manager.counters.usable_tokens += match.usable_tokens
+        return True
+
+    def suspend(self) -> None:
+        """Stop computing. Touches the path; slots reserved for snapshots go back. The pages stay (one tier)."""
+        self._require_active("suspend")
+        if self._states is not None:
+            self._states.give_back_reserved()
+        self._manager.store.touch(self._cursor)
+        self.status = KVCacheStatus.SUSPENDED
+        self._manager.num_active -= 1
+
+    def close(self) -> None:
+        """Leave: committed blocks stay for reuse, everything private goes back. Idempotent."""
+        if self.status is KVCacheStatus.CLOSED:
+            return
+        manager, store = self._manager, self._manager.store
+        if self._soft_hold is not None:
+            if self._soft_hold.run is not None:
+                store.drop_soft_hold(self._soft_hold)
+            self._soft_hold = None
+        else:
+            if self.status is KVCacheStatus.ACTIVE:
+                manager.num_active -= 1
+            if self._states is not None:
+                self._states.close()
+            if self._own_pages.size:
+                assert store.page_pool is not None
+                store.page_pool.give_back(self._own_pages)
+                self._own_pages = _NO_SLOTS
+            store.touch_and_release(self._cursor)
+        self.status = KVCacheStatus.CLOSED
+        self._input = None
+        store.leave_scope(self._root)
+        manager.forget(self)
+
+    # -- lengths -----------------------------------------------------------------------------------------------------
+
+    def resize(self, capacity: int, history_length: int | None = None) -> bool:
+        """Make room for `capacity` tokens, and say how many are computed; history never goes back, capacity may
+        shrink down to it.
+
+        Returns False, with `shortage` set and nothing changed, if there are not enough pages.
+        Cost: O(pages added or removed).
+        Errors: StateError unless ACTIVE; ValueError for lengths out of order.
+        """
+        if self.status is not KVCacheStatus.ACTIVE:
+            self._require_active("resize")
+        history = self.history_length if history_length is None else history_length
+        if not self.history_length <= history <= capacity:
+            raise ValueError(
+                f"resize: expected history {self.history_length} <= history_length <= capacity, "
+                f"got history_length {history} and capacity {capacity}"
+            )
+        store = self._manager.store
+        pool = store.page_pool
+        if pool is not None:
+            own = self._own_pages
+            block = self._manager.tokens_per_block
+            missing = -(-capacity // block) - self._cursor.end - own.size
+            if missing > 0:
+                free = pool.capacity - pool.used
+                evictable = store.num_cached_pages - store.num_locked_pages
+                if missing > free + evictable:
+                    held = pool.used - evictable
+                    self.shortage = Shortage("slots", self._manager.page_group, "gpu", missing, free, evictable, held)
+                    return False
+                pages = store.take_pages(missing)
+                self._own_pages = np.concatenate((own, pages)) if own.size else pages
+            elif missing < 0 and own.size:
+                keep = max(0, own.size + missing)
+                pool.give_back(own[keep:])
+                self._own_pages = own[:keep]
+        self.shortage = None
+        self.capacity = capacity
+        self.history_length = history
+        return True
+
+    # -- committing --------------------------------------------------------------------------------------------------
+
+    def snapshot_points(self, end: int) -> list[int]:
+        """Positions after the committed tokens, up to `end`, at which a snapshot is wanted, ascending: where prefill
+        chunks must stop, or what to hand to `reserve_snapshots`.
+        """
+        if self._states is None:
+            return []
+        return list(self._manager.admission.points(self.num_committed_tokens, end))
+
+    def next_snapshot_point(self) -> int | None:
+        """The next position at which a snapshot is wanted; None without SSM layers. For decoding."""
+        if self._states is None:
+            return None
+        return self._manager.admission.next_point(self.num_committed_tokens)
+
+    def reserve_snapshots(self, points: Iterable[int]) -> dict[int, int]:
+        """Slots for states that a kernel writes itself while it passes `points`: {position: slot}.
+
+        Where room is short the shallowest points are served, the rest is counted as skipped; snapshots of the
+        sequence's own path are never given up for it. Slots that the next commit does not cover go back.
+
+        Errors: StateError unless ACTIVE; ValueError for points that are not block ends within the capacity after
+        the committed tokens, or without SSM layers.
+        """
+        self._require_active("reserve_snapshots")
+        wanted = sorted(points)
+        if self._states is None:
+            if wanted:
+                raise ValueError("reserve_snapshots: expected a model with SSM layers, got none")
+            return {}
+        if wanted and not self.num_committed_tokens < wanted[0] <= wanted[-1] <= self.capacity:
+            raise ValueError(
+                f"reserve_snapshots: expected points in {self.num_committed_tokens + 1}..{self.capacity}, got {wanted}"
+            )
+        return self._states.reserve(wanted, self._cursor)
+
+    def commit(self, tokens: Tokens) -> None:
+        """Offer the next computed tokens, from `num_committed_tokens` on, for reuse by others.
+
+        Full blocks go into the tree; where a block is there already, its page replaces the private one. A snapshot
+        is kept at each reserved point that the commit covers, and copied from the live state at the end of the commit
+        if one is wanted there. No room for a snapshot is counted, never an error.
+
+        Args:
+            tokens: [n] integers, or the part of the prompt's `BlockKeys` that starts at `num_committed_tokens`.
+        Cost: O(n) NumPy work, a few dictionary look-ups for each run met.
+        Errors: StateError unless ACTIVE and committing; ValueError for tokens beyond the capacity, or that differ
+        from those that the sequence was created with where it shares pages.
+        """
+        if self.status is not KVCacheStatus.ACTIVE:
+            self._require_active("commit")
+        if self._stopped:
+            raise StateError("commit: expected a sequence that commits, got one after stop_committing")
+        block = self._manager.tokens_per_block
+        start = self.num_committed_tokens
+        end = start + len(tokens)
+        if end > self.capacity:
+            raise ValueError(f"commit: expected at most {self.capacity - start} tokens (capacity), got {end - start}")
+        first, last = start // block, end // block
+        keys, pending = self._keys_of_commit(tokens, first, last)
+        if last > first:
+            self._commit_blocks(keys, first, last)
+        self._pending = pending
+        if self._states is not None:
+            self._states.commit(self._cursor, start, end, self.history_length)
+        self.num_committed_tokens = end
+        if end > self.history_length:
+            self.history_length = end
+
+    def _keys_of_commit(self, tokens: Tokens, first: int, last: int) -> tuple[Int64Array, Int64Array]:
+        """Keys of the blocks that a commit completes, and the tokens of the block that it leaves unfinished."""
+        if isinstance(tokens, BlockKeys):
+            if tokens.start != self.num_committed_tokens or not self._kind.prefix_unique:
+                raise ValueError(
+                    f"commit: expected {self._kind} from token {self.num_committed_tokens} on, "
+                    f"got ready block keys from token {tokens.start} on"
+                )
+            return tokens.keys[first:last], _NO_TOKENS
+        array = self._manager.token_array(tokens)
+        if self._kind.prefix_unique:
+            raise ValueError("commit: expected ready block keys, as at creation, got tokens")
+        if self._pending.size:
+            array = np.concatenate((self._pending, array))
+        size = (last - first) * self._kind.width
+        return array[:size], array[size:].copy()
+
+    def _commit_blocks(self, keys: Int64Array, first: int, last: int) -> None:
+        store, kind = self._manager.store, self._kind
+        width = kind.width
+        cursor = self._cursor
+        position = cursor.end
+        if position > first:
+            self._check_shared(keys, first, min(position, last))
+        else:
+            position = first
+        while position < last:
+            rest = keys[(position - first) * width :]
+            child = cursor.children.get(kind.edge_key(rest, 0))
+            if child is None:
+                break
+            num_blocks = kind.common_blocks(child.keys, rest, min(child.end, last) - position)
+            position += num_blocks
+            if position < child.end:
+                child = store.split(child, position)
+            store.lock_child(child)
+            if store.page_pool is not None:
+                store.page_pool.give_back(self._own_pages[:num_blocks])
+                self._own_pages = self._own_pages[num_blocks:]
+            cursor = child
+        if position < last:
+            num_blocks = last - position
+            pages = None
+            if store.page_pool is not None:
+                pages = self._own_pages[:num_blocks]
+                self._own_pages = self._own_pages[num_blocks:]
+            cursor = store.append(cursor, keys[(position - first) * width :], num_blocks, pages)
+        self._cursor = cursor
+
+    def _check_shared(self, keys: Int64Array, first: int, last: int) -> None:
+        """The shared pages of blocks `first`..`last - 1` must be those of the committed tokens."""
+        width = self._kind.width
+        for run in self._cursor.path():
+            if run.end <= first:
+                break
+            begin, end = max(first, run.start), min(last, run.end)
+            if begin >= end:
+                continue
+            ours = keys[(begin - first) * width :]
+            if self._kind.common_blocks(run.keys[(begin - run.start) * width :], ours, end - begin) < end - begin:
+                raise ValueError(
+                    f"commit: expected the tokens that the sequence was created with, up to token "
+                    f"{self.num_attention_tokens}, got others"
+                )
+
+    def stop_committing(self) -> None:
+        """Commit nothing more: later tokens stay private. Idempotent."""
+        self._stopped = True
+
+    # -- what kernels read -------------------------------------------------------------------------------------------
+
+    def page_indices(self, layer_group: int) -> SlotArray:
+        """Slots of the blocks up to the capacity, [num_blocks] int32. Cost: O(num_blocks).
+
+        Errors: StateError before the first resume; ValueError if the layer group is not one of attention.
+        """
+        if layer_group != self._manager.page_group:
+            raise ValueError(f"page_indices: expected the attention layer group, got {layer_group}")
+        if self._input is not None or self.status is KVCacheStatus.CLOSED:
+            raise StateError("page_indices: expected a resumed sequence")
+        parts = [self._own_pages]
+        parts += [run.pages.slots for run in self._cursor.path() if run.pages is not None]
+        num_blocks = -(-self.capacity // self._manager.tokens_per_block)
+        indices: SlotArray = np.concatenate(parts[::-1])[:num_blocks]
+        return indices
+
+    def ssm_slot(self, layer_group: int) -> int:
+        """Slot of the live state. Errors: StateError before the first resume; ValueError for another layer group."""
+        if self._states is None or layer_group != self._manager.state_group:
+            raise ValueError(f"ssm_slot: expected the SSM layer group, got {layer_group}")
+        if self._states.live_slot < 0:
+            raise StateError("ssm_slot: expected a resumed sequence")
+        return self._states.live_slot

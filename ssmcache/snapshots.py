@@ -1,0 +1,184 @@
+"""The snapshots in the tree: their slots, their queue, and who wants to start from them."""
+
+from __future__ import annotations
+
+from ssmcache.eviction import EvictionQueue
+from ssmcache.pools import SlotPool
+from ssmcache.tree import Run, SnapshotSegment
+
+
+class SnapshotStore:
+    """Slots of the SSM layer group as far as snapshots own them. Live states are private slots of the sequences.
+
+    Unlike a page, a snapshot may go while a sequence goes on below it: only a *source*, that somebody is about to
+    copy, is held.
+    """
+
+    def __init__(self, pool: SlotPool) -> None:
+        self.pool = pool
+        self.queue = EvictionQueue()
+        self.num_cached = 0
+        self.held_sources: dict[int, int] = {}  # slot -> sequences about to start from it
+        self.unused: set[int] = set()  # slots of snapshots that nobody has started from
+        self.num_evicted = 0
+        self.num_evicted_unused = 0
+        self._num_segments = 0
+
+    # -- sources -----------------------------------------------------------------------------------------------------
+
+    def hold_source(self, slot: int) -> None:
+        self.held_sources[slot] = self.held_sources.get(slot, 0) + 1
+
+    def release_source(self, slot: int) -> None:
+        left = self.held_sources.pop(slot) - 1
+        if left:
+            self.held_sources[slot] = left
+
+    # -- following the tree ------------------------------------------------------------------------------------------
+
+    def split(self, run: Run, upper: Run, at: int) -> None:
+        """Move the snapshots before block `at` from a run to its new upper part."""
+        for segment in run.snapshots:
+            above = segment.split_upper(upper, at, self._serial())
+            if above is not None:
+                upper.snapshots.append(above)
+                self.queue.put(above)
+                if not segment.slots:
+                    self.queue.remove(segment)
+        run.snapshots = [segment for segment in run.snapshots if segment.slots]
+
+    def move_all(self, source: Run, target: Run) -> None:
+        for segment in source.snapshots:
+            segment.run = target
+        target.snapshots = source.snapshots + target.snapshots
+
+    def drop_from(self, run: Run, new_end: int) -> None:
+        """The blocks from `new_end` on leave the tree: so do the snapshots there."""
+        for segment in run.snapshots:
+            if segment.ordinals[-1] >= new_end:
+                self._evict(segment.drop_tail(new_end))
+                if segment.slots:
+                    self.queue.put(segment)
+                else:
+                    self.queue.remove(segment)
+        run.snapshots = [segment for segment in run.snapshots if segment.slots]
+
+    def stamp(self, run: Run, stamp: int) -> None:
+        """Give all snapshots of a run, which has some, one stamp; that makes them one segment."""
+        segment = run.snapshots[0]
+        if len(run.snapshots) > 1:
+            for other in run.snapshots[1:]:
+                self.queue.remove(other)
+                segment.absorb(other)
+            run.snapshots = [segment]
+        segment.stamp = stamp
+        self.queue.put(segment)
+
+    # -- taking and evicting -----------------------------------------------------------------------------------------
+
+    def evict(self, short: int, own_runs: set[Run]) -> tuple[int, list[Run]]:
+        """Free up to `short` slots, oldest snapshots first, passing over held sources and the runs of one's own path.
+
+        Returns how many are still missing, and the runs that lost snapshots.
+        """
+        held = self.held_sources
+        passed_over: list[SnapshotSegment] = []
+        losers: list[Run] = []
+        while short > 0:
+            segment = self.queue.pop()
+            if segment is None:
+                break
+            assert isinstance(segment, SnapshotSegment)
+            run = segment.run
+            if run in own_runs:
+                passed_over.append(segment)
+                continue
+            if held:
+                deepest_first = range(len(segment.slots) - 1, -1, -1)
+                victims = [index for index in deepest_first if segment.slots[index] not in held][:short]
+                freed = [segment.slots[index] for index in victims]
+                for index in victims:
+                    del segment.ordinals[index], segment.slots[index]
+            else:
+                freed = segment.slots[-short:]
+                del segment.ordinals[-short:], segment.slots[-short:]
+            short -= len(freed)
+            self._evict(freed)
+            losers.append(run)
+            if segment.slots:
+                passed_over.append(segment)
+            else:
+                run.snapshots.remove(segment)
+        for segment in passed_over:
+            self.queue.put(segment)
+        return short, losers
+
+    def _evict(self, slots: list[int]) -> None:
+        self.pool.give_back(slots)
+        unused = self.unused.intersection(slots)
+        self.unused -= unused
+        self.num_cached -= len(slots)
+        self.num_evicted += len(slots)
+        self.num_evicted_unused += len(unused)
+
+    # -- adding and removing -----------------------------------------------------------------------------------------
+
+    def ordinals_on(self, cursor: Run, from_block: int) -> set[int]:
+        """Blocks from `from_block` on, on the path of `cursor`, that have a snapshot."""
+        found: set[int] = set()
+        run = cursor
+        while run.end > from_block and run.parent is not None:
+            for segment in run.snapshots:
+                if segment.ordinals[-1] >= from_block:
+                    found.update(ordinal for ordinal in segment.ordinals if ordinal >= from_block)
+            run = run.parent
+        return found
+
+    def add(self, cursor: Run, ordinals: list[int], slots: list[int], stamp: int) -> None:
+        """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each."""
+        end = len(ordinals)
+        run: Run | None = cursor
+        while end > 0:
+            assert run is not None
+            begin = end
+            while begin > 0 and ordinals[begin - 1] >= run.start:
+                begin -= 1
+            if begin < end:
+                segment = SnapshotSegment(run, stamp, self._serial(), ordinals[begin:end], slots[begin:end])
+                run.snapshots.append(segment)
+                self.queue.put(segment)
+                end = begin
+            run = run.parent
+        self.num_cached += len(slots)
+        self.unused.update(slots)
+
+    def take_over(self, cursor: Run, slot: int) -> None:
+        """Take a snapshot of the path of `cursor` out of the tree; its slot becomes the caller's."""
+        for run in cursor.path():
+            for segment in run.snapshots:
+                if slot not in segment.slots:
+                    continue
+                index = segment.slots.index(slot)
+                del segment.ordinals[index], segment.slots[index]
+                if segment.slots:
+                    self.queue.put(segment)
+                else:
+                    self.queue.remove(segment)
+                    run.snapshots.remove(segment)
+                self.num_cached -= 1
+                self.unused.discard(slot)
+                return
+        raise AssertionError(f"slot {slot} is no snapshot of this path")
+
+    def clear(self, runs: list[Run]) -> None:
+        """Give the slots of all runs of the tree back; the caller forgets the runs."""
+        for run in runs:
+            for segment in run.snapshots:
+                self.pool.give_back(segment.slots)
+        self.queue = EvictionQueue()
+        self.num_cached = 0
+        self.unused.clear()
+
+    def _serial(self) -> int:
+        self._num_segments += 1
+        return self._num_segments

@@ -1,0 +1,149 @@
+"""The states of one sequence: the live one, and the slots reserved for snapshots ahead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ssmcache.stats import Shortage
+from ssmcache.tree import Run
+
+if TYPE_CHECKING:
+    from ssmcache.manager import KVCacheManager
+
+
+class SequenceStates:
+    """SSM slots of one sequence. The live slot is overwritten at each token; a snapshot is a copy of it, or a slot
+    that a kernel wrote in passing.
+    """
+
+    __slots__ = ("_manager", "_skipped", "_snapshots", "_stream", "live_slot", "reserved")
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        snapshots = manager.store.snapshots
+        assert snapshots is not None
+        self._manager = manager
+        self._snapshots = snapshots
+        self._stream: Any = None
+        self._skipped: set[int] = set()  # points that a reservation had no room for, counted already
+        self.live_slot = -1
+        self.reserved: dict[int, int] = {}
+
+    def shortage_of_live_state(self, source_slot: int, holds_source: bool) -> Shortage | None:
+        """Whether a live state can be had without giving up the snapshot that it starts from."""
+        snapshots = self._snapshots
+        free = snapshots.pool.free
+        if free > 0:
+            return None
+        evictable = snapshots.num_cached - (source_slot >= 0)
+        others_hold = source_slot >= 0 and self._snapshots.held_sources.get(source_slot, 0) > holds_source
+        if evictable > 0 or (source_slot >= 0 and not others_hold):
+            return None
+        used = snapshots.pool.used
+        return Shortage("slots", self._manager.state_group, "gpu", 1, free, 0, used)
+
+    def start(self, cursor: Run, source_slot: int, stream: Any) -> None:
+        """Take the live slot, and queue the copy of the source, held by the caller, into it."""
+        manager, snapshots = self._manager, self._snapshots
+        self._stream = stream
+        if source_slot >= 0:
+            manager.counters.snapshots_reused += 1
+            snapshots.unused.discard(source_slot)
+            if snapshots.pool.free == 0 and snapshots.num_cached == 1:
+                # the source is all there is: it becomes the live state itself
+                snapshots.release_source(source_slot)
+                manager.store.take_over_snapshot(cursor, source_slot)
+                self.live_slot = source_slot
+                return
+        self.live_slot = manager.store.take_states(1, None)[0]
+        if source_slot >= 0:
+            manager.copy_state(source_slot, self.live_slot, stream)
+            snapshots.release_source(source_slot)
+
+    def _room_beside(self, cursor: Run) -> int:
+        """Slots that can be had without giving up a snapshot of one's own path."""
+        snapshots = self._snapshots
+        own = sum(len(segment.slots) for run in cursor.path() for segment in run.snapshots)
+        return snapshots.pool.free + snapshots.num_cached - own
+
+    def reserve(self, points: list[int], cursor: Run) -> dict[int, int]:
+        block = self._manager.tokens_per_block
+        admission = self._manager.admission
+        for point in points:
+            if point % block:
+                raise ValueError(f"reserve_snapshots: expected block ends (multiples of {block}), got {point}")
+        # adopted blocks beyond the start may have snapshots already: a slot for them would push out another for nothing
+        present = self._snapshots.ordinals_on(cursor, points[0] // block - 1) if points else ()
+        wanted = []
+        for point in points:
+            if point // block - 1 in present or point in self.reserved:
+                continue
+            if admission.points(point - 1, point):
+                wanted.append(point)
+            else:
+                self._manager.counters.snapshots_skipped_not_admitted += 1
+        served = wanted
+        if len(wanted) > self._snapshots.pool.free:
+            served = wanted[: max(0, self._room_beside(cursor))]
+            self._skipped.update(wanted[len(served) :])
+            self._manager.counters.snapshots_skipped_no_room += len(wanted) - len(served)
+        if served:
+            self.reserved.update(zip(served, self._manager.store.take_states(len(served), cursor), strict=True))
+        return dict(self.reserved)
+
+    def give_back_reserved(self) -> None:
+        if self.reserved:
+            self._snapshots.pool.give_back(list(self.reserved.values()))
+            self.reserved.clear()
+        self._skipped.clear()
+
+    def commit(self, cursor: Run, start: int, end: int, history_length: int) -> None:
+        """Keep the snapshots of a commit of tokens `start`..`end - 1`; its blocks are in the tree already."""
+        points = self._manager.admission.points(start, end)
+        if points:
+            block = self._manager.tokens_per_block
+            present = self._snapshots.ordinals_on(cursor, points[0] // block - 1)
+            ordinals: list[int] = []
+            slots: list[int] = []
+            for point in points:
+                ordinal = point // block - 1
+                if ordinal in present:
+                    continue
+                slot = self.reserved.pop(point, -1)
+                if slot < 0:
+                    slot = self._slot_at(point, end, history_length, cursor)
+                if slot >= 0:
+                    ordinals.append(ordinal)
+                    slots.append(slot)
+            if slots:
+                self._manager.store.add_snapshots(cursor, ordinals, slots)
+                self._manager.counters.snapshots_taken += len(slots)
+        self.give_back_reserved()
+
+    def _slot_at(self, point: int, end: int, history_length: int, cursor: Run) -> int:
+        """A copy of the live state for a wanted point without a reserved slot; -1, and the reason counted, if none."""
+        counters = self._manager.counters
+        if point in self._skipped:
+            return -1
+        if point < end:
+            counters.snapshots_skipped_crossed += 1
+            return -1
+        if history_length > end:
+            counters.snapshots_skipped_history += 1
+            return -1
+        if not self._snapshots.pool.free and self._room_beside(cursor) <= 0:
+            counters.snapshots_skipped_no_room += 1
+            return -1
+        slot = self._manager.store.take_states(1, cursor)[0]
+        self._manager.copy_state(self.live_slot, slot, self._stream)
+        return slot
+
+    def slots(self) -> list[int]:
+        """Every slot that is the sequence's own."""
+        live = [] if self.live_slot < 0 else [self.live_slot]
+        return live + list(self.reserved.values())
+
+    def close(self) -> None:
+        self.give_back_reserved()
+        if self.live_slot >= 0:
+            self._snapshots.pool.give_back([self.live_slot])
+            self.live_slot = -1
