@@ -332,8 +332,9 @@ class KVCache:
             raise ValueError("commit: expected ready block keys, as at creation, got tokens")
         if self._pending.size:
             array = np.concatenate((self._pending, array))
+        # the run that these keys become must not keep the memory of more tokens than its own
         size = (last - first) * self._kind.width
-        return array[:size], array[size:].copy()
+        return array[:size].copy(), array[size:].copy()
 
     def _commit_blocks(self, keys: Int64Array, first: int, last: int) -> None:
         store, kind = self._manager.store, self._kind

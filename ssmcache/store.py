@@ -98,7 +98,7 @@ class BlockStore:
                 run.pages.extend(slots)
         else:
             start = run.end
-            child = Run(run, run.kind, run.kind.edge_key(keys, 0), start, start + num_blocks, keys.copy())
+            child = Run(run, run.kind, run.kind.edge_key(keys, 0), start, start + num_blocks, keys)
             child.holds = 1
             run.children[child.edge] = child
             if slots is not None:
@@ -125,6 +125,7 @@ class BlockStore:
         run.edge = parent.edge
         run.parent = grandparent
         grandparent.children[run.edge] = run
+        parent.pages = None  # it points back: without this the garbage collector would have to find the two
 
     def _drop_tail(self, run: Run, num_blocks: int) -> None:
         """Take the last blocks of an unheld leaf out of the tree, with all that lies on them."""
@@ -142,6 +143,7 @@ class BlockStore:
             parent = run.parent
             assert parent is not None
             del parent.children[run.edge]
+            run.pages = None  # it points back: without this the garbage collector would have to find the two
             self._settle_leaf(parent)
         else:
             self._settle_leaf(run)

@@ -173,7 +173,7 @@ class Run:
         width = self.kind.width
         used = (self.end - self.start) * width
         needed = used + num_blocks * width
-        if needed > self._keys.size:
+        if needed > self._keys.size or not self._keys.flags.writeable:
             grown = np.empty((int(needed * _GROWTH) // width + 1) * width, dtype=np.int64)
             grown[:used] = self._keys[:used]
             self._keys = grown
