@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 import numpy as np
 import numpy.typing as npt
 
@@ -32,19 +31,21 @@ class KeyKind:
             return key
         return keys[block * width : (block + 1) * width].tobytes()
 
-    def common_blocks(self, left: Int64Array, right: Int64Array, num_blocks: int) -> int:
-        """Number of leading equal blocks among the first `num_blocks` (>= 1) of two arrays.
+    def common_blocks(self, left: Int64Array, left_start: int, right: Int64Array, right_start: int, num: int) -> int:
+        """Number of leading equal blocks among `num` (>= 1) of two arrays, from block `left_start` of the one and
+        `right_start` of the other on.
 
         Cost: O(1) for ready keys that agree to the end, since they name the whole prefix; else one comparison.
         """
-        if self.prefix_unique and left.item(num_blocks - 1) == right.item(num_blocks - 1):
-            return num_blocks
-        size = num_blocks * self.width
-        differs = left[:size] != right[:size]
+        if self.prefix_unique and left.item(left_start + num - 1) == right.item(right_start + num - 1):
+            return num
+        width = self.width
+        left_part = left[left_start * width : (left_start + num) * width]
+        differs = left_part != right[right_start * width : (right_start + num) * width]
         first = int(differs.argmax())
         if not differs[first]:
-            return num_blocks
-        return first // self.width
+            return num
+        return first // width
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, KeyKind) and (self.width, self.prefix_unique) == (other.width, other.prefix_unique)

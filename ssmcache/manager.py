@@ -11,8 +11,8 @@ from ssmcache.config import KVCacheManagerConfig
 from ssmcache.invariants import check_manager
 from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, Tokens
 from ssmcache.layout import LayerGroupKind, layer_groups, split_quota
-from ssmcache.memory.base import Memory, SlotCopies
-from ssmcache.pools import UNLIMITED_SLOTS, SlotPool
+from ssmcache.memory.base import Memory
+from ssmcache.pools import UNLIMITED_SLOTS, PagePool, SlotPool, StatePool
 from ssmcache.sequence import KVCache
 from ssmcache.stats import CacheStats, Counters, LayerGroupUsage, MemoryUsage, ReuseMatch, Shortage
 from ssmcache.store import BlockStore
@@ -38,14 +38,18 @@ class KVCacheManager:
         self.memory = memory
         self.tokens_per_block = config.tokens_per_block
         self.groups = layer_groups(config)
-        self.pools = tuple(SlotPool(count) for count in split_quota(self.groups, config))
-        kinds = [group.kind for group in self.groups]
-        self.page_group = kinds.index(LayerGroupKind.ATTENTION) if LayerGroupKind.ATTENTION in kinds else -1
-        self.state_group = kinds.index(LayerGroupKind.SSM) if LayerGroupKind.SSM in kinds else -1
-        self.store = BlockStore(
-            self.pools[self.page_group] if self.page_group >= 0 else None,
-            self.pools[self.state_group] if self.state_group >= 0 else None,
-        )
+        num_slots = dict(zip((group.kind for group in self.groups), split_quota(self.groups, config), strict=True))
+        kinds = list(num_slots)
+        page_pool = state_pool = None
+        self.page_group = self.state_group = -1
+        if LayerGroupKind.ATTENTION in num_slots:
+            page_pool = PagePool(num_slots[LayerGroupKind.ATTENTION])
+            self.page_group = kinds.index(LayerGroupKind.ATTENTION)
+        if LayerGroupKind.SSM in num_slots:
+            state_pool = StatePool(num_slots[LayerGroupKind.SSM])
+            self.state_group = kinds.index(LayerGroupKind.SSM)
+        self.pools: tuple[SlotPool, ...] = tuple(pool for pool in (page_pool, state_pool) if pool is not None)
+        self.store = BlockStore(page_pool, state_pool)
         self.admission = IntervalAdmission(config.ssm_reuse_interval)
         self.counters = Counters()
         self.num_active = 0
@@ -134,7 +138,7 @@ class KVCacheManager:
         return Shortage("utilization", group, "gpu", 0, self.pools[group].free, evictable, held)
 
     def copy_state(self, source_slot: int, destination_slot: int, stream: Any) -> None:
-        self.memory.copy(SlotCopies(self.state_group, (source_slot,), (destination_slot,)), stream)
+        self.memory.copy(self.state_group, (source_slot,), (destination_slot,), stream)
         self.counters.copied_states += 1
 
     # -- what it holds -----------------------------------------------------------------------------------------------

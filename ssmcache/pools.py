@@ -1,7 +1,6 @@
 """Slots: equal-sized pieces of one tier's memory for one layer group, handed out last in, first out."""
 
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,30 +16,48 @@ class SlotPool:
 
     Slots that came back are handed out first, the last one first, so that the order of slots depends on the calls
     alone, never on time; slots never used before follow in ascending order.
-
-    Cost: O(n) NumPy work for n slots, one call of each kind.
     """
 
-    __slots__ = ("_next_fresh", "_returned", "_stack", "capacity", "peak_used", "used")
+    __slots__ = ("_next_fresh", "capacity", "peak_used", "used")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
         self.peak_used = 0
-        self._stack: SlotArray = np.empty(_FIRST_STACK_SIZE, dtype=np.int32)
-        self._returned = 0
         self._next_fresh = 0
 
     @property
     def free(self) -> int:
         return self.capacity - self.used
 
-    def take(self, count: int) -> SlotArray:
-        """Hand out `count` slots, [count] int32. The caller has checked that so many are free."""
-        assert count <= self.capacity - self.used, f"{count} slots taken, {self.free} free"
-        self.used += count
+    def _count(self, taken: int) -> None:
+        assert taken <= self.capacity - self.used, f"{taken} slots taken, {self.free} free"
+        self.used += taken
         if self.used > self.peak_used:
             self.peak_used = self.used
+
+    @property
+    def num_ever_used(self) -> int:
+        return self._next_fresh
+
+    def returned_slots(self) -> list[int]:
+        """The free slots that have been in use before."""
+        raise AssertionError("a pool is of pages or of states")
+
+
+class PagePool(SlotPool):
+    """Slots for pages, which come and go by the hundred: NumPy arrays. Cost: O(n) for n slots, one call each."""
+
+    __slots__ = ("_returned", "_stack")
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._stack: SlotArray = np.empty(_FIRST_STACK_SIZE, dtype=np.int32)
+        self._returned = 0
+
+    def take(self, count: int) -> SlotArray:
+        """Hand out `count` slots, [count] int32. The caller has checked that so many are free."""
+        self._count(count)
         returned = self._returned
         if count <= returned:
             self._returned = returned - count
@@ -53,9 +70,9 @@ class SlotPool:
         self._next_fresh += fresh
         return slots
 
-    def give_back(self, slots: SlotArray | Sequence[int]) -> None:
+    def give_back(self, slots: SlotArray) -> None:
         """Take slots back; nobody may use them from here on."""
-        count = len(slots)
+        count = slots.size
         end = self._returned + count
         if end > self._stack.size:
             grown = np.empty(max(end, 2 * self._stack.size), dtype=np.int32)
@@ -66,10 +83,35 @@ class SlotPool:
         self.used -= count
 
     def returned_slots(self) -> list[int]:
-        """The free slots that have been in use before."""
         returned: list[int] = self._stack[: self._returned].tolist()
         return returned
 
-    @property
-    def num_ever_used(self) -> int:
-        return self._next_fresh
+
+class StatePool(SlotPool):
+    """Slots for states, which come and go by the handful: lists."""
+
+    __slots__ = ("_stack",)
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._stack: list[int] = []
+
+    def take(self, count: int) -> list[int]:
+        """Hand out `count` slots. The caller has checked that so many are free."""
+        self._count(count)
+        keep = max(0, len(self._stack) - count)
+        slots = self._stack[keep:]
+        del self._stack[keep:]
+        fresh = count - len(slots)
+        if fresh:
+            slots.extend(range(self._next_fresh, self._next_fresh + fresh))
+            self._next_fresh += fresh
+        return slots
+
+    def give_back(self, slots: list[int]) -> None:
+        """Take slots back; nobody may use them from here on."""
+        self._stack += slots
+        self.used -= len(slots)
+
+    def returned_slots(self) -> list[int]:
+        return list(self._stack)

@@ -270,8 +270,8 @@ class KVCache:
         Where room is short the shallowest points are served, the rest is counted as skipped; snapshots of the
         sequence's own path are never given up for it. Slots that the next commit does not cover go back.
 
-        Errors: StateError unless ACTIVE; ValueError for points that are not block ends within the capacity after
-        the committed tokens, or without SSM layers.
+        Errors: StateError unless ACTIVE; ValueError for points that are not after the committed tokens and within
+        the capacity, or without SSM layers.
         """
         self._require_active("reserve_snapshots")
         wanted = sorted(points)
@@ -338,7 +338,6 @@ class KVCache:
 
     def _commit_blocks(self, keys: Int64Array, first: int, last: int) -> None:
         store, kind = self._manager.store, self._kind
-        width = kind.width
         cursor = self._cursor
         position = cursor.end
         if position > first:
@@ -346,11 +345,11 @@ class KVCache:
         else:
             position = first
         while position < last:
-            rest = keys[(position - first) * width :]
-            child = cursor.children.get(kind.edge_key(rest, 0))
+            child = cursor.children.get(kind.edge_key(keys, position - first))
             if child is None:
                 break
-            num_blocks = kind.common_blocks(child.keys, rest, min(child.end, last) - position)
+            comparable = min(child.end, last) - position
+            num_blocks = kind.common_blocks(child.keys, 0, keys, position - first, comparable)
             position += num_blocks
             if position < child.end:
                 child = store.split(child, position)
@@ -365,24 +364,25 @@ class KVCache:
             if store.page_pool is not None:
                 pages = self._own_pages[:num_blocks]
                 self._own_pages = self._own_pages[num_blocks:]
-            cursor = store.append(cursor, keys[(position - first) * width :], num_blocks, pages)
+            cursor = store.append(cursor, keys[(position - first) * kind.width :], num_blocks, pages)
         self._cursor = cursor
 
     def _check_shared(self, keys: Int64Array, first: int, last: int) -> None:
         """The shared pages of blocks `first`..`last - 1` must be those of the committed tokens."""
-        width = self._kind.width
         for run in self._cursor.path():
             if run.end <= first:
                 break
             begin, end = max(first, run.start), min(last, run.end)
             if begin >= end:
                 continue
-            ours = keys[(begin - first) * width :]
-            if self._kind.common_blocks(run.keys[(begin - run.start) * width :], ours, end - begin) < end - begin:
+            equal = self._kind.common_blocks(run.keys, begin - run.start, keys, begin - first, end - begin)
+            if equal < end - begin:
                 raise ValueError(
                     f"commit: expected the tokens that the sequence was created with, up to token "
                     f"{self.num_attention_tokens}, got others"
                 )
+            if self._kind.prefix_unique:
+                break  # equal here means equal above
 
     def stop_committing(self) -> None:
         """Commit nothing more: later tokens stay private. Idempotent."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssmcache.eviction import EvictionQueue
-from ssmcache.pools import SlotPool
+from ssmcache.pools import StatePool
 from ssmcache.tree import Run, SnapshotSegment
 
 
@@ -14,7 +14,7 @@ class SnapshotStore:
     copy, is held.
     """
 
-    def __init__(self, pool: SlotPool) -> None:
+    def __init__(self, pool: StatePool) -> None:
         self.pool = pool
         self.queue = EvictionQueue()
         self.num_cached = 0
@@ -54,6 +54,7 @@ class SnapshotStore:
 
     def drop_from(self, run: Run, new_end: int) -> None:
         """The blocks from `new_end` on leave the tree: so do the snapshots there."""
+        emptied = False
         for segment in run.snapshots:
             if segment.ordinals[-1] >= new_end:
                 self._evict(segment.drop_tail(new_end))
@@ -61,7 +62,9 @@ class SnapshotStore:
                     self.queue.put(segment)
                 else:
                     self.queue.remove(segment)
-        run.snapshots = [segment for segment in run.snapshots if segment.slots]
+                    emptied = True
+        if emptied:
+            run.snapshots = [segment for segment in run.snapshots if segment.slots]
 
     def stamp(self, run: Run, stamp: int) -> None:
         """Give all snapshots of a run, which has some, one stamp; that makes them one segment."""
@@ -115,11 +118,11 @@ class SnapshotStore:
 
     def _evict(self, slots: list[int]) -> None:
         self.pool.give_back(slots)
-        unused = self.unused.intersection(slots)
-        self.unused -= unused
         self.num_cached -= len(slots)
         self.num_evicted += len(slots)
-        self.num_evicted_unused += len(unused)
+        num_unused = len(self.unused)
+        self.unused.difference_update(slots)
+        self.num_evicted_unused += num_unused - len(self.unused)
 
     # -- adding and removing -----------------------------------------------------------------------------------------
 

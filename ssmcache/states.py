@@ -66,21 +66,16 @@ class SequenceStates:
         return snapshots.pool.free + snapshots.num_cached - own
 
     def reserve(self, points: list[int], cursor: Run) -> dict[int, int]:
+        if not points:
+            return dict(self.reserved)
         block = self._manager.tokens_per_block
-        admission = self._manager.admission
-        for point in points:
-            if point % block:
-                raise ValueError(f"reserve_snapshots: expected block ends (multiples of {block}), got {point}")
+        admitted = self._manager.admission.points(points[0] - 1, points[-1])
+        wanted = [point for point in points if point in admitted]
+        self._manager.counters.snapshots_skipped_not_admitted += len(points) - len(wanted)
         # adopted blocks beyond the start may have snapshots already: a slot for them would push out another for nothing
-        present = self._snapshots.ordinals_on(cursor, points[0] // block - 1) if points else ()
-        wanted = []
-        for point in points:
-            if point // block - 1 in present or point in self.reserved:
-                continue
-            if admission.points(point - 1, point):
-                wanted.append(point)
-            else:
-                self._manager.counters.snapshots_skipped_not_admitted += 1
+        present = self._snapshots.ordinals_on(cursor, points[0] // block - 1)
+        if present or self.reserved:
+            wanted = [p for p in wanted if p // block - 1 not in present and p not in self.reserved]
         served = wanted
         if len(wanted) > self._snapshots.pool.free:
             served = wanted[: max(0, self._room_beside(cursor))]
@@ -101,23 +96,39 @@ class SequenceStates:
         points = self._manager.admission.points(start, end)
         if points:
             block = self._manager.tokens_per_block
+            reserved = self.reserved
             present = self._snapshots.ordinals_on(cursor, points[0] // block - 1)
-            ordinals: list[int] = []
-            slots: list[int] = []
-            for point in points:
-                ordinal = point // block - 1
-                if ordinal in present:
-                    continue
-                slot = self.reserved.pop(point, -1)
-                if slot < 0:
-                    slot = self._slot_at(point, end, history_length, cursor)
-                if slot >= 0:
-                    ordinals.append(ordinal)
-                    slots.append(slot)
+            if len(reserved) == len(points) and not present and max(reserved) <= end:
+                # the usual case: each point was reserved
+                ordinals = [point // block - 1 for point in points]
+                slots = [reserved[point] for point in points]
+                reserved.clear()
+            else:
+                ordinals, slots = self._collect(points, present, cursor, end, history_length)
             if slots:
                 self._manager.store.add_snapshots(cursor, ordinals, slots)
                 self._manager.counters.snapshots_taken += len(slots)
         self.give_back_reserved()
+
+    def _collect(
+        self, points: range, present: set[int], cursor: Run, end: int, history_length: int
+    ) -> tuple[list[int], list[int]]:
+        """Blocks of those points that get a snapshot now, and the slots of their states."""
+        block = self._manager.tokens_per_block
+        ordinals: list[int] = []
+        slots: list[int] = []
+        for point in points:
+            ordinal = point // block - 1
+            if ordinal in present:
+                continue
+            if point in self.reserved:
+                slot = self.reserved.pop(point)
+            else:
+                slot = self._slot_at(point, end, history_length, cursor)
+            if slot >= 0:
+                ordinals.append(ordinal)
+                slots.append(slot)
+        return ordinals, slots
 
     def _slot_at(self, point: int, end: int, history_length: int, cursor: Run) -> int:
         """A copy of the live state for a wanted point without a reserved slot; -1, and the reason counted, if none."""

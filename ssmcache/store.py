@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ssmcache.eviction import EvictionQueue
 from ssmcache.keys import Int64Array, KeyKind, ReuseScope
-from ssmcache.pools import SlotArray, SlotPool
+from ssmcache.pools import PagePool, SlotArray, StatePool
 from ssmcache.recency import Clock
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.tree import PageSegment, Root, Run
@@ -35,7 +35,7 @@ class BlockStore:
         snapshot_pool: slots of the SSM layer group, None for a model without SSM layers.
     """
 
-    def __init__(self, page_pool: SlotPool | None, snapshot_pool: SlotPool | None) -> None:
+    def __init__(self, page_pool: PagePool | None, snapshot_pool: StatePool | None) -> None:
         self.roots: dict[ReuseScope, Root] = {}
         self.page_pool = page_pool
         self.page_queue = EvictionQueue()
@@ -293,8 +293,7 @@ class BlockStore:
                 if short == 0:
                     break
                 self._drop_newest_soft_hold()
-        slots: list[int] = snapshots.pool.take(count).tolist()
-        return slots
+        return snapshots.pool.take(count)
 
     def add_snapshots(self, cursor: Run, ordinals: list[int], slots: list[int]) -> None:
         """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each."""

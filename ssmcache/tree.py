@@ -122,7 +122,11 @@ class SnapshotSegment(Segment):
         return above
 
     def absorb(self, other: SnapshotSegment) -> None:
-        """Take over the snapshots of another segment, in the order of their blocks."""
+        """Take over the snapshots of another segment, in the order of their blocks. Cost: O(1) each if it is deeper."""
+        if other.ordinals[0] > self.ordinals[-1]:
+            self.ordinals += other.ordinals
+            self.slots += other.slots
+            return
         pairs = sorted(zip(self.ordinals + other.ordinals, self.slots + other.slots, strict=True))
         self.ordinals = [ordinal for ordinal, _ in pairs]
         self.slots = [slot for _, slot in pairs]
@@ -227,7 +231,7 @@ def match_blocks(root: Run, keys: Int64Array, num_blocks: int) -> tuple[Run, int
             break
         length = child.end - child.start
         comparable = min(length, num_blocks - depth)
-        common = kind.common_blocks(child._keys, keys[depth * kind.width :], comparable)
+        common = kind.common_blocks(child._keys, 0, keys, depth, comparable)
         depth += common
         run = child
         if common < length:

@@ -1,17 +1,7 @@
 """The contract of a memory. One contract test runs on every implementation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
-
-
-@dataclass(frozen=True, slots=True)
-class SlotCopies:
-    """A batch of copies between slots of one layer group: source i goes to destination i, all or none started."""
-
-    layer_group: int
-    sources: Sequence[int]
-    destinations: Sequence[int]
 
 
 class Memory(Protocol):
@@ -26,8 +16,10 @@ class Memory(Protocol):
         Errors: ValueError if this memory cannot provide it; nothing is reserved then.
         """
 
-    def copy(self, copies: SlotCopies, stream: Any) -> Any:
-        """Queue a batch of copies on `stream`; returns the event of its end."""
+    def copy(self, layer_group: int, sources: Sequence[int], destinations: Sequence[int], stream: Any) -> Any:
+        """Queue a batch of copies between slots of one layer group on `stream`: source i goes to destination i.
+        Returns the event of its end.
+        """
 
     def wait(self, stream: Any, event: Any) -> None:
         """Make `stream` wait for `event`, without blocking the caller."""

@@ -1,9 +1,8 @@
 """Memory without bytes: counts what would be moved, and when the move would be done."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from ssmcache.memory.base import SlotCopies
 
 # A device copy on one H100 moves 2.7 TB/s, bytes read plus bytes written (docs/measurements.md): 1.35 TB/s of payload.
 DEFAULT_COPY_BYTES_PER_SECOND = 1.35e12
@@ -34,10 +33,10 @@ class SimulatedMemory:
     def reserve(self, layer_group: int, slot_bytes: int, num_slots: int | None) -> None:
         self._pools[layer_group] = _SimulatedPool(slot_bytes, num_slots)
 
-    def copy(self, copies: SlotCopies, stream: Any) -> float:
+    def copy(self, layer_group: int, sources: Sequence[int], destinations: Sequence[int], stream: Any) -> float:
         """Queue a batch of copies on `stream`; the event is the virtual time of its end, in seconds."""
-        count = len(copies.sources)
-        num_bytes = count * self._pools[copies.layer_group].slot_bytes
+        count = len(sources)
+        num_bytes = count * self._pools[layer_group].slot_bytes
         self.num_copied_slots += count
         self.num_copied_bytes += num_bytes
         end = self._stream_time_s.get(stream, 0.0) + num_bytes / self._bytes_per_second

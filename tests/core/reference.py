@@ -1,0 +1,308 @@
+"""The oracle: what `KVCacheManager` (one GPU tier) must do, block by block, written from the design's rules.
+
+`ReferenceCache` shares no idea with the code: plain dicts and lists, every block and snapshot an entry of its own with
+a time of its own, nothing counted that can be derived (free slots, locks and holds are found by going through all
+open sequences), and a victim is found by looking at every block. A block is named by everything up to its end: the
+tuple of its scope and the contents of all blocks so far. Slow, and meant to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+
+Prefix = tuple[Hashable, ...]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sizes of one cache. `pages=0`: no attention layer; `states=0`: no SSM layer."""
+
+    block: int
+    pages: int
+    states: int = 0
+    interval: int = 0
+    max_util: float = 0.97
+
+
+@dataclass(eq=False)
+class ReferenceSequence:
+    """One sequence. `path`: its blocks in the tree; held softly while it is created, locked once it was resumed."""
+
+    blocks: list[Prefix]  # of its whole text, also of what it will decode
+    known_blocks: int  # how many of them a look-up knows
+    known_tokens: int
+    status: str = "created"
+    holding: bool = True
+    path: list[Prefix] = field(default_factory=list)
+    source: Prefix | None = None
+    hits: tuple[int, int, int] = (0, 0, 0)
+    private: int = 0
+    live: int = 0
+    reserved: set[int] = field(default_factory=set)
+    no_room: set[int] = field(default_factory=set)
+    committed: int = 0
+    history: int = 0
+    capacity: int = 0
+    stopped: bool = False
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """The state at the end of a block."""
+
+    time: int = 0
+    used: bool = False
+
+
+class ReferenceCache:
+    """See the module."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.blocks: dict[Prefix, int] = {}  # -> time of the last touch
+        self.snapshots: dict[Prefix, Snapshot] = {}
+        self.open: list[ReferenceSequence] = []  # in order of creation
+        self.clock = 0
+        names = "lookups lookup_tokens tree attention usable taken reused evicted evicted_unused pages_evicted"
+        self.counts = dict.fromkeys(f"{names} crossed no_room history copied".split(), 0)
+
+    # -- derived -----------------------------------------------------------------------------------------------------
+
+    def resumed(self) -> list[ReferenceSequence]:
+        return [sequence for sequence in self.open if sequence.status != "created"]
+
+    def holders(self) -> list[ReferenceSequence]:
+        return [sequence for sequence in self.open if sequence.status == "created" and sequence.holding]
+
+    def cached_pages(self) -> int:
+        return len(self.blocks) if self.setup.pages else 0
+
+    def free_pages(self) -> int:
+        return self.setup.pages - self.cached_pages() - sum(sequence.private for sequence in self.open)
+
+    def free_states(self) -> int:
+        private = sum(sequence.live + len(sequence.reserved) for sequence in self.open)
+        return self.setup.states - len(self.snapshots) - private
+
+    def locked(self, sequences: Iterable[ReferenceSequence]) -> set[Prefix]:
+        return {prefix for sequence in sequences for prefix in sequence.path}
+
+    # -- recency and eviction ----------------------------------------------------------------------------------------
+
+    def touch(self, path: list[Prefix]) -> None:
+        for prefix in reversed(path):
+            self.clock += 1
+            self.blocks[prefix] = self.clock
+            if prefix in self.snapshots:
+                self.snapshots[prefix].time = self.clock
+
+    def drop_newest_hold(self) -> None:
+        self.holders()[-1].holding = False
+
+    def lose_snapshot(self, prefix: Prefix) -> None:
+        snapshot = self.snapshots.pop(prefix)
+        self.counts["evicted"] += 1
+        self.counts["evicted_unused"] += not snapshot.used
+
+    def evict_page(self) -> None:
+        while True:
+            kept = self.locked(self.resumed()) | self.locked(self.holders())
+            parents = {prefix[:-1] for prefix in self.blocks}
+            tails = [prefix for prefix in self.blocks if prefix not in parents and prefix not in kept]
+            if tails:
+                break
+            self.drop_newest_hold()
+        victim = min(tails, key=lambda prefix: self.blocks[prefix])
+        del self.blocks[victim]
+        self.counts["pages_evicted"] += 1
+        if victim in self.snapshots:
+            self.lose_snapshot(victim)
+
+    def take_state(self, protected: set[Prefix]) -> None:
+        """Make one SSM slot free; the caller knows that it can be done."""
+        while self.free_states() < 1:
+            kept = protected | {sequence.source for sequence in self.holders()}
+            victims = [prefix for prefix in self.snapshots if prefix not in kept]
+            if victims:
+                self.lose_snapshot(min(victims, key=lambda prefix: self.snapshots[prefix].time))
+            else:
+                self.drop_newest_hold()
+
+    def prune(self) -> None:
+        """Without pages, a block stays only for a snapshot at or below it, or for a sequence whose path it is on."""
+        if not self.setup.pages:
+            needed = self.locked(self.resumed()) | self.locked(self.holders())
+            for prefix in self.snapshots:
+                needed |= {prefix[:end] for end in range(2, len(prefix) + 1)}
+            self.blocks = {prefix: time for prefix, time in self.blocks.items() if prefix in needed}
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    def look_up(self, blocks: list[Prefix], num_tokens: int) -> tuple[list[Prefix], Prefix | None, tuple[int, int, int]]:
+        """The path found, the snapshot to start from, and the hits in tokens. Changes nothing."""
+        path: list[Prefix] = []
+        for prefix in blocks:
+            if prefix not in self.blocks:
+                break
+            path.append(prefix)
+        found = usable = min(len(path), num_tokens // self.setup.block)
+        if self.setup.states:
+            usable = max((depth for depth in range(1, found + 1) if path[depth - 1] in self.snapshots), default=0)
+        source = path[usable - 1] if self.setup.states and usable else None
+        return path, source, (found * self.setup.block, found * self.setup.block, usable * self.setup.block)
+
+    def create(self, blocks: list[Prefix], known_blocks: int, known_tokens: int) -> ReferenceSequence:
+        sequence = ReferenceSequence(blocks, known_blocks, known_tokens)
+        self.adopt(sequence)
+        self.open.append(sequence)
+        return sequence
+
+    def adopt(self, sequence: ReferenceSequence) -> None:
+        known = sequence.blocks[: sequence.known_blocks]
+        sequence.path, sequence.source, sequence.hits = self.look_up(known, sequence.known_tokens)
+        sequence.committed = sequence.history = sequence.capacity = sequence.hits[2]
+
+    def gate(self, sequence: ReferenceSequence) -> bool:
+        """Whether the others leave enough to let this one in."""
+        if not any(other.status == "active" for other in self.open):
+            return True
+        others = [other for other in self.resumed() if other is not sequence]
+        pages = len(self.locked(others)) + sum(other.private for other in others) if self.setup.pages else 0
+        states = sum(other.live + len(other.reserved) for other in others)
+        return pages <= self.setup.max_util * self.setup.pages and states <= self.setup.max_util * self.setup.states
+
+    def resume(self, sequence: ReferenceSequence) -> str:
+        """Empty, or the reason of a refusal."""
+        if not self.gate(sequence):
+            return "utilization"
+        if sequence.status == "created":
+            _, source, _ = self.look_up(sequence.blocks[: sequence.known_blocks], sequence.known_tokens)
+            others = set(self.snapshots) - {source}
+            full = self.setup.states > 0 and self.free_states() < 1
+            held = any(other.source == source for other in self.holders() if other is not sequence)
+            if full and not others and (source is None or held):
+                return "slots"
+            self.first_resume(sequence, take_over=full and not others)
+        sequence.status = "active"
+        self.prune()
+        return ""
+
+    def first_resume(self, sequence: ReferenceSequence, take_over: bool) -> None:
+        self.adopt(sequence)
+        sequence.status = "resumed"
+        self.counts["lookups"] += 1
+        self.counts["lookup_tokens"] += sequence.known_tokens
+        for name, hit in zip(("tree", "attention", "usable"), sequence.hits, strict=True):
+            self.counts[name] += hit
+        if not self.setup.states:
+            return
+        if sequence.source is not None:
+            self.counts["reused"] += 1
+            self.counts["copied"] += not take_over
+            self.snapshots[sequence.source].used = True
+        if take_over:
+            del self.snapshots[sequence.source]
+        else:
+            self.take_state({sequence.source})
+        sequence.live = 1
+
+    def resize(self, sequence: ReferenceSequence, capacity: int, history: int) -> str:
+        """Empty, or the reason of a refusal."""
+        if self.setup.pages:
+            own = max(0, -(-capacity // self.setup.block) - len(sequence.path))
+            unlocked = len(self.blocks) - len(self.locked(self.resumed()))
+            if own - sequence.private > self.free_pages() + unlocked:
+                return "slots"
+            while own - sequence.private > self.free_pages():
+                self.evict_page()
+            sequence.private = own
+        sequence.capacity, sequence.history = capacity, history
+        return ""
+
+    def reserve(self, sequence: ReferenceSequence, points: list[int]) -> set[int]:
+        """The points that have a slot now."""
+        own = set(sequence.path)
+        for point in sorted(points):
+            depth = point // self.setup.block
+            if point in sequence.reserved or (depth <= len(sequence.path) and sequence.path[depth - 1] in self.snapshots):
+                continue
+            if self.free_states() > 0 or set(self.snapshots) - own:
+                self.take_state(own)
+                sequence.reserved.add(point)
+            else:
+                self.counts["no_room"] += 1
+                sequence.no_room.add(point)
+        self.prune()
+        return sequence.reserved & set(points)
+
+    def commit(self, sequence: ReferenceSequence, num_tokens: int) -> None:
+        old, new = sequence.committed, sequence.committed + num_tokens
+        for prefix in sequence.blocks[len(sequence.path) : new // self.setup.block]:
+            sequence.private -= self.setup.pages > 0  # into the tree, or free because the block is there already
+            self.blocks.setdefault(prefix, 0)
+            sequence.path.append(prefix)
+        if self.setup.states:
+            self.take_snapshots(sequence, old, new)
+        sequence.committed, sequence.history = new, max(sequence.history, new)
+        self.prune()
+
+    def take_snapshots(self, sequence: ReferenceSequence, old: int, new: int) -> None:
+        added = []
+        wanted = {point: sequence.path[point // self.setup.block - 1] for point in self.points(old, new)}
+        missing = {point: prefix for point, prefix in wanted.items() if prefix not in self.snapshots}
+        written = sequence.reserved & set(missing)
+        sequence.reserved = set()
+        for point, prefix in missing.items():
+            if point in written or (point == new and self.copy_live_state(sequence, point)):
+                added.append(prefix)
+                self.snapshots[prefix] = Snapshot()
+                self.counts["taken"] += 1
+            elif point < new and point not in sequence.no_room:
+                self.counts["crossed"] += 1
+        sequence.no_room = set()
+        for prefix in reversed(added):
+            self.clock += 1
+            self.snapshots[prefix].time = self.clock
+
+    def copy_live_state(self, sequence: ReferenceSequence, point: int) -> bool:
+        if sequence.history > point:
+            self.counts["history"] += 1
+            return False
+        own = set(sequence.path)
+        if self.free_states() < 1 and not set(self.snapshots) - own:
+            self.counts["no_room"] += point not in sequence.no_room
+            return False
+        self.take_state(own)
+        self.counts["copied"] += 1
+        return True
+
+    def points(self, old: int, new: int) -> list[int]:
+        return [point for point in range(old + 1, new + 1) if self.setup.states and point % self.setup.interval == 0]
+
+    def suspend(self, sequence: ReferenceSequence) -> None:
+        sequence.reserved = set()
+        self.touch(sequence.path)
+        sequence.status = "suspended"
+
+    def close(self, sequence: ReferenceSequence) -> None:
+        if sequence.status != "created":
+            self.touch(sequence.path)
+        self.open.remove(sequence)
+        self.prune()
+
+    # -- for comparison ----------------------------------------------------------------------------------------------
+
+    def look(self) -> dict[str, object]:
+        """Everything that can be seen from outside, in the words of the manager."""
+        cached = [("attention", self.cached_pages(), self.free_pages())] * (self.setup.pages > 0)
+        cached += [("ssm", len(self.snapshots), self.free_states())] * (self.setup.states > 0)
+        return {
+            "slots": cached,
+            "blocks": set(self.blocks),
+            "snapshots": set(self.snapshots),
+            "counts": self.counts,
+            "sequences": [
+                (s.committed, s.history, s.capacity, s.hits, len(s.path) * self.setup.block * s.holding) for s in self.open
+            ],
+        }

@@ -1,0 +1,243 @@
+"""The parts that a manager is made of: pools, queue, keys, memory, and that `check` notices damage."""
+
+import heapq
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from managers import STATE_BYTES, make_manager
+
+from ssmcache import BlockKeys
+from ssmcache.eviction import EvictionQueue
+from ssmcache.keys import KeyKind, ReuseScope
+from ssmcache.memory.simulated import SimulatedMemory
+from ssmcache.pools import PagePool, StatePool
+from ssmcache.tree import PageSegment, Root
+
+
+@pytest.mark.parametrize("pool_type", [PagePool, StatePool])
+@given(steps=st.lists(st.integers(-40, 60), max_size=60))
+def test_a_pool_hands_out_each_slot_once_and_the_last_returned_first(pool_type, steps):
+    pool = pool_type(200)
+    taken, returned, next_fresh = [], [], 0
+    for step in steps:
+        if step >= 0:
+            count = min(step, pool.free)
+            slots = list(pool.take(count))
+            old = min(count, len(returned))
+            expected = returned[len(returned) - old :] + list(range(next_fresh, next_fresh + count - old))
+            next_fresh += count - old
+            del returned[len(returned) - old :]
+            assert slots == expected
+            taken += slots
+        else:
+            count = min(-step, len(taken))
+            back = taken[len(taken) - count :]
+            del taken[len(taken) - count :]
+            pool.give_back(np.array(back, dtype=np.int32) if pool_type is PagePool else back)
+            returned += back
+        assert sorted(pool.returned_slots()) == sorted(returned)
+        assert pool.used == len(taken)
+        assert pool.num_ever_used == next_fresh
+    assert pool.peak_used <= 200
+
+
+@pytest.mark.parametrize("pool_type", [PagePool, StatePool])
+def test_a_pool_remembers_its_peak(pool_type):
+    pool = pool_type(10)
+    slots = pool.take(7)
+    pool.give_back(slots)
+    pool.take(2)
+    assert (pool.peak_used, pool.used, pool.free) == (7, 2, 8)
+    with pytest.raises(AssertionError):
+        pool.take(9)
+
+
+def test_a_queue_gives_segments_by_the_age_of_their_tail_whatever_was_moved_or_taken_out():
+    rng = random.Random(4)
+    root = Root(KeyKind(1, True), ReuseScope())
+    queue, ages = EvictionQueue(), {}
+    segments = [PageSegment(root, 0, n, 0, np.zeros(1, dtype=np.int32)) for n in range(50)]
+    for step in range(3000):
+        segment = rng.choice(segments)
+        action = rng.random()
+        if action < 0.6:
+            segment.stamp = step * 10 + 1000 if rng.random() < 0.7 else rng.randrange(1000) * 10**6 + step
+            queue.put(segment)
+            ages[segment] = segment.stamp
+        elif action < 0.8:
+            queue.remove(segment)
+            ages.pop(segment, None)
+        else:
+            popped = queue.pop()
+            oldest = min(ages, key=ages.get, default=None)
+            assert popped is oldest
+            ages.pop(popped, None)
+        assert len(queue) == len(ages)
+        assert len(queue._heap) <= 2 * len(queue) + 65
+    assert heapq.nsmallest(1, queue._heap)
+
+
+@given(
+    st.integers(1, 3),
+    st.booleans(),
+    st.lists(st.integers(0, 1), min_size=9, max_size=9),
+    st.lists(st.integers(0, 1), min_size=9, max_size=9),
+    st.integers(0, 2),
+    st.integers(0, 2),
+    st.integers(1, 3),
+)
+def test_common_blocks_equals_a_comparison_block_by_block(width, ready, left, right, left_start, right_start, num):
+    if num + max(left_start, right_start) > 9 // width:
+        return
+    left, right = np.array(left), np.array(right)
+    if ready:  # ready keys: equal at one place only if equal at all before
+        width = 1
+        left = np.arange(9) * 10
+        right = left - left_start * 10 + right_start * 10
+        right = np.where(np.arange(9) < right_start + num // 2, np.roll(left, right_start - left_start), -right - 1)
+        if left_start:
+            return
+    kind = KeyKind(width, ready)
+    expected = 0
+    while expected < num and all(
+        left[(left_start + expected) * width + i] == right[(right_start + expected) * width + i] for i in range(width)
+    ):
+        expected += 1
+    assert kind.common_blocks(left, left_start, right, right_start, num) == expected
+
+
+def test_parts_of_block_keys_are_views_that_know_their_place():
+    keys = BlockKeys([10, 11, 12], 16, 50)
+    part = keys[16:40]
+    assert (len(keys), len(part), part.start, part.stop) == (50, 24, 16, 40)
+    assert part.keys is keys.keys
+    assert len(keys[:-1]) == 49
+    assert len(part[8:]) == 16
+    assert part[8:].start == 24
+    assert len(keys[45:10]) == 0
+    with pytest.raises(ValueError, match="step 1"):
+        keys[::2]
+
+
+def test_block_keys_copy_what_could_change_and_keep_what_cannot():
+    array = np.arange(3)
+    keys = BlockKeys(array, 16, 48)
+    array[0] = 99
+    assert keys.keys[0] == 0
+    array.flags.writeable = False
+    assert BlockKeys(array, 16, 48).keys is array
+
+
+@pytest.mark.parametrize(("keys", "num_tokens"), [([1, 2], 48), ([1, 2, 3], 47), ([[1], [2]], 32), ([1], 0)])
+def test_block_keys_without_one_key_for_each_full_block_are_refused(keys, num_tokens):
+    with pytest.raises(ValueError, match=r"keys of a prompt of \d+ tokens in blocks of 16: expected shape"):
+        BlockKeys(keys, 16, num_tokens)
+
+
+def test_block_keys_of_another_block_size_or_from_the_middle_are_refused():
+    manager = make_manager(None, None)
+    with pytest.raises(ValueError, match="block keys from token 0 on in blocks of 32"):
+        manager.create_kv_cache(BlockKeys([1], 16, 16))
+    with pytest.raises(ValueError, match="block keys from token 0 on"):
+        manager.create_kv_cache(BlockKeys([1, 2], 32, 64)[32:])
+    sequence = manager.create_kv_cache(BlockKeys([1, 2], 32, 70))
+    sequence.resume()
+    sequence.resize(70)
+    with pytest.raises(ValueError, match="from token 0 on, got ready block keys from token 32 on"):
+        sequence.commit(BlockKeys([1, 2], 32, 70)[32:])
+    with pytest.raises(ValueError, match="expected ready block keys, as at creation, got tokens"):
+        sequence.commit([1, 2, 3])
+
+
+def test_simulated_copies_take_turns_on_a_stream_and_streams_wait_for_events():
+    memory = SimulatedMemory(copy_bytes_per_second=1000.0)
+    memory.reserve(0, 100, 10)
+    first = memory.copy(0, [0, 1], [2, 3], "a")
+    second = memory.copy(0, [4], [5], "a")
+    other = memory.copy(0, [4], [5], "b")
+    assert (first, second, other) == pytest.approx((0.2, 0.3, 0.1))
+    memory.wait("b", second)
+    assert memory.copy(0, [4], [5], "b") == pytest.approx(0.4)
+    memory.wait("b", first)
+    assert memory.copy(0, [4], [5], "b") == pytest.approx(0.5)
+    assert (memory.num_copied_slots, memory.num_copied_bytes) == (6, 600)
+    assert memory.bytes_in_use == 1000
+
+
+def test_the_manager_counts_the_bytes_of_the_states_that_it_copies():
+    manager = make_manager(None, None)
+    sequence = manager.create_kv_cache(())
+    sequence.resume(stream="compute")
+    sequence.resize(64)
+    sequence.commit(range(64))
+    assert manager.stats().copied_bytes == manager.memory.num_copied_bytes == STATE_BYTES
+
+
+def damage_pool(manager):
+    manager.store.page_pool.take(1)
+
+
+def damage_holds(manager):
+    manager.store.all_runs()[0].holds += 1
+
+
+def damage_queue(manager):
+    manager.store.page_queue.pop()
+
+
+def damage_parent(manager):
+    run = manager.store.all_runs()[0]
+    run.parent = run
+
+
+def damage_length(manager):
+    manager.store.all_runs()[0].end += 1
+
+
+def damage_snapshot(manager):
+    segment = manager.store.all_runs()[0].snapshots[0]
+    segment.ordinals[0] = 100
+
+
+def damage_count(manager):
+    manager.store.num_cached_pages += 1
+
+
+def damage_slot(manager):
+    pages = manager.store.all_runs()[0].pages
+    pages.slots[0] = pages.slots[1]
+
+
+def damage_stamp(manager):
+    manager.store.all_runs()[0].pages.stamp += 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_pool,
+        damage_holds,
+        damage_queue,
+        damage_parent,
+        damage_length,
+        damage_snapshot,
+        damage_count,
+        damage_slot,
+        damage_stamp,
+    ],
+)
+def test_check_notices_damage(damage):
+    manager = make_manager(20, 5)
+    sequence = manager.create_kv_cache(())
+    sequence.resume()
+    sequence.resize(130)
+    sequence.reserve_snapshots([64, 128])
+    sequence.commit(range(130))
+    sequence.close()
+    manager.check()
+    damage(manager)
+    with pytest.raises(AssertionError):
+        manager.check()
