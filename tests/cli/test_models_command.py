@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import typer
-from ssmcache_cli.models import models_command
 from typer.testing import CliRunner
 
 from ssmcache.models import ModelError, preset_names
+from ssmcache_cli.models import models_command
 
 app = typer.Typer()
 app.command("models")(models_command)

@@ -1,0 +1,75 @@
+"""`ssmcache replay`: one trace, one model, one setting."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssmcache.models import load_model
+from ssmcache_cli.console import (
+    KvDtypeOption,
+    ModelOption,
+    PrefillOption,
+    QuietOption,
+    SsmFractionOption,
+    StateDtypeOption,
+    Stopwatch,
+    TraceBlockOption,
+    interruptible,
+    progress_bar,
+)
+from ssmcache_cli.tables import replay_table
+from ssmcache_sim.formats import read_trace
+from ssmcache_sim.replay import replay
+from ssmcache_sim.results import manifest_with_times, replay_directory, replay_manifest, summary, write_replay
+from ssmcache_sim.settings import build_config, make_settings, parse_prefill
+from ssmcache_sim.sizes import parse_size
+
+
+def replay_command(
+    trace: Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz).")],
+    model: ModelOption,
+    tokens_per_block: Annotated[
+        int | None, typer.Option(help="Block size: a multiple of the trace's own, which is the default.")
+    ] = None,
+    ssm_reuse_interval: Annotated[
+        int | None, typer.Option(help="Tokens between snapshots: a multiple of the block; by default 512 or the block.")
+    ] = None,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of the cache: 40GiB, 1.5TB, unlimited.")] = "40GiB",
+    ssm_fraction: SsmFractionOption = None,
+    kv_dtype: KvDtypeOption = None,
+    state_dtype: StateDtypeOption = None,
+    prefill: PrefillOption = "reserved",
+    trace_block: TraceBlockOption = None,
+    out: Annotated[Path | None, typer.Option(help="Write manifest, summary and one row a request here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Replay a trace through the cache: hit rates, where tokens were lost, and memory."""
+    stopwatch = Stopwatch()
+    memory_bytes, how = parse_size(gpu_memory), parse_prefill(prefill)
+    spec = load_model(model)
+    with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:
+        requests = read_trace(trace, trace_block)
+        settings = make_settings(
+            spec,
+            requests.tokens_per_block if tokens_per_block is None else tokens_per_block,
+            gpu_memory_bytes=memory_bytes,
+            ssm_reuse_interval=ssm_reuse_interval,
+            ssm_fraction=ssm_fraction,
+            kv_dtype=kv_dtype,
+            state_dtype=state_dtype,
+            prefill=how,
+        )
+        config = build_config(spec, settings)
+        with progress_bar("replay", requests.num_requests, shown=not (quiet or as_json)) as progress:
+            result = replay(requests, config, prefill=how, progress=progress)
+        manifest, times = replay_manifest(requests, settings), stopwatch.times()
+        if folder is not None:
+            write_replay(folder, result, manifest, times)
+    if as_json:
+        typer.echo(json.dumps(summary(result.totals, manifest_with_times(manifest, times))))
+    elif not quiet:
+        replay_table(requests.label, settings, result.totals)

@@ -1,0 +1,92 @@
+"""`ssmcache sweep`: one trace and model, many settings."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssmcache.models import load_model
+from ssmcache_cli.console import (
+    KvDtypeOption,
+    ModelOption,
+    PrefillOption,
+    QuietOption,
+    SsmFractionOption,
+    StateDtypeOption,
+    Stopwatch,
+    TraceBlockOption,
+    interruptible,
+    progress_bar,
+)
+from ssmcache_cli.tables import sweep_table
+from ssmcache_sim.formats import read_trace
+from ssmcache_sim.ranges import parse_int_values, parse_size_values
+from ssmcache_sim.settings import parse_prefill
+from ssmcache_sim.sweep import SkippedCell, SweepSpec, plan_sweep, run_sweep
+from ssmcache_sim.sweep_results import begin_sweep, finish_sweep
+
+_MAX_REASONS = 5
+
+
+def sweep_command(
+    trace: Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz).")],
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="Directory for the results; finished cells in it are not run again.")],
+    tokens_per_block: Annotated[
+        str | None, typer.Option(help="Block sizes: 512,1024 or 512:4096:x2 (doubling). Default: the trace's own.")
+    ] = None,
+    ssm_reuse_interval: Annotated[
+        str, typer.Option(help="Snapshot intervals: 512,2048 or 512:8192:x2 (doubling).")
+    ] = "512:8192:x2",
+    gpu_memory: Annotated[
+        str, typer.Option(help="Memory sizes: 10GiB,40GiB,unlimited or 5GiB:80GiB:8 (8 sizes, log-spaced).")
+    ] = "5GiB:80GiB:5",
+    ssm_fraction: SsmFractionOption = None,
+    kv_dtype: KvDtypeOption = None,
+    state_dtype: StateDtypeOption = None,
+    prefill: PrefillOption = "reserved",
+    trace_block: TraceBlockOption = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a CPU.")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Replay a trace for every combination of block size, snapshot interval and memory size."""
+    stopwatch = Stopwatch()
+    blocks = None if tokens_per_block is None else parse_int_values(tokens_per_block, "--tokens-per-block")
+    intervals = parse_int_values(ssm_reuse_interval, "--ssm-reuse-interval")
+    sizes = parse_size_values(gpu_memory, "--gpu-memory")
+    how = parse_prefill(prefill)
+    spec = load_model(model)
+    with interruptible("finished cells are kept; run the same command again to go on"):
+        requests = read_trace(trace, trace_block)
+        sweep = SweepSpec(
+            trace_path=trace,
+            trace_block=trace_block,
+            tokens_per_block=blocks or (requests.tokens_per_block,),
+            ssm_reuse_intervals=intervals,
+            gpu_memory_bytes=sizes,
+            ssm_fraction=ssm_fraction,
+            kv_dtype=kv_dtype,
+            state_dtype=state_dtype,
+            prefill=how,
+        )
+        plan = plan_sweep(sweep, requests, spec, out)
+        manifest = begin_sweep(out, sweep, requests, spec)
+        with progress_bar("sweep", len(plan.cells), shown=not quiet) as progress:
+            cells = run_sweep(sweep, requests, plan, jobs or os.cpu_count() or 1, progress)
+        finish_sweep(out, manifest, cells, plan.skipped, stopwatch.times())
+    _print_skipped(plan.skipped)
+    if not quiet:
+        sweep_table(f"{requests.label}, {spec.name}", cells)
+        typer.echo(f"{len(cells)} cells, {len(plan.finished)} of them finished before: {out}")
+
+
+def _print_skipped(skipped: Sequence[SkippedCell]) -> None:
+    reasons = Counter(cell.reason for cell in skipped)
+    for reason, count in list(reasons.items())[:_MAX_REASONS]:
+        print(f"skipped {count} of the combinations: {reason}", file=sys.stderr)
+    if len(reasons) > _MAX_REASONS:
+        print(f"and {len(reasons) - _MAX_REASONS} more reasons, see manifest.json", file=sys.stderr)

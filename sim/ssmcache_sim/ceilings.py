@@ -1,0 +1,53 @@
+"""What a cache of unlimited memory would hit: the ceilings that every replay is measured against."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssmcache_sim.trace import Int64Array, Trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ceilings:
+    """[num_requests] tokens each: hits with unlimited memory for attention alone, and at an interval of snapshots."""
+
+    kv_tokens: Int64Array
+    tokens: Int64Array
+
+
+def infinite_cache(trace: Trace, ssm_reuse_interval: int | None) -> Ceilings:
+    """Hits of an infinite cache into which every earlier prompt was put.
+
+    With m leading full blocks seen in an earlier request, B tokens a block and L prompt tokens, attention hits
+    min(m, floor((L - 1) / B)) * B tokens: full blocks only, and at least one token is left to compute. With SSM layers
+    that is rounded down to the interval; `ssm_reuse_interval=None` means a model without them.
+
+    Cost: one write for each block, then O(requests * log(blocks of a request)).
+    """
+    num_blocks = trace.block_keys.size
+    first_place = np.zeros(trace.num_keys, dtype=np.int64)
+    # Of several values for one index the last one stays: written back to front, that is the first place of a key.
+    first_place[trace.block_keys[::-1]] = np.arange(num_blocks - 1, -1, -1, dtype=np.int64)
+    matched = _count_seen_before(trace, first_place)
+    block = trace.tokens_per_block
+    kv_tokens = np.minimum(matched, (trace.prompt_tokens - 1) // block) * block
+    if ssm_reuse_interval is None:
+        return Ceilings(kv_tokens, kv_tokens)
+    return Ceilings(kv_tokens, kv_tokens // ssm_reuse_interval * ssm_reuse_interval)
+
+
+def _count_seen_before(trace: Trace, first_place: Int64Array) -> Int64Array:
+    """[num_requests] leading full blocks of each prompt whose key comes first in an earlier prompt.
+
+    Keys are unique per prefix: all blocks before one that was seen were seen. So a binary search finds the first new
+    block, for all requests at once.
+    """
+    starts = trace.offsets[:-1]
+    low, high = np.zeros_like(starts), np.diff(trace.offsets)  # the answer lies in low..high
+    while (open_requests := np.flatnonzero(low < high)).size:
+        start = starts[open_requests]
+        middle = (low[open_requests] + high[open_requests]) // 2
+        seen = first_place[trace.block_keys[start + middle]] < start
+        low[open_requests[seen]] = middle[seen] + 1
+        high[open_requests[~seen]] = middle[~seen]
+    return low

@@ -1,0 +1,251 @@
+"""Replays a trace through a cache manager on simulated memory, and accounts for every token that did not hit.
+
+Each request in order of arrival: created with its prompt less the last token, resumed, resized to the prompt and one
+token more, its snapshots reserved, the prompt committed, closed.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ssmcache import (
+    BlockKeys,
+    GpuCacheTierConfig,
+    KVCache,
+    KVCacheManager,
+    KVCacheManagerConfig,
+    LayerGroupUsage,
+    ReuseMatch,
+    SimulatedMemory,
+)
+from ssmcache_sim.ceilings import Ceilings, infinite_cache
+from ssmcache_sim.errors import MemoryTooSmallError
+from ssmcache_sim.settings import Prefill
+from ssmcache_sim.sizes import format_size
+from ssmcache_sim.totals import LayerGroupPeak, ReplayTotals, SnapshotCounts
+from ssmcache_sim.trace import Int64Array, Trace
+
+_REQUESTS_PER_PROGRESS = 256
+_NO_MATCH = ReuseMatch(0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplayResult:
+    """What became of each request, [num_requests] tokens unless said otherwise, and the totals.
+
+    For each request: usable + lost_evicted + lost_alignment + lost_snapshot = kv_ceiling. Hits count full blocks.
+
+    Attributes:
+        trace: as replayed, in blocks of the manager.
+        tree, attention, usable: hits by prefix known, by KV present, and tokens that were really skipped. Without
+            attention layers no KV can be missing, and `attention` is the ceiling.
+        kv_ceiling, ceiling: hits with unlimited memory, for attention alone and at the interval.
+        lost_evicted: KV that unlimited memory would have had.
+        lost_alignment: KV present beyond the last multiple of the interval.
+        lost_snapshot: the rest: KV present, but no snapshot at a usable position.
+        too_large: [num_requests] bool, did not fit into the memory even alone: served without the cache, no hits.
+        used_bytes: [num_layer_groups, num_requests] memory in use after each request.
+    """
+
+    trace: Trace
+    tree: Int64Array
+    attention: Int64Array
+    usable: Int64Array
+    kv_ceiling: Int64Array
+    ceiling: Int64Array
+    lost_evicted: Int64Array
+    lost_alignment: Int64Array
+    lost_snapshot: Int64Array
+    too_large: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    used_bytes: np.ndarray[tuple[int, int], np.dtype[np.int64]]
+    totals: ReplayTotals
+
+
+def replay(
+    trace: Trace,
+    config: KVCacheManagerConfig,
+    *,
+    prefill: Prefill = "reserved",
+    progress: Callable[[int], None] | None = None,
+) -> ReplayResult:
+    """Serves every request of the trace, in blocks of `config.tokens_per_block`.
+
+    Args:
+        progress: called now and then with the number of requests served.
+
+    Errors: TraceError for blocks that the trace does not record; MemoryTooSmallError when no request fits.
+    """
+    trace = trace.with_block(config.tokens_per_block)
+    check_memory(trace, config)
+    manager = KVCacheManager(config, memory=SimulatedMemory())
+    matches, used_slots = _serve_all(trace, manager, _committer(config, prefill), progress)
+    too_large = np.zeros(trace.num_requests, dtype=np.bool_)
+    if manager.max_capacity is not None:
+        too_large = trace.prompt_tokens + 1 > manager.max_capacity
+    ceilings = infinite_cache(trace, config.ssm_reuse_interval if config.has_ssm else None)
+    return _account(trace, config, ceilings, matches, too_large, used_slots, manager)
+
+
+def check_memory(trace: Trace, config: KVCacheManagerConfig) -> None:
+    """Errors: MemoryTooSmallError, naming the least memory that would do, when not even the shortest prompt fits."""
+    quota = config.cache_tiers[0].quota
+    if quota is None:
+        return
+    needed_tokens = int(trace.prompt_tokens.min()) + 1
+    if _capacity(config, quota) >= needed_tokens:
+        return
+    too_small, enough = quota, quota * 2
+    while _capacity(config, enough) < needed_tokens:
+        too_small, enough = enough, enough * 2
+    while enough - too_small > 1:
+        middle = (too_small + enough) // 2
+        if _capacity(config, middle) < needed_tokens:
+            too_small = middle
+        else:
+            enough = middle
+    raise MemoryTooSmallError(
+        f"memory too small for every request: expected at least {enough} bytes ({format_size(enough)}) for the "
+        f"shortest prompt, got {quota} bytes ({format_size(quota)})"
+    )
+
+
+def _capacity(config: KVCacheManagerConfig, quota: int) -> int:
+    """Tokens that one sequence alone has room for with `quota` bytes; 0 where not even a manager can be made."""
+    resized = replace(config, cache_tiers=(GpuCacheTierConfig(quota=quota),))
+    try:
+        max_capacity = KVCacheManager(resized, memory=SimulatedMemory()).max_capacity
+    except ValueError:
+        return 0
+    return sys.maxsize if max_capacity is None else max_capacity  # None: a state has room for any number of tokens
+
+
+_Commit = Callable[[KVCache, BlockKeys], None]
+
+
+def _committer(config: KVCacheManagerConfig, prefill: Prefill) -> _Commit:
+    if not config.has_ssm:
+        return _commit_at_once
+    return _commit_reserved if prefill == "reserved" else _commit_chunks
+
+
+def _commit_at_once(kv: KVCache, prompt: BlockKeys) -> None:
+    kv.commit(prompt[kv.num_committed_tokens :])
+
+
+def _commit_reserved(kv: KVCache, prompt: BlockKeys) -> None:
+    kv.reserve_snapshots(kv.snapshot_points(prompt.stop))
+    kv.commit(prompt[kv.num_committed_tokens :])
+
+
+def _commit_chunks(kv: KVCache, prompt: BlockKeys) -> None:
+    for point in kv.snapshot_points(prompt.stop):
+        kv.commit(prompt[kv.num_committed_tokens : point])
+    if kv.num_committed_tokens < prompt.stop:
+        kv.commit(prompt[kv.num_committed_tokens :])
+
+
+def _serve_all(
+    trace: Trace, manager: KVCacheManager, commit: _Commit, progress: Callable[[int], None] | None
+) -> tuple[list[ReuseMatch], list[list[int]]]:
+    """Matches by request, and slots in use after each request by layer group."""
+    matches: list[ReuseMatch] = []
+    used_slots: list[list[int]] = [[] for _ in manager.layer_grouping]
+    recorders = [(slots.append, group) for group, slots in enumerate(used_slots)]
+    capacity = manager.max_capacity
+    create, used = manager.create_kv_cache, manager.used_slots
+    for index, prompt in enumerate(trace.prompts()):
+        needed = prompt.stop + 1
+        if capacity is not None and needed > capacity:
+            matches.append(_NO_MATCH)
+        else:
+            kv = create(prompt[:-1], id=index)
+            if not (kv.resume() and kv.resize(needed)):
+                # one request at a time and room for it alone: the manager is wrong, not the user
+                raise RuntimeError(f"request {index} of {needed} tokens fits {capacity}, but: {kv.shortage}")
+            matches.append(kv.reuse_match)
+            commit(kv, prompt)
+            kv.close()
+        for record, group in recorders:
+            record(used(group))
+        if progress is not None and index % _REQUESTS_PER_PROGRESS == 0:
+            progress(index)
+    if progress is not None:
+        progress(trace.num_requests)
+    return matches, used_slots
+
+
+def _account(
+    trace: Trace,
+    config: KVCacheManagerConfig,
+    ceilings: Ceilings,
+    matches: list[ReuseMatch],
+    too_large: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    used_slots: list[list[int]],
+    manager: KVCacheManager,
+) -> ReplayResult:
+    """Splits every token below the KV ceiling into hit and lost, and sums up."""
+    block = trace.tokens_per_block
+    # a match may end inside a block whose last token must be computed; the figures count full blocks
+    tree, attention, usable = (np.array(matches, dtype=np.int64) // block * block).T.copy()
+    if not config.has_attention:
+        attention = ceilings.kv_tokens  # without attention layers no KV can be missing
+    interval = config.ssm_reuse_interval if config.has_ssm else 1
+    aligned = attention // interval * interval
+    lost_evicted = ceilings.kv_tokens - attention
+    lost_alignment = attention - aligned
+    lost_snapshot = aligned - usable
+    for lost in (lost_evicted, lost_alignment, lost_snapshot):
+        assert (lost >= 0).all(), f"request {int(np.argmin(lost))} hits more than it can: {int(lost.min())}"
+    assert (usable + lost_evicted + lost_alignment + lost_snapshot == ceilings.kv_tokens).all()
+    groups = manager.memory_usage().groups
+    slot_bytes = np.array([group.slot_bytes for group in groups], dtype=np.int64)
+    totals = ReplayTotals(
+        requests=trace.num_requests,
+        too_large_requests=int(too_large.sum()),
+        prompt_tokens=int(trace.prompt_tokens.sum()),
+        tree_hit_tokens=int(tree.sum()),
+        attention_hit_tokens=int(attention.sum()),
+        usable_hit_tokens=int(usable.sum()),
+        kv_ceiling_hit_tokens=int(ceilings.kv_tokens.sum()),
+        ceiling_hit_tokens=int(ceilings.tokens.sum()),
+        lost_evicted_tokens=int(lost_evicted.sum()),
+        lost_alignment_tokens=int(lost_alignment.sum()),
+        lost_snapshot_tokens=int(lost_snapshot.sum()),
+        snapshots=_snapshot_counts(manager),
+        peaks=tuple(map(_peak, groups)),
+    )
+    return ReplayResult(
+        trace=trace,
+        tree=tree,
+        attention=attention,
+        usable=usable,
+        kv_ceiling=ceilings.kv_tokens,
+        ceiling=ceilings.tokens,
+        lost_evicted=lost_evicted,
+        lost_alignment=lost_alignment,
+        lost_snapshot=lost_snapshot,
+        too_large=too_large,
+        used_bytes=np.array(used_slots, dtype=np.int64) * slot_bytes[:, np.newaxis],
+        totals=totals,
+    )
+
+
+def _peak(group: LayerGroupUsage) -> LayerGroupPeak:
+    num_bytes = None if group.num_slots is None else group.num_slots * group.slot_bytes
+    return LayerGroupPeak(group.layer_group, group.kind, group.peak_slots * group.slot_bytes, num_bytes)
+
+
+def _snapshot_counts(manager: KVCacheManager) -> SnapshotCounts:
+    stats = manager.stats()
+    return SnapshotCounts(
+        taken=stats.snapshots_taken,
+        reused=stats.snapshots_reused,
+        evicted=stats.snapshots_evicted,
+        evicted_unused=stats.snapshots_evicted_unused,
+        skipped_crossed=stats.snapshots_skipped_crossed,
+        skipped_no_room=stats.snapshots_skipped_no_room,
+        skipped_not_admitted=stats.snapshots_skipped_not_admitted,
+        skipped_history=stats.snapshots_skipped_history,
+    )

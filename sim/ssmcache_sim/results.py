@@ -1,0 +1,148 @@
+"""The result directory of one replay: `manifest.json`, `summary.json`, `per_request.parquet`.
+
+The same input gives the same bytes in the data files; when and how long is said in the manifest alone.
+"""
+
+import platform
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssmcache import __version__
+from ssmcache_sim.directories import MANIFEST, TOOL, json_bytes, new_directory, read_manifest, write_file
+from ssmcache_sim.errors import OutputError
+from ssmcache_sim.replay import ReplayResult
+from ssmcache_sim.settings import ReplaySettings
+from ssmcache_sim.totals import ReplayTotals
+from ssmcache_sim.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUMMARY = "summary.json"
+PER_REQUEST = "per_request.parquet"
+REPLAY_COMMAND = "replay"
+
+
+@dataclass(frozen=True, slots=True)
+class RunTimes:
+    """When a run began (ISO 8601) and how long it took. Measured by the caller: nothing here reads a clock."""
+
+    started_at: str
+    wall_seconds: float
+
+
+def replay_manifest(trace: Trace, settings: ReplaySettings) -> dict[str, Any]:
+    """What a replay was made of; the same for the same input on the same machine."""
+    return {**manifest_head(REPLAY_COMMAND, trace), "settings": asdict(settings)}
+
+
+def manifest_head(command: str, trace: Trace) -> dict[str, Any]:
+    """The part of a manifest that all commands share: versions and the trace."""
+    return {
+        "tool": TOOL,
+        "command": command,
+        "versions": {"ssmcache": __version__, "python": platform.python_version(), "numpy": np.__version__},
+        "trace": {
+            "name": trace.label,
+            "sha256": trace.sha256,
+            "requests": trace.num_requests,
+            "prompt_tokens": int(trace.prompt_tokens.sum()),
+            "tokens_per_block": trace.tokens_per_block,
+            "repairs": dict(trace.repairs),
+        },
+    }
+
+
+def manifest_with_times(manifest: dict[str, Any], times: RunTimes) -> dict[str, Any]:
+    """The whole manifest; nothing but this part of it differs from run to run."""
+    return {**manifest, "run": asdict(times)}
+
+
+def summary(totals: ReplayTotals, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The object that `--json` prints and `summary.json` holds."""
+    return {**totals.to_json(), "manifest": manifest}
+
+
+def replay_directory(path: Path) -> AbstractContextManager[Path]:
+    """A folder for `write_replay` that becomes `path` at the end of the block. Errors: OutputError, see there."""
+    return new_directory(path, REPLAY_COMMAND, frozenset({SUMMARY, PER_REQUEST}))
+
+
+def write_replay(folder: Path, result: ReplayResult, manifest: dict[str, Any], times: RunTimes) -> None:
+    """Writes the three files into `folder`. Errors: OutputError."""
+    write_parquet(folder / PER_REQUEST, per_request_columns(result))
+    write_file(folder / SUMMARY, json_bytes(summary(result.totals, manifest)))
+    write_file(folder / MANIFEST, json_bytes(manifest_with_times(manifest, times)))
+
+
+def per_request_columns(result: ReplayResult) -> dict[str, np.ndarray[Any, Any]]:
+    """One entry a request for each column, units in the names. Memory is what was in use after the request."""
+    trace = result.trace
+    used = {
+        f"used_bytes_{peak.kind}_{peak.layer_group}": used_bytes
+        for peak, used_bytes in zip(result.totals.peaks, result.used_bytes, strict=True)
+    }
+    return {
+        "request": np.arange(trace.num_requests, dtype=np.int64),
+        "arrival_ms": trace.arrival_ms,
+        "prompt_tokens": trace.prompt_tokens,
+        "output_tokens": trace.output_tokens,
+        "tree_hit_tokens": result.tree,
+        "attention_hit_tokens": result.attention,
+        "usable_hit_tokens": result.usable,
+        "kv_ceiling_hit_tokens": result.kv_ceiling,
+        "ceiling_hit_tokens": result.ceiling,
+        "lost_evicted_tokens": result.lost_evicted,
+        "lost_alignment_tokens": result.lost_alignment,
+        "lost_snapshot_tokens": result.lost_snapshot,
+        "too_large": result.too_large,
+        **used,
+    }
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> None:
+    """Writes columns (arrays or lists, None: missing) as one Parquet file. Errors: OutputError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    write_file(path, sink.getvalue().to_pybytes())
+
+
+def read_parquet(path: Path) -> "pd.DataFrame":
+    """A Parquet file of ours as a data frame with nullable types. Errors: OutputError."""
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path, dtype_backend="numpy_nullable")
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
+        raise OutputError(f"{path}: expected a Parquet file of {TOOL}: {' '.join(str(error).split())}") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplayRun:
+    """A result directory read back."""
+
+    manifest: dict[str, Any]
+    totals: ReplayTotals
+    per_request: "pd.DataFrame"
+
+
+def load_run(directory: str | Path) -> ReplayRun:
+    """Reads what `write_replay` wrote. Errors: OutputError."""
+    import json
+
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if manifest.get("command") != REPLAY_COMMAND:
+        raise OutputError(f"{directory}: expected the result of a replay, got one of {manifest.get('command')!r}")
+    try:
+        totals = ReplayTotals.from_json(json.loads((directory / SUMMARY).read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{directory / SUMMARY}: expected the summary of a replay: {error}") from error
+    return ReplayRun(manifest, totals, read_parquet(directory / PER_REQUEST))

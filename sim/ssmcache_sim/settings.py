@@ -1,0 +1,93 @@
+"""The settings of one replay, and the manager's config that follows from them and a model."""
+
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from ssmcache.config import DEFAULT_SSM_REUSE_INTERVAL, GpuCacheTierConfig, KVCacheManagerConfig
+from ssmcache.models import ModelSpec, dtype_name
+from ssmcache_sim.errors import SettingsError
+
+Prefill = Literal["reserved", "chunked"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaySettings:
+    """What a replay depends on besides its trace.
+
+    Attributes:
+        model: name of the model, for titles and manifests.
+        ssm_reuse_interval: tokens between snapshots; None for a model without SSM layers.
+        gpu_memory_bytes: for the cache; None: unlimited.
+        ssm_fraction: share of the memory that goes to SSM slots; None: the manager's rule.
+        kv_dtype, state_dtype: of KV and of SSM states.
+        prefill: how snapshots inside a prompt are made: slots reserved ahead and one commit, or one commit a chunk.
+    """
+
+    model: str
+    tokens_per_block: int
+    ssm_reuse_interval: int | None
+    gpu_memory_bytes: int | None
+    ssm_fraction: float | None
+    kv_dtype: str
+    state_dtype: str
+    prefill: Prefill
+
+
+def parse_prefill(text: str) -> Prefill:
+    """Errors: SettingsError."""
+    if text not in get_args(Prefill):
+        raise SettingsError(f"prefill: expected {' or '.join(get_args(Prefill))}, got {text!r}")
+    return cast(Prefill, text)
+
+
+def make_settings(
+    model: ModelSpec,
+    tokens_per_block: int,
+    *,
+    gpu_memory_bytes: int | None,
+    ssm_reuse_interval: int | None = None,
+    ssm_fraction: float | None = None,
+    kv_dtype: str | None = None,
+    state_dtype: str | None = None,
+    prefill: Prefill = "reserved",
+) -> ReplaySettings:
+    """Settings with the defaults of the model filled in, and without an interval where the model has no SSM layers.
+
+    Args:
+        ssm_reuse_interval: None: the smallest multiple of the block that is not below the manager's default.
+        kv_dtype, state_dtype: None: what the model's config says.
+
+    Errors: ModelError for an unknown dtype.
+    """
+    if not model.num_ssm_layers:
+        ssm_reuse_interval = None
+    elif ssm_reuse_interval is None and tokens_per_block > 0:
+        ssm_reuse_interval = -(-DEFAULT_SSM_REUSE_INTERVAL // tokens_per_block) * tokens_per_block
+    return ReplaySettings(
+        model=model.name,
+        tokens_per_block=tokens_per_block,
+        ssm_reuse_interval=ssm_reuse_interval,
+        gpu_memory_bytes=gpu_memory_bytes,
+        ssm_fraction=ssm_fraction,
+        kv_dtype=dtype_name(kv_dtype or model.kv_dtype),
+        state_dtype=dtype_name(state_dtype or model.state_dtype),
+        prefill=prefill,
+    )
+
+
+def build_config(model: ModelSpec, settings: ReplaySettings) -> KVCacheManagerConfig:
+    """The manager's config for these settings.
+
+    Errors: SettingsError for a combination that no manager can have.
+    """
+    interval = DEFAULT_SSM_REUSE_INTERVAL if settings.ssm_reuse_interval is None else settings.ssm_reuse_interval
+    try:
+        return KVCacheManagerConfig(
+            tokens_per_block=settings.tokens_per_block,
+            layers=model.cache_layers(settings.tokens_per_block, settings.kv_dtype, settings.state_dtype),
+            cache_tiers=(GpuCacheTierConfig(quota=settings.gpu_memory_bytes),),
+            ssm_reuse_interval=interval,
+            ssm_fraction=settings.ssm_fraction,
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error

@@ -1,0 +1,92 @@
+"""The result directory of a sweep: `cells.parquet`, `manifest.json`, and `cells/` with a file a finished cell."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssmcache.models import ModelSpec
+from ssmcache_sim.directories import MANIFEST, json_bytes, open_directory, read_manifest, write_file
+from ssmcache_sim.errors import OutputError
+from ssmcache_sim.results import RunTimes, manifest_head, manifest_with_times, read_parquet, write_parquet
+from ssmcache_sim.sweep import SkippedCell, SweepSpec, SweptCell
+from ssmcache_sim.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CELLS = "cells.parquet"
+SWEEP_COMMAND = "sweep"
+_VARIED = ("tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes")
+
+
+def begin_sweep(directory: Path, spec: SweepSpec, trace: Trace, model: ModelSpec) -> dict[str, Any]:
+    """Marks `directory` as a sweep's before the long work, and gives the manifest so far.
+
+    Errors: OutputError if it cannot be written or holds something else.
+    """
+    open_directory(directory, SWEEP_COMMAND)
+    manifest = {
+        **manifest_head(SWEEP_COMMAND, trace),
+        "settings": {
+            "model": model.name,
+            "tokens_per_block": sorted(spec.tokens_per_block),
+            "ssm_reuse_interval": sorted(spec.ssm_reuse_intervals),
+            "gpu_memory_bytes": list(spec.gpu_memory_bytes),
+            "ssm_fraction": spec.ssm_fraction,
+            "kv_dtype": spec.kv_dtype,
+            "state_dtype": spec.state_dtype,
+            "prefill": spec.prefill,
+        },
+    }
+    write_file(directory / MANIFEST, json_bytes(manifest))
+    return manifest
+
+
+def finish_sweep(
+    directory: Path,
+    manifest: dict[str, Any],
+    cells: Sequence[SweptCell],
+    skipped: Sequence[SkippedCell],
+    times: RunTimes,
+) -> None:
+    """Writes `cells.parquet`, one row a cell in the order given, and the whole manifest. Errors: OutputError."""
+    rows = [cell_row(cell) for cell in cells]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    write_parquet(directory / CELLS, {name: [row.get(name) for row in rows] for name in names})
+    reasons = [{**{name: getattr(cell.settings, name) for name in _VARIED}, "reason": cell.reason} for cell in skipped]
+    write_file(directory / MANIFEST, json_bytes(manifest_with_times({**manifest, "skipped": reasons}, times)))
+
+
+def cell_row(cell: SweptCell) -> dict[str, Any]:
+    """A cell's settings and totals as one flat row; a missing memory size means unlimited."""
+    published = cell.totals.to_json()
+    snapshots = published.pop("snapshots")
+    skipped = snapshots.pop("skipped")
+    del published["layer_groups"]
+    return {
+        **asdict(cell.settings),
+        **{f"peak_bytes_{kind}": value for kind, value in published.pop("peak_bytes").items()},
+        **published,
+        **{f"snapshots_{name}": value for name, value in snapshots.items()},
+        **{f"snapshots_skipped_{reason}": value for reason, value in skipped.items()},
+    }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SweepRun:
+    """A sweep's directory read back: one row a cell."""
+
+    manifest: dict[str, Any]
+    cells: "pd.DataFrame"
+
+
+def load_sweep(directory: str | Path) -> SweepRun:
+    """Reads what a finished sweep wrote. Errors: OutputError."""
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if manifest.get("command") != SWEEP_COMMAND:
+        raise OutputError(f"{directory}: expected the result of a sweep, got one of {manifest.get('command')!r}")
+    if "run" not in manifest:  # written at the end
+        raise OutputError(f"{directory}: expected a finished sweep, got an interrupted one: run it again to go on")
+    return SweepRun(manifest, read_parquet(directory / CELLS))

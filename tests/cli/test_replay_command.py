@@ -1,0 +1,173 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ssmcache_cli.replay as replay_module
+from ssmcache_sim.results import load_run
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+RunHere = Callable[..., tuple[int, str, str]]
+MODEL = ("--model", "nemotron-h-8b")
+
+
+def test_the_table_shows_the_headline_with_its_definition_and_the_rest_beside_it(ssmcache: Run, sample: str) -> None:
+    result = ssmcache("replay", sample, *MODEL, "--ssm-reuse-interval", 2048, "--gpu-memory", "200GiB")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for words in (
+        "mooncake_conversation_1000.jsonl.gz, nemotron-h-8b",
+        "block 512, interval 2048, memory 200 GiB",
+        "usable token hit rate",
+        "usable: prompt tokens that a request skips",
+        "prefix known (tree)",
+        "KV present (attention alone)",
+        "ceiling at this interval",
+        "KV evicted",
+        "alignment to the interval",
+        "no snapshot",
+        "too large for the memory",
+        "ssm (layer group 1)",
+        "snapshots taken",
+        "evicted unused",
+        "no room",
+    ):
+        assert words in result.stdout
+
+
+def test_the_table_is_legible_at_60_columns(run_here: RunHere, sample: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, _ = run_here("replay", sample, *MODEL)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 60
+    assert "…" not in out
+
+
+def test_json_is_one_object_and_nothing_else(ssmcache: Run, sample: str) -> None:
+    result = ssmcache("replay", sample, *MODEL, "--gpu-memory", "unlimited", "--json")
+    published = json.loads(result.stdout)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert published["requests"] == 1000
+    assert published["usable_hit_tokens"] == published["ceiling_hit_tokens"] == 2_959_360
+    assert published["manifest"]["settings"] == {
+        "model": "nemotron-h-8b",
+        "tokens_per_block": 512,
+        "ssm_reuse_interval": 512,
+        "gpu_memory_bytes": None,
+        "ssm_fraction": None,
+        "kv_dtype": "bfloat16",
+        "state_dtype": "float32",
+        "prefill": "reserved",
+    }
+    assert published["manifest"]["run"]["wall_seconds"] > 0
+
+
+def test_defaults_are_40_gib_the_trace_s_block_and_an_interval_from_512_on(run_here: RunHere, sample: str) -> None:
+    _, out, _ = run_here("replay", sample, *MODEL, "--json", "--tokens-per-block", 1024)
+    settings = json.loads(out)["manifest"]["settings"]
+    assert settings["gpu_memory_bytes"] == 40 << 30
+    assert (settings["tokens_per_block"], settings["ssm_reuse_interval"]) == (1024, 1024)
+
+
+def test_out_writes_a_directory_that_reads_back(run_here: RunHere, sample: str, tmp_path: Path) -> None:
+    code, out, err = run_here("replay", sample, *MODEL, "--out", tmp_path / "run", "--quiet")
+    assert (code, out, err) == (0, "", "")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "manifest.json",
+        "per_request.parquet",
+        "summary.json",
+    ]
+    assert load_run(tmp_path / "run").totals.requests == 1000
+
+
+def test_every_option_reaches_the_replay(run_here: RunHere, sample: str) -> None:
+    options = [
+        "--kv-dtype",
+        "fp8",
+        "--state-dtype",
+        "bf16",
+        "--ssm-fraction",
+        "0.4",
+        "--prefill",
+        "chunked",
+        "--trace-block",
+        "512",
+        "--json",
+    ]
+    _, out, _ = run_here("replay", sample, *MODEL, *options)
+    settings = json.loads(out)["manifest"]["settings"]
+    assert (settings["kv_dtype"], settings["state_dtype"]) == ("float8_e4m3fn", "bfloat16")
+    assert (settings["ssm_fraction"], settings["prefill"]) == (0.4, "chunked")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu-memory", "10"], "memory too small for every request: expected at least "),
+        (["--gpu-memory", "40G"], "memory size: expected a size such as 40GiB, 1.5TB, 512MB, a number of bytes, or "),
+        (["--ssm-reuse-interval", "700"], "ssm_reuse_interval: expected a multiple of tokens_per_block (512), got 700"),
+        (["--ssm-reuse-interval", "-512"], "ssm_reuse_interval: expected a positive integer, got -512"),
+        (["--tokens-per-block", "256"], "tokens_per_block: expected a multiple of the 512 tokens a block of "),
+        (["--tokens-per-block", "0"], "tokens_per_block: expected a positive integer, got 0"),
+        (["--ssm-fraction", "2"], "ssm_fraction: expected a share between 0 and 1, got 2.0"),
+        (["--kv-dtype", "int3"], "dtype: expected one of "),
+        (["--prefill", "both"], "prefill: expected reserved or chunked, got 'both'"),
+        (
+            ["--trace-block", "16"],
+            "mooncake_conversation_1000.jsonl.gz:1: hash_ids: expected 423 (or 422, full blocks ",
+        ),
+        (["--model", "nemo"], "unknown model 'nemo'"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_1(
+    run_here: RunHere, sample: str, tmp_path: Path, options: list[str], message: str
+) -> None:
+    code, out, err = run_here("replay", sample, *MODEL, "--out", tmp_path / "run", *options)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_row_is_named_and_nothing_is_written(ssmcache: Run, bad_trace: Path, tmp_path: Path) -> None:
+    result = ssmcache("replay", bad_trace, *MODEL, "--out", tmp_path / "run")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: bad.jsonl:2: input_length: expected a positive integer, got -3\n"
+    assert list(tmp_path.iterdir()) == [bad_trace]
+
+
+def test_a_missing_trace_and_an_unwritable_directory_are_one_line(ssmcache: Run, sample: str, tmp_path: Path) -> None:
+    missing = ssmcache("replay", tmp_path / "none.jsonl", *MODEL)
+    assert missing.returncode == 1
+    assert missing.stderr == f"error: {tmp_path}/none.jsonl: cannot read the trace: No such file or directory\n"
+    (tmp_path / "file").write_text("")
+    unwritable = ssmcache("replay", sample, *MODEL, "--out", tmp_path / "file" / "run")
+    assert unwritable.returncode == 1
+    assert unwritable.stderr == f"error: {tmp_path}/file/run: cannot write here: Not a directory\n"
+
+
+def test_a_bug_of_ours_stays_loud(run_here: RunHere, sample: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(replay_module, "replay", broken)
+    monkeypatch.setattr(sys, "argv", ["ssmcache", "replay", sample, *MODEL])
+    from ssmcache_cli.main import run
+
+    with pytest.raises(ValueError, match="a bug"):
+        run()
+
+
+def test_an_interrupted_replay_ends_with_130_and_one_line(
+    run_here: RunHere, sample: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replay_module, "replay", interrupted)
+    code, out, err = run_here("replay", sample, *MODEL, "--out", tmp_path / "run")
+    assert (code, out, err) == (130, "", "interrupted: nothing was written\n")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,87 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ssmcache_sim.sweep_results import load_sweep
+
+RunHere = Callable[..., tuple[int, str, str]]
+MODEL = ("--model", "nemotron-h-8b")
+SMALL = (*MODEL, "--gpu-memory", "50GiB:200GiB:2,unlimited", "--ssm-reuse-interval", "512:2048:x2", "--jobs", "1")
+
+
+def test_a_sweep_prints_the_best_of_each_memory_size_and_keeps_its_cells(
+    run_here: RunHere, sample: str, tmp_path: Path
+) -> None:
+    command = ("sweep", sample, *SMALL, "--tokens-per-block", "512,1024", "--out", tmp_path / "s")
+    code, out, err = run_here(*command)
+    assert code == 0
+    assert err == (
+        "skipped 3 of the combinations: ssm_reuse_interval: expected a multiple of tokens_per_block (1024), got 512\n"
+    )
+    rows = [line.split() for line in out.splitlines()]
+    assert ["unlimited", "512", "512", "21.55%", "21.55%"] in rows
+    assert "15 cells, 0 of them finished before" in out
+    assert len(load_sweep(tmp_path / "s").cells) == 15
+    assert "15 cells, 15 of them finished before" in run_here(*command)[1]
+
+
+def test_quiet_prints_nothing(run_here: RunHere, sample: str, tmp_path: Path) -> None:
+    assert run_here("sweep", sample, *SMALL, "--out", tmp_path / "s", "--quiet") == (0, "", "")
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["cells", "cells.parquet", "manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu-memory", "5GiB:80GiB"], "--gpu-memory: expected a list (10GiB,40GiB) or a range (5GiB:80GiB:8), got "),
+        (
+            ["--ssm-reuse-interval", "512:1024:2"],
+            "--ssm-reuse-interval: expected a list (512,1024) or a range (512:8192",
+        ),
+        (["--tokens-per-block", "0"], "--tokens-per-block: expected a positive integer, got '0'"),
+        (["--ssm-reuse-interval", "700"], "no combination of the sweep is possible; the first: ssm_reuse_interval: "),
+        (["--gpu-memory", "1MiB"], "no combination of the sweep is possible; the first: memory too small for every "),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_1(
+    run_here: RunHere, sample: str, tmp_path: Path, options: list[str], message: str
+) -> None:
+    code, out, err = run_here("sweep", sample, *SMALL, "--out", tmp_path / "s", *options)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_of_something_else_is_refused(run_here: RunHere, sample: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, _, err = run_here("sweep", sample, *SMALL, "--out", tmp_path)
+    assert (code, err) == (
+        1,
+        f"error: {tmp_path}: expected a result directory of ssmcache, got no readable manifest.json\n",
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(sample: str, tmp_path: Path) -> None:
+    options = ("--gpu-memory", "50GiB:200GiB:200", "--jobs", "2", "--out", str(tmp_path / "s"))
+    command = [sys.executable, "-m", "ssmcache_cli", "sweep", sample, *MODEL, *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    cells = tmp_path / "s" / "cells"
+    deadline = time.monotonic() + 60
+    while not (cells.is_dir() and any(cells.glob("*.json"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and its workers
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err == "interrupted: finished cells are kept; run the same command again to go on\n"
+    assert 0 < len(list(cells.glob("*.json"))) < 1000
+    assert not (tmp_path / "s" / "cells.parquet").exists()

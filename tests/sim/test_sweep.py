@@ -1,0 +1,177 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ssmcache.models import load_model
+from ssmcache_sim import sweep as sweep_module
+from ssmcache_sim.errors import OutputError, UserError
+from ssmcache_sim.formats import read_trace
+from ssmcache_sim.replay import replay
+from ssmcache_sim.results import RunTimes
+from ssmcache_sim.settings import build_config, make_settings
+from ssmcache_sim.sweep import SweepPlan, SweepSpec, SweptCell, plan_sweep, run_sweep
+from ssmcache_sim.sweep_results import begin_sweep, finish_sweep, load_sweep
+from ssmcache_sim.trace import Trace
+
+GIB = 1 << 30
+TIMES = RunTimes("now", 1.0)
+HYBRID = load_model("marconi-7b")
+
+
+@pytest.fixture(scope="module")
+def trace(sample_path: Path) -> Trace:
+    return read_trace(sample_path)
+
+
+@pytest.fixture
+def spec(sample_path: Path) -> SweepSpec:
+    return SweepSpec(sample_path, None, (1024, 512), (2048, 512), (None, 40 * GIB, 10 * GIB))
+
+
+def run(spec: SweepSpec, trace: Trace, path: Path, jobs: int = 1) -> tuple[SweepPlan, tuple[SweptCell, ...], list[int]]:
+    told: list[int] = []
+    plan = plan_sweep(spec, trace, HYBRID, path)
+    manifest = begin_sweep(path, spec, trace, HYBRID)
+    cells = run_sweep(spec, trace, plan, jobs, told.append)
+    finish_sweep(path, manifest, cells, plan.skipped, TIMES)
+    return plan, cells, told
+
+
+def test_each_cell_is_the_replay_of_its_settings(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
+    _, cells, told = run(spec, trace, tmp_path / "s")
+    assert told == list(range(10))
+    for cell in cells:
+        assert cell.totals == replay(trace, build_config(HYBRID, cell.settings)).totals
+
+
+def test_cells_come_by_block_interval_and_memory_with_unlimited_last(
+    spec: SweepSpec, trace: Trace, tmp_path: Path
+) -> None:
+    run(spec, trace, tmp_path / "s")
+    frame = load_sweep(tmp_path / "s").cells
+    columns = ["tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes"]
+    assert frame[columns].fillna(0).to_numpy().tolist() == [
+        [block, interval, memory]
+        for block, interval in ((512, 512), (512, 2048), (1024, 2048))
+        for memory in (10 * GIB, 40 * GIB, 0)
+    ]
+    assert frame["usable_hit_tokens"].iloc[2] == frame["ceiling_hit_tokens"].iloc[2]
+
+
+def test_combinations_that_no_cache_can_have_are_skipped_with_the_reason(
+    spec: SweepSpec, trace: Trace, tmp_path: Path
+) -> None:
+    spec = replace(spec, tokens_per_block=(256, 512, 1024), gpu_memory_bytes=(1, 10 * GIB))
+    plan, cells, _ = run(spec, trace, tmp_path / "s")
+    assert (len(cells), len(plan.skipped)) == (3, 9)
+    reasons = {cell.reason.partition(":")[0] for cell in plan.skipped}
+    assert reasons == {"tokens_per_block", "ssm_reuse_interval", "memory too small for every request"}
+    skipped = load_sweep(tmp_path / "s").manifest["skipped"]
+    assert skipped[0].keys() == {"tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes", "reason"}
+
+
+def test_a_sweep_without_any_possible_cell_is_an_error_and_writes_nothing(
+    spec: SweepSpec, trace: Trace, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no combination of the sweep is possible; the first: ssm_reuse_interval: "):
+        plan_sweep(replace(spec, ssm_reuse_intervals=(700,)), trace, HYBRID, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_without_ssm_layers_all_intervals_are_one_cell(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
+    plan = plan_sweep(spec, trace, load_model("llama-3.1-8b"), tmp_path)
+    assert [cell.settings.ssm_reuse_interval for cell in plan.cells] == [None] * 6
+
+
+def test_finished_cells_are_not_run_again(
+    spec: SweepSpec, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(spec, trace, tmp_path / "s")
+    ran: list[object] = []
+    monkeypatch.setattr(sweep_module, "replay", lambda *a, **k: (ran.append(a), replay(*a, **k))[1])
+    first = (tmp_path / "s" / "cells.parquet").read_bytes()
+    plan, _, told = run(spec, trace, tmp_path / "s")
+    assert (len(plan.finished), ran, told) == (9, [], [9])
+    assert (tmp_path / "s" / "cells.parquet").read_bytes() == first
+    run(replace(spec, gpu_memory_bytes=(10 * GIB, 20 * GIB)), trace, tmp_path / "s")
+    assert len(ran) == 3
+    run(replace(spec, kv_dtype="fp8"), trace, tmp_path / "s")
+    assert len(ran) == 12
+    run(replace(spec, prefill="chunked", gpu_memory_bytes=(None,)), trace, tmp_path / "s")
+    assert len(ran) == 15
+
+
+def test_a_damaged_cell_is_run_again(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
+    spec = replace(spec, gpu_memory_bytes=(10 * GIB,))
+    _, cells, _ = run(spec, trace, tmp_path / "s")
+    damaged, *_ = (tmp_path / "s" / "cells").iterdir()
+    for content in ("{", "[]", '{"requests": 1}'):
+        damaged.write_text(content)
+        plan, again, _ = run(spec, trace, tmp_path / "s")
+        assert (len(plan.finished), again) == (2, cells)
+
+
+def test_an_interrupted_sweep_keeps_its_cells_and_goes_on(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
+    def interrupt(done: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    plan = plan_sweep(spec, trace, HYBRID, tmp_path / "s")
+    begin_sweep(tmp_path / "s", spec, trace, HYBRID)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(spec, trace, plan, 1, interrupt)
+    with pytest.raises(OutputError, match="got an interrupted one: run it again to go on"):
+        load_sweep(tmp_path / "s")
+    plan, cells, told = run(spec, trace, tmp_path / "s")
+    assert (len(plan.finished), len(cells), told) == (4, 9, [4, 5, 6, 7, 8, 9])
+
+
+def test_worker_processes_give_the_same_bytes_and_can_be_interrupted(
+    spec: SweepSpec, trace: Trace, tmp_path: Path
+) -> None:
+    run(spec, trace, tmp_path / "one")
+
+    def interrupt(done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    plan = plan_sweep(spec, trace, HYBRID, tmp_path / "two")
+    begin_sweep(tmp_path / "two", spec, trace, HYBRID)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(spec, trace, plan, 2, interrupt)
+    kept = len(plan_sweep(spec, trace, HYBRID, tmp_path / "two").finished)
+    assert 2 <= kept <= 9
+    run(spec, trace, tmp_path / "two", jobs=2)
+    assert (tmp_path / "one" / "cells.parquet").read_bytes() == (tmp_path / "two" / "cells.parquet").read_bytes()
+
+
+def test_a_sweep_refuses_a_directory_of_something_else(
+    spec: SweepSpec, trace: Trace, tmp_path: Path, trace_of: Callable[..., Trace]
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match=r"got no readable manifest\.json"):
+        begin_sweep(tmp_path / "notes", spec, trace, HYBRID)
+    (tmp_path / "notes" / "manifest.json").write_text(json.dumps({"tool": "ssmcache", "command": "replay"}))
+    with pytest.raises(OutputError, match="got another result"):
+        begin_sweep(tmp_path / "notes", spec, trace, HYBRID)
+    with pytest.raises(OutputError, match="cannot write here: Not a directory"):
+        begin_sweep(tmp_path / "notes" / "thesis.txt" / "s", spec, trace, HYBRID)
+
+
+def test_settings_are_those_of_the_cell_that_they_name(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
+    spec = replace(spec, ssm_fraction=0.3, kv_dtype="fp8", state_dtype="bf16", prefill="chunked")
+    plan = plan_sweep(spec, trace, HYBRID, tmp_path)
+    assert plan.cells[0].settings == make_settings(
+        HYBRID,
+        512,
+        ssm_reuse_interval=512,
+        gpu_memory_bytes=10 * GIB,
+        ssm_fraction=0.3,
+        kv_dtype="fp8",
+        state_dtype="bf16",
+        prefill="chunked",
+    )
