@@ -2,56 +2,54 @@
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush, heapreplace
 
 from ssmcache.tree import Segment
 
-_COMPACT_ABOVE = 64
-
 
 class EvictionQueue:
-    """Evictable segments, the one with the oldest tail first.
+    """Segments that may go, the one with the oldest tail first.
 
-    A segment that is touched, held or taken out leaves its old entry behind; such entries are dropped when they come
-    up, and all at once when they are the majority, so that the heap stays within twice the live segments.
+    A touch only ever makes a segment younger, so nobody tells the queue of it: an entry remembers a time that its
+    segment had once, and when it comes up it is compared with the present one and sinks to where it belongs. Entries
+    of segments that have left the tree, or may not go now, are dropped when they come up; whoever makes a segment
+    free to go puts it in again.
 
-    Cost: O(1) to put the most recent segment, the usual case; O(log n) otherwise.
+    Cost: O(log n) once for each time a segment comes up; none for a touch.
     """
 
-    __slots__ = ("_heap", "_num_live")
+    __slots__ = ("_heap",)
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Segment]] = []
-        self._num_live = 0
 
     def put(self, segment: Segment) -> None:
-        """Enter a segment, or move it to where its stamp and tail belong now."""
-        if segment.entry is None:
-            self._num_live += 1
-        # the serial decides nothing: it only keeps the heap from comparing segments if a stale entry has the same time
-        segment.entry = entry = (segment.stamp - segment.tail, segment.serial, segment)
-        heap = self._heap
-        heappush(heap, entry)
-        if len(heap) > 2 * self._num_live + _COMPACT_ABOVE:
-            self._heap = [entry for entry in heap if entry[2].entry is entry]
-            heapify(self._heap)
-
-    def remove(self, segment: Segment) -> None:
-        if segment.entry is not None:
-            segment.entry = None
-            self._num_live -= 1
+        """Enter a segment, unless it is in the queue already."""
+        if not segment.queued:
+            segment.queued = True
+            # the serial decides nothing: it keeps the heap from comparing segments where a dead entry has the same time
+            heappush(self._heap, (segment.stamp - segment.tail, segment.serial, segment))
 
     def pop(self) -> Segment | None:
-        """Take out the segment with the oldest tail; None if there is none."""
+        """Take out the segment with the oldest tail of those that may go; None if there is none."""
         heap = self._heap
         while heap:
-            entry = heappop(heap)
-            segment = entry[2]
-            if segment.entry is entry:
-                segment.entry = None
-                self._num_live -= 1
-                return segment
+            time, serial, segment = heap[0]
+            if segment.run is not None and segment.may_go():
+                now = segment.stamp - segment.tail
+                if now == time:
+                    heappop(heap)
+                    segment.queued = False
+                    return segment
+                heapreplace(heap, (now, serial, segment))
+            else:
+                heappop(heap)
+                segment.queued = False
         return None
 
-    def __len__(self) -> int:
-        return self._num_live
+    def segments(self) -> list[Segment]:
+        """Everything with an entry, for checks. What may go must be no older than its entry."""
+        for time, _, segment in self._heap:
+            if segment.run is not None and segment.may_go() and time > segment.stamp - segment.tail:
+                raise AssertionError("a segment in the queue became older")
+        return [segment for _, _, segment in self._heap]

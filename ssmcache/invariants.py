@@ -96,12 +96,12 @@ def _check_holds(manager: KVCacheManager, runs: list[Run]) -> None:
     sequences: Counter[Root] = Counter()
     for sequence in manager.open_sequences:
         sequences[sequence.root] += 1
-        holds.update(sequence.locked_path())
-        soft = sequence.soft_hold
-        if soft is not None and soft.run is not None:
-            soft_holds[soft.run] += 1
-            if soft.source_slot >= 0:
-                sources[soft.source_slot] += 1
+        if sequence.locked:
+            holds.update(sequence.cursor.path())
+        if sequence.soft:
+            soft_holds[sequence.cursor] += 1
+            if sequence.source_slot >= 0:
+                sources[sequence.source_slot] += 1
     for run in runs:
         name = f"run {run.start}..{run.end}"
         _expect(run.holds == holds[run], f"{name} is held {run.holds} times, by {holds[run]} sequences")
@@ -119,25 +119,16 @@ def _check_holds(manager: KVCacheManager, runs: list[Run]) -> None:
 
 
 def _check_queues(manager: KVCacheManager, runs: list[Run]) -> None:
-    """In the queues is exactly what may go: tails of unheld leaves, and all snapshots."""
+    """What may go has one entry in its queue, and that is no younger than it is."""
     store = manager.store
-    queued: set[Segment] = set()
+    entries: Counter[Segment] = Counter(store.page_queue.segments())
+    if store.snapshots is not None:
+        entries.update(store.snapshots.queue.segments())
     for run in runs:
-        evictable = not (run.children or run.holds or run.soft_holds)
+        segments: list[Segment] = list(run.snapshots)
         if run.pages is not None:
-            in_queue = run.pages.entry is not None
-            _expect(
-                in_queue == evictable,
-                f"run {run.start}..{run.end}: in the page queue {in_queue}, evictable {evictable}",
-            )
-            if in_queue:
-                queued.add(run.pages)
-        for segment in run.snapshots:
-            _expect(segment.entry is not None, f"run {run.start}..{run.end}: snapshots not in the queue")
-            queued.add(segment)
-    num_queued = len(store.page_queue) + (0 if store.snapshots is None else len(store.snapshots.queue))
-    _expect(num_queued == len(queued), f"{num_queued} segments in the queues, {len(queued)} in the tree")
-    for queued_segment in queued:
-        assert queued_segment.entry is not None
-        belongs = queued_segment.stamp - queued_segment.tail
-        _expect(queued_segment.entry[0] == belongs, "a queued segment sits where it no longer belongs")
+            segments.append(run.pages)
+        for segment in segments:
+            name = f"a segment of run {run.start}..{run.end}"
+            _expect(entries[segment] == segment.queued, f"{name}: {entries[segment]} entries, queued {segment.queued}")
+            _expect(segment.queued or not segment.may_go(), f"{name} may go, but is not in the queue")

@@ -8,7 +8,7 @@ import numpy.typing as npt
 SlotArray = npt.NDArray[np.int32]
 
 UNLIMITED_SLOTS = sys.maxsize
-_FIRST_STACK_SIZE = 64
+NO_SLOTS: SlotArray = np.empty(0, dtype=np.int32)
 
 
 class SlotPool:
@@ -46,45 +46,43 @@ class SlotPool:
 
 
 class PagePool(SlotPool):
-    """Slots for pages, which come and go by the hundred: NumPy arrays. Cost: O(n) for n slots, one call each."""
+    """Slots for pages, which come and go by the hundred: a stack of NumPy arrays.
 
-    __slots__ = ("_returned", "_stack")
+    Cost: O(1) to give back, whatever the number; O(n) NumPy work and O(arrays met) to take n.
+    """
+
+    __slots__ = ("_stack",)
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._stack: SlotArray = np.empty(_FIRST_STACK_SIZE, dtype=np.int32)
-        self._returned = 0
+        self._stack: list[SlotArray] = []
 
     def take(self, count: int) -> SlotArray:
-        """Hand out `count` slots, [count] int32. The caller has checked that so many are free."""
+        """Hand out `count` slots, [count] int32 of the caller's own. The caller has checked that so many are free."""
         self._count(count)
-        returned = self._returned
-        if count <= returned:
-            self._returned = returned - count
-            return self._stack[returned - count : returned].copy()
-        fresh = count - returned
-        self._returned = 0
-        slots = np.empty(count, dtype=np.int32)
-        slots[:returned] = self._stack[:returned]
-        slots[returned:] = np.arange(self._next_fresh, self._next_fresh + fresh, dtype=np.int32)
-        self._next_fresh += fresh
-        return slots
+        stack = self._stack
+        parts: list[SlotArray] = []
+        while count and stack:
+            last = stack.pop()
+            if last.size > count:
+                stack.append(last[:-count])
+                last = last[-count:]
+            parts.append(last)
+            count -= last.size
+        parts.reverse()
+        if count:
+            parts.append(np.arange(self._next_fresh, self._next_fresh + count, dtype=np.int32))
+            self._next_fresh += count
+        return np.concatenate(parts) if parts else NO_SLOTS
 
     def give_back(self, slots: SlotArray) -> None:
-        """Take slots back; nobody may use them from here on."""
-        count = slots.size
-        end = self._returned + count
-        if end > self._stack.size:
-            grown = np.empty(max(end, 2 * self._stack.size), dtype=np.int32)
-            grown[: self._returned] = self._stack[: self._returned]
-            self._stack = grown
-        self._stack[self._returned : end] = slots
-        self._returned = end
-        self.used -= count
+        """Take slots back; nobody may use them from here on, nor write the array."""
+        if slots.size:
+            self._stack.append(slots)
+            self.used -= slots.size
 
     def returned_slots(self) -> list[int]:
-        returned: list[int] = self._stack[: self._returned].tolist()
-        return returned
+        return [int(slot) for part in self._stack for slot in part]
 
 
 class StatePool(SlotPool):

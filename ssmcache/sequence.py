@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssmcache.keys import BlockKeys, Int64Array, ReuseScope, Tokens
-from ssmcache.pools import SlotArray
+from ssmcache.pools import NO_SLOTS, SlotArray
 from ssmcache.states import SequenceStates
 from ssmcache.stats import ReuseMatch, Shortage
-from ssmcache.store import SoftHold
-from ssmcache.tree import Root, Run, deepest_snapshot, match_blocks
+from ssmcache.store import PathHolder
+from ssmcache.tree import Run, deepest_snapshot, match_blocks
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
 
-_NO_SLOTS: SlotArray = np.empty(0, dtype=np.int32)
 _NO_TOKENS: Int64Array = np.empty(0, dtype=np.int64)
 
 
@@ -32,35 +31,32 @@ class StateError(RuntimeError):
     """A call that the status of the sequence does not allow: a mistake of the caller, nothing has changed."""
 
 
-class KVCache:
+class KVCache(PathHolder):
     """The cache of one sequence; made by `KVCacheManager.create_kv_cache`.
 
-    Lengths are in tokens: `num_committed_tokens` <= `history_length` <= `capacity`. Blocks below `_cursor.end` lie in
-    the tree, on the path of `_cursor` (the prefix that was found, then what was committed); the pages after it are
+    Lengths are in tokens: `num_committed_tokens` <= `history_length` <= `capacity`. Blocks below `cursor.end` lie in
+    the tree, on the path of `cursor` (the prefix that was found, then what was committed); the pages after it are
     private, in `_own_pages`. Between `resume` and `close` the whole path is locked.
     """
 
     __slots__ = (
-        "_cursor", "_found", "_input", "_kind", "_manager", "_own_pages", "_pending", "_root", "_soft_hold", "_states",
-        "_stopped", "_version", "capacity", "history_length", "id", "num_committed_tokens", "reuse_match", "shortage",
-        "status",
+        "_input", "_kind", "_manager", "_own_pages", "_pending", "_states", "_stopped", "_version", "capacity",
+        "history_length", "id", "num_committed_tokens", "reuse_match", "shortage", "status",
     )  # fmt: skip
 
     def __init__(self, manager: KVCacheManager, tokens: Tokens, scope: ReuseScope, id: object) -> None:
         keys, kind, num_tokens = manager.keys_of(tokens)
+        super().__init__(manager.store.enter_scope(scope, kind))
         self._manager = manager
         self._kind = kind
-        self._root = manager.store.enter_scope(scope, kind)
         self.id = id
         self.status = KVCacheStatus.SUSPENDED
         self.shortage: Shortage | None = None
         self._input: tuple[Int64Array, int] | None = (keys, num_tokens)
-        self._cursor: Run = self._root
-        self._own_pages = _NO_SLOTS
+        self._own_pages = NO_SLOTS
         self._pending = _NO_TOKENS
         self._stopped = False
         self._states = SequenceStates(manager) if manager.store.snapshots is not None else None
-        self._soft_hold: SoftHold | None = None
         self._apply(*self._match(keys, num_tokens))
 
     # -- the found prefix --------------------------------------------------------------------------------------------
@@ -68,7 +64,7 @@ class KVCache:
     def _match(self, keys: Int64Array, num_tokens: int) -> tuple[Run, int, ReuseMatch, int]:
         """Look the prompt up: (run, blocks found, lengths, slot of the snapshot to start from or -1). Pure."""
         block = self._manager.tokens_per_block
-        run, depth = match_blocks(self._root, keys, keys.size // self._kind.width)
+        run, depth = match_blocks(self.root, keys, keys.size // self._kind.width)
         # keys may reach beyond the tokens: such a block can be adopted, but not skipped (one token must be computed)
         usable = found = min(depth, num_tokens // block)
         slot = -1
@@ -78,7 +74,7 @@ class KVCache:
 
     def _apply(self, run: Run, depth: int, match: ReuseMatch, source_slot: int) -> None:
         store = self._manager.store
-        self._soft_hold = store.soft_hold(run, depth, source_slot)
+        store.hold_softly(self, run, depth, source_slot)
         self._version = store.version
         self.reuse_match = match
         self.num_committed_tokens = self.history_length = self.capacity = match.usable_tokens
@@ -86,23 +82,9 @@ class KVCache:
     @property
     def num_attention_tokens(self) -> int:
         """KV exists, in shared pages, up to here: kernels must not write KV below it."""
-        run = self._cursor
-        if self._soft_hold is not None and self._soft_hold.run is not None:
-            run = self._soft_hold.run
-        return run.end * self._manager.tokens_per_block
+        return self.cursor.end * self._manager.tokens_per_block
 
     # -- what it owns, for `check` -----------------------------------------------------------------------------------
-
-    @property
-    def root(self) -> Root:
-        return self._root
-
-    @property
-    def soft_hold(self) -> SoftHold | None:
-        return self._soft_hold
-
-    def locked_path(self) -> list[Run]:
-        return [] if self._soft_hold is not None else list(self._cursor.path())
 
     def private_pages(self) -> list[int]:
         pages: list[int] = self._own_pages.tolist()
@@ -132,7 +114,7 @@ class KVCache:
                 return False
             self._input = None
         else:
-            self.shortage = self._manager.gate(self._cursor, self._own_pages.size, int(self._states is not None))
+            self.shortage = self._manager.gate(self.cursor, self._own_pages.size, int(self._states is not None))
             if self.shortage is not None:
                 return False
         self.status = KVCacheStatus.ACTIVE
@@ -141,36 +123,27 @@ class KVCache:
 
     def _first_resume(self, keys: Int64Array, num_tokens: int, stream: Any) -> bool:
         manager, store, states = self._manager, self._manager.store, self._states
-        hold = self._soft_hold
-        assert hold is not None
         # only what is found now may be refused, so a refused resume leaves the old match as it was
-        current = hold.run is not None and self._version == store.version
-        found = None if current else self._match(keys, num_tokens)
-        source_slot = hold.source_slot if found is None else found[3]
-        self.shortage = manager.gate(self._root, 0, 0)
+        found = None if self.soft and self._version == store.version else self._match(keys, num_tokens)
+        source_slot = self.source_slot if found is None else found[3]
+        self.shortage = manager.gate(self.root, 0, 0)
         if self.shortage is None and states is not None:
-            holds_source = hold.run is not None and hold.source_slot == source_slot
-            self.shortage = states.shortage_of_live_state(source_slot, holds_source)
+            self.shortage = states.shortage_of_live_state(source_slot, self.soft and self.source_slot == source_slot)
         if self.shortage is not None:
             return False
         if found is not None:
-            old_hold = hold
+            if self.soft:
+                store.drop_soft_hold(self)
             self._apply(*found)
-            hold = self._soft_hold
-            assert hold is not None
-            if old_hold.run is not None:
-                store.drop_soft_hold(old_hold)
-        self._cursor = store.end_soft_hold(hold)
-        self._soft_hold = None
-        store.lock(self._cursor)
-        match = self.reuse_match
+        store.lock(self)
         if states is not None:
-            states.start(self._cursor, source_slot, stream)
-        manager.counters.lookups += 1
-        manager.counters.lookup_tokens += num_tokens
-        manager.counters.tree_tokens += match.tree_tokens
-        manager.counters.attention_tokens += match.attention_tokens
-        manager.counters.usable_tokens += match.usable_tokens
+            states.start(self.cursor, self.source_slot, stream)
+        counters, match = manager.counters, self.reuse_match
+        counters.lookups += 1
+        counters.lookup_tokens += num_tokens
+        counters.tree_tokens += match.tree_tokens
+        counters.attention_tokens += match.attention_tokens
+        counters.usable_tokens += match.usable_tokens
         return True
 
     def suspend(self) -> None:
@@ -178,7 +151,7 @@ class KVCache:
         self._require_active("suspend")
         if self._states is not None:
             self._states.give_back_reserved()
-        self._manager.store.touch(self._cursor)
+        self._manager.store.touch(self.cursor)
         self.status = KVCacheStatus.SUSPENDED
         self._manager.num_active -= 1
 
@@ -187,11 +160,9 @@ class KVCache:
         if self.status is KVCacheStatus.CLOSED:
             return
         manager, store = self._manager, self._manager.store
-        if self._soft_hold is not None:
-            if self._soft_hold.run is not None:
-                store.drop_soft_hold(self._soft_hold)
-            self._soft_hold = None
-        else:
+        if self.soft:
+            store.drop_soft_hold(self)
+        elif self.locked:
             if self.status is KVCacheStatus.ACTIVE:
                 manager.num_active -= 1
             if self._states is not None:
@@ -199,11 +170,11 @@ class KVCache:
             if self._own_pages.size:
                 assert store.page_pool is not None
                 store.page_pool.give_back(self._own_pages)
-                self._own_pages = _NO_SLOTS
-            store.touch_and_release(self._cursor)
+                self._own_pages = NO_SLOTS
+            store.touch_and_release(self)
         self.status = KVCacheStatus.CLOSED
         self._input = None
-        store.leave_scope(self._root)
+        store.leave_scope(self.root)
         manager.forget(self)
 
     # -- lengths -----------------------------------------------------------------------------------------------------
@@ -229,7 +200,7 @@ class KVCache:
         if pool is not None:
             own = self._own_pages
             block = self._manager.tokens_per_block
-            missing = -(-capacity // block) - self._cursor.end - own.size
+            missing = -(-capacity // block) - self.cursor.end - own.size
             if missing > 0:
                 free = pool.capacity - pool.used
                 evictable = store.num_cached_pages - store.num_locked_pages
@@ -283,7 +254,7 @@ class KVCache:
             raise ValueError(
                 f"reserve_snapshots: expected points in {self.num_committed_tokens + 1}..{self.capacity}, got {wanted}"
             )
-        return self._states.reserve(wanted, self._cursor)
+        return self._states.reserve(wanted, self.cursor)
 
     def commit(self, tokens: Tokens) -> None:
         """Offer the next computed tokens, from `num_committed_tokens` on, for reuse by others.
@@ -313,7 +284,7 @@ class KVCache:
             self._commit_blocks(keys, first, last)
         self._pending = pending
         if self._states is not None:
-            self._states.commit(self._cursor, start, end, self.history_length)
+            self._states.commit(self.cursor, start, end, self.history_length)
         self.num_committed_tokens = end
         if end > self.history_length:
             self.history_length = end
@@ -338,7 +309,7 @@ class KVCache:
 
     def _commit_blocks(self, keys: Int64Array, first: int, last: int) -> None:
         store, kind = self._manager.store, self._kind
-        cursor = self._cursor
+        cursor = self.cursor
         position = cursor.end
         if position > first:
             self._check_shared(keys, first, min(position, last))
@@ -365,11 +336,11 @@ class KVCache:
                 pages = self._own_pages[:num_blocks]
                 self._own_pages = self._own_pages[num_blocks:]
             cursor = store.append(cursor, keys[(position - first) * kind.width :], num_blocks, pages)
-        self._cursor = cursor
+        self.cursor = cursor
 
     def _check_shared(self, keys: Int64Array, first: int, last: int) -> None:
         """The shared pages of blocks `first`..`last - 1` must be those of the committed tokens."""
-        for run in self._cursor.path():
+        for run in self.cursor.path():
             if run.end <= first:
                 break
             begin, end = max(first, run.start), min(last, run.end)
@@ -400,7 +371,7 @@ class KVCache:
         if self._input is not None or self.status is KVCacheStatus.CLOSED:
             raise StateError("page_indices: expected a resumed sequence")
         parts = [self._own_pages]
-        parts += [run.pages.slots for run in self._cursor.path() if run.pages is not None]
+        parts += [run.pages.slots for run in self.cursor.path() if run.pages is not None]
         num_blocks = -(-self.capacity // self._manager.tokens_per_block)
         indices: SlotArray = np.concatenate(parts[::-1])[:num_blocks]
         return indices

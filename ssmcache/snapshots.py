@@ -43,9 +43,7 @@ class SnapshotStore:
             if above is not None:
                 upper.snapshots.append(above)
                 self.queue.put(above)
-                if not segment.slots:
-                    self.queue.remove(segment)
-        run.snapshots = [segment for segment in run.snapshots if segment.slots]
+        self._drop_empty(run)
 
     def move_all(self, source: Run, target: Run) -> None:
         for segment in source.snapshots:
@@ -54,28 +52,26 @@ class SnapshotStore:
 
     def drop_from(self, run: Run, new_end: int) -> None:
         """The blocks from `new_end` on leave the tree: so do the snapshots there."""
-        emptied = False
         for segment in run.snapshots:
             if segment.ordinals[-1] >= new_end:
                 self._evict(segment.drop_tail(new_end))
-                if segment.slots:
-                    self.queue.put(segment)
-                else:
-                    self.queue.remove(segment)
-                    emptied = True
-        if emptied:
-            run.snapshots = [segment for segment in run.snapshots if segment.slots]
+        self._drop_empty(run)
+
+    def _drop_empty(self, run: Run) -> None:
+        for segment in run.snapshots:
+            if not segment.slots:
+                segment.run = None
+                run.snapshots = [segment for segment in run.snapshots if segment.slots]
 
     def stamp(self, run: Run, stamp: int) -> None:
         """Give all snapshots of a run, which has some, one stamp; that makes them one segment."""
         segment = run.snapshots[0]
         if len(run.snapshots) > 1:
             for other in run.snapshots[1:]:
-                self.queue.remove(other)
                 segment.absorb(other)
+                other.run = None
             run.snapshots = [segment]
         segment.stamp = stamp
-        self.queue.put(segment)
 
     # -- taking and evicting -----------------------------------------------------------------------------------------
 
@@ -93,6 +89,7 @@ class SnapshotStore:
                 break
             assert isinstance(segment, SnapshotSegment)
             run = segment.run
+            assert run is not None
             if run in own_runs:
                 passed_over.append(segment)
                 continue
@@ -111,7 +108,7 @@ class SnapshotStore:
             if segment.slots:
                 passed_over.append(segment)
             else:
-                run.snapshots.remove(segment)
+                self._drop_empty(run)
         for segment in passed_over:
             self.queue.put(segment)
         return short, losers
@@ -143,7 +140,7 @@ class SnapshotStore:
         run: Run | None = cursor
         while end > 0:
             assert run is not None
-            begin = end
+            begin = end if ordinals[0] < run.start else 0
             while begin > 0 and ordinals[begin - 1] >= run.start:
                 begin -= 1
             if begin < end:
@@ -159,18 +156,13 @@ class SnapshotStore:
         """Take a snapshot of the path of `cursor` out of the tree; its slot becomes the caller's."""
         for run in cursor.path():
             for segment in run.snapshots:
-                if slot not in segment.slots:
-                    continue
-                index = segment.slots.index(slot)
-                del segment.ordinals[index], segment.slots[index]
-                if segment.slots:
-                    self.queue.put(segment)
-                else:
-                    self.queue.remove(segment)
-                    run.snapshots.remove(segment)
-                self.num_cached -= 1
-                self.unused.discard(slot)
-                return
+                if slot in segment.slots:
+                    index = segment.slots.index(slot)
+                    del segment.ordinals[index], segment.slots[index]
+                    self._drop_empty(run)
+                    self.num_cached -= 1
+                    self.unused.discard(slot)
+                    return
         raise AssertionError(f"slot {slot} is no snapshot of this path")
 
     def clear(self, runs: list[Run]) -> None:
@@ -178,6 +170,7 @@ class SnapshotStore:
         for run in runs:
             for segment in run.snapshots:
                 self.pool.give_back(segment.slots)
+                segment.run = None
         self.queue = EvictionQueue()
         self.num_cached = 0
         self.unused.clear()

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
 
 
+_NO_RUNS: set[Run] = set()
+
+
 class SequenceStates:
     """SSM slots of one sequence. The live slot is overwritten at each token; a snapshot is a copy of it, or a slot
     that a kernel wrote in passing.
@@ -54,16 +57,22 @@ class SequenceStates:
                 manager.store.take_over_snapshot(cursor, source_slot)
                 self.live_slot = source_slot
                 return
-        self.live_slot = manager.store.take_states(1, None)[0]
+        self.live_slot = manager.store.take_states(1, _NO_RUNS)[0]
         if source_slot >= 0:
             manager.copy_state(source_slot, self.live_slot, stream)
             snapshots.release_source(source_slot)
 
-    def _room_beside(self, cursor: Run) -> int:
-        """Slots that can be had without giving up a snapshot of one's own path."""
+    def _room_beside(self, cursor: Run) -> tuple[int, set[Run]]:
+        """Slots that can be had without giving up a snapshot of one's own path, and the runs of that path."""
         snapshots = self._snapshots
-        own = sum(len(segment.slots) for run in cursor.path() for segment in run.snapshots)
-        return snapshots.pool.free + snapshots.num_cached - own
+        own_runs = set()
+        room = snapshots.pool.free + snapshots.num_cached
+        for run in cursor.path():
+            if run.snapshots:
+                own_runs.add(run)
+                for segment in run.snapshots:
+                    room -= len(segment.slots)
+        return room, own_runs
 
     def reserve(self, points: list[int], cursor: Run) -> dict[int, int]:
         if not points:
@@ -73,16 +82,19 @@ class SequenceStates:
         wanted = [point for point in points if point in admitted]
         self._manager.counters.snapshots_skipped_not_admitted += len(points) - len(wanted)
         # adopted blocks beyond the start may have snapshots already: a slot for them would push out another for nothing
-        present = self._snapshots.ordinals_on(cursor, points[0] // block - 1)
+        first = points[0] // block - 1
+        present = self._snapshots.ordinals_on(cursor, first) if cursor.end > first else ()
         if present or self.reserved:
             wanted = [p for p in wanted if p // block - 1 not in present and p not in self.reserved]
-        served = wanted
+        served, own_runs = wanted, _NO_RUNS
         if len(wanted) > self._snapshots.pool.free:
-            served = wanted[: max(0, self._room_beside(cursor))]
+            room, own_runs = self._room_beside(cursor)
+            served = wanted[: max(0, room)]
             self._skipped.update(wanted[len(served) :])
             self._manager.counters.snapshots_skipped_no_room += len(wanted) - len(served)
         if served:
-            self.reserved.update(zip(served, self._manager.store.take_states(len(served), cursor), strict=True))
+            slots = self._manager.store.take_states(len(served), own_runs)
+            self.reserved.update(zip(served, slots, strict=True))
         return dict(self.reserved)
 
     def give_back_reserved(self) -> None:
@@ -141,10 +153,11 @@ class SequenceStates:
         if history_length > end:
             counters.snapshots_skipped_history += 1
             return -1
-        if not self._snapshots.pool.free and self._room_beside(cursor) <= 0:
+        room, own_runs = self._room_beside(cursor)
+        if room <= 0:
             counters.snapshots_skipped_no_room += 1
             return -1
-        slot = self._manager.store.take_states(1, cursor)[0]
+        slot = self._manager.store.take_states(1, own_runs)[0]
         self._manager.copy_state(self.live_slot, slot, self._stream)
         return slot
 

@@ -6,8 +6,6 @@ always say the truth. A slot is *cached* while the tree owns it, *private* while
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ssmcache.eviction import EvictionQueue
 from ssmcache.keys import Int64Array, KeyKind, ReuseScope
 from ssmcache.pools import PagePool, SlotArray, StatePool
@@ -16,15 +14,22 @@ from ssmcache.snapshots import SnapshotStore
 from ssmcache.tree import PageSegment, Root, Run
 
 
-@dataclass(slots=True, eq=False)
-class SoftHold:
-    """What a created, not yet resumed sequence keeps: the path of `run`, and the snapshot that it would start from.
+class PathHolder:
+    """A sequence as far as the tree knows it: it holds the path of `cursor`, down to and with that run.
 
-    Soft: dropped when room is short and nothing else is left to go. `run` is None from then on.
+    Softly (`soft`) from creation to its first resume, together with the snapshot in `source_slot` (-1: none) that it
+    would start from: such a hold is dropped when room is short and nothing else is left to go, and `cursor` is the
+    root from then on. Locked (`locked`) from its first resume to its end.
     """
 
-    run: Run | None
-    source_slot: int
+    __slots__ = ("cursor", "locked", "root", "soft", "source_slot")
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.cursor: Run = root
+        self.source_slot = -1
+        self.soft = False
+        self.locked = False
 
 
 class BlockStore:
@@ -44,7 +49,7 @@ class BlockStore:
         self.version = 0  # changes whenever a match could
         self.num_cached_pages = 0
         self.num_locked_pages = 0  # cached pages on the path of a resumed sequence
-        self.soft_holds: dict[SoftHold, None] = {}
+        self.soft_holders: dict[PathHolder, None] = {}  # oldest first
         self.num_evicted_pages = 0
         self._num_segments = 0
 
@@ -125,7 +130,8 @@ class BlockStore:
         run.edge = parent.edge
         run.parent = grandparent
         grandparent.children[run.edge] = run
-        parent.pages = None  # it points back: without this the garbage collector would have to find the two
+        if parent.pages is not None:
+            parent.pages.run = None
 
     def _drop_tail(self, run: Run, num_blocks: int) -> None:
         """Take the last blocks of an unheld leaf out of the tree, with all that lies on them."""
@@ -143,7 +149,8 @@ class BlockStore:
             parent = run.parent
             assert parent is not None
             del parent.children[run.edge]
-            run.pages = None  # it points back: without this the garbage collector would have to find the two
+            if run.pages is not None:
+                run.pages.run = None
             self._settle_leaf(parent)
         else:
             self._settle_leaf(run)
@@ -164,48 +171,41 @@ class BlockStore:
 
     # -- holding and touching ----------------------------------------------------------------------------------------
 
-    def soft_hold(self, run: Run, depth: int, source_slot: int) -> SoftHold:
+    def hold_softly(self, holder: PathHolder, run: Run, depth: int, source_slot: int) -> None:
         """Hold the first `depth` blocks of the path of `run`, and a snapshot (-1: none), until others need the room."""
         if depth < run.end:
             run = self.split(run, depth)
         run.soft_holds += 1
-        if run.pages is not None:
-            self.page_queue.remove(run.pages)
         if source_slot >= 0:
             assert self.snapshots is not None
             self.snapshots.hold_source(source_slot)
-        hold = SoftHold(run, source_slot)
-        self.soft_holds[hold] = None
-        return hold
+        holder.cursor, holder.source_slot, holder.soft = run, source_slot, True
+        self.soft_holders[holder] = None
 
-    def drop_soft_hold(self, hold: SoftHold) -> None:
+    def drop_soft_hold(self, holder: PathHolder) -> None:
         """Let go without a touch: the path is as old as it was."""
-        run = self.end_soft_hold(hold)
-        if hold.source_slot >= 0:
-            assert self.snapshots is not None
-            self.snapshots.release_source(hold.source_slot)
-        self._settle_leaf(run)
-
-    def end_soft_hold(self, hold: SoftHold) -> Run:
-        """Stop holding the path softly; the source stays held. The caller locks or settles the run next."""
-        run = hold.run
-        assert run is not None
-        hold.run = None
-        del self.soft_holds[hold]
+        run = holder.cursor
+        del self.soft_holders[holder]
         run.soft_holds -= 1
-        return run
+        if holder.source_slot >= 0:
+            assert self.snapshots is not None
+            self.snapshots.release_source(holder.source_slot)
+        holder.cursor, holder.source_slot, holder.soft = holder.root, -1, False
+        self._settle_leaf(run)
 
     def _drop_newest_soft_hold(self) -> None:
         """Make room: whoever was created last runs last, so it loses its match first."""
-        assert self.soft_holds, "room was promised that does not exist"
-        self.drop_soft_hold(next(reversed(self.soft_holds)))
+        assert self.soft_holders, "room was promised that does not exist"
+        self.drop_soft_hold(next(reversed(self.soft_holders)))
 
-    def lock(self, cursor: Run) -> None:
-        """Hold the whole path of `cursor` for a resumed sequence."""
-        run = cursor
+    def lock(self, holder: PathHolder) -> None:
+        """Turn a soft hold into a lock of the whole path. The source stays held until the caller releases it."""
+        run = holder.cursor
+        del self.soft_holders[holder]
+        run.soft_holds -= 1
+        holder.soft, holder.locked = False, True
         while run.parent is not None:
             if not run.holds and run.pages is not None:
-                self.page_queue.remove(run.pages)
                 self.num_locked_pages += run.end - run.start
             run.holds += 1
             run = run.parent
@@ -213,7 +213,6 @@ class BlockStore:
     def lock_child(self, child: Run) -> None:
         """Hold one more run, below a path that the caller has locked."""
         if not child.holds and child.pages is not None:
-            self.page_queue.remove(child.pages)
             self.num_locked_pages += child.end - child.start
         child.holds += 1
 
@@ -223,11 +222,11 @@ class BlockStore:
         for run in cursor.path():
             self._stamp(run, stamp)
 
-    def touch_and_release(self, cursor: Run) -> None:
+    def touch_and_release(self, holder: PathHolder) -> None:
         """Touch the path and give the lock back; neighbours that nothing keeps apart any more become one run."""
+        run = cursor = holder.cursor
         stamp = self.clock.touch(cursor.end)
         below: Run | None = None
-        run = cursor
         while run.parent is not None:
             run.holds -= 1
             if not run.holds and run.pages is not None:
@@ -243,6 +242,7 @@ class BlockStore:
             run = parent
         if below is not None:
             self._stamp(below, stamp)
+        holder.locked = False
         self._settle_leaf(cursor)
 
     def _stamp(self, run: Run, stamp: int) -> None:
@@ -269,22 +269,22 @@ class BlockStore:
                 self._drop_newest_soft_hold()
                 continue
             run = segment.run
+            assert run is not None
             num_blocks = min(short, run.end - run.start)
             self._drop_tail(run, num_blocks)
             self.num_evicted_pages += num_blocks
             short -= num_blocks
         return pool.take(count)
 
-    def take_states(self, count: int, own: Run | None) -> list[int]:
-        """`count` slots for states; evicts the oldest snapshots, none of the path of `own` and none that is held as
-        a source. The caller has checked that so many can be had.
+    def take_states(self, count: int, own_runs: set[Run]) -> list[int]:
+        """`count` slots for states; evicts the oldest snapshots, none of `own_runs` and none that is held as a source.
+        The caller has checked that so many can be had.
         """
         snapshots = self.snapshots
         assert snapshots is not None
         short = count - snapshots.pool.free
         if short > 0:
             self.version += 1
-            own_runs = set() if own is None else set(own.path())
             while True:
                 short, losers = snapshots.evict(short, own_runs)
                 for run in losers:

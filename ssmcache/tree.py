@@ -25,19 +25,24 @@ _GROWTH = 1.25
 class Segment:
     """Blocks of one run in one layer group, stamped by the same touch. `tail` is its deepest, hence oldest, block.
 
-    `entry` is what the eviction queue knows it by; None while it is not in the queue.
+    `run` is None once the segment has left the tree, which also breaks the circle between the two; `queued` says that
+    the eviction queue has an entry for it.
     """
 
-    __slots__ = ("entry", "run", "serial", "stamp")
+    __slots__ = ("queued", "run", "serial", "stamp")
 
     def __init__(self, run: Run, stamp: int, serial: int) -> None:
-        self.run = run
+        self.run: Run | None = run
         self.stamp = stamp
         self.serial = serial
-        self.entry: tuple[int, int, Segment] | None = None
+        self.queued = False
 
     @property
     def tail(self) -> int:
+        raise AssertionError("a segment is of pages or of snapshots")
+
+    def may_go(self) -> bool:
+        """Whether eviction may take the tail of this segment, which is in the tree."""
         raise AssertionError("a segment is of pages or of snapshots")
 
 
@@ -55,6 +60,10 @@ class PageSegment(Segment):
     @property
     def tail(self) -> int:
         return self.start + self.count - 1
+
+    def may_go(self) -> bool:
+        run = self.run
+        return run is not None and not (run.children or run.holds or run.soft_holds)
 
     @property
     def slots(self) -> SlotArray:
@@ -75,9 +84,10 @@ class PageSegment(Segment):
         self.start -= len(slots)
 
     def drop_tail(self, count: int) -> SlotArray:
-        """Forget the last `count` blocks and return their slots."""
+        """Forget the last `count` blocks and return their slots, in memory that is not written again."""
         left = self.count - count
         dropped = self._buffer[left : self.count]
+        self._buffer = self._buffer[:left]
         self.count = left
         return dropped
 
@@ -104,6 +114,9 @@ class SnapshotSegment(Segment):
     @property
     def tail(self) -> int:
         return self.ordinals[-1]
+
+    def may_go(self) -> bool:
+        return True
 
     def drop_tail(self, from_ordinal: int) -> list[int]:
         """Forget the snapshots of blocks `from_ordinal` and deeper and return their slots."""

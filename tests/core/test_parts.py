@@ -1,6 +1,5 @@
 """The parts that a manager is made of: pools, queue, keys, memory, and that `check` notices damage."""
 
-import heapq
 import random
 
 import numpy as np
@@ -14,7 +13,7 @@ from ssmcache.eviction import EvictionQueue
 from ssmcache.keys import KeyKind, ReuseScope
 from ssmcache.memory.simulated import SimulatedMemory
 from ssmcache.pools import PagePool, StatePool
-from ssmcache.tree import PageSegment, Root
+from ssmcache.tree import PageSegment, Root, Run
 
 
 @pytest.mark.parametrize("pool_type", [PagePool, StatePool])
@@ -55,58 +54,56 @@ def test_a_pool_remembers_its_peak(pool_type):
         pool.take(9)
 
 
-def test_a_queue_gives_segments_by_the_age_of_their_tail_whatever_was_moved_or_taken_out():
+def test_a_queue_gives_what_may_go_by_the_age_of_its_tail_whatever_was_touched_held_or_dropped():
     rng = random.Random(4)
     root = Root(KeyKind(1, True), ReuseScope())
-    queue, ages = EvictionQueue(), {}
-    segments = [PageSegment(root, 0, n, 0, np.zeros(1, dtype=np.int32)) for n in range(50)]
-    for step in range(3000):
+    queue, in_queue, clock = EvictionQueue(), set(), 0
+    segments = [
+        PageSegment(Run(root, root.kind, n, 0, 1, np.zeros(1)), 0, n, 0, np.zeros(1, np.int32)) for n in range(50)
+    ]
+    for step in range(4000):
         segment = rng.choice(segments)
         action = rng.random()
-        if action < 0.6:
-            segment.stamp = step * 10 + 1000 if rng.random() < 0.7 else rng.randrange(1000) * 10**6 + step
+        if action < 0.3:
+            clock += rng.randrange(1, 5)
+            segment.stamp = clock
+            segment.run.holds = 0
             queue.put(segment)
-            ages[segment] = segment.stamp
-        elif action < 0.8:
-            queue.remove(segment)
-            ages.pop(segment, None)
-        else:
+            in_queue.add(segment)
+        elif action < 0.5 and not segment.run.holds:
+            clock += 1
+            segment.stamp = clock  # a touch tells the queue nothing
+        elif action < 0.6:
+            segment.run.holds = 1  # nor does a hold
+            in_queue.discard(segment)
+        elif action < 0.62 and segment in in_queue:
+            in_queue.discard(segment)
+            run, segment.run = segment.run, None  # nor does leaving the tree
+            segments[segments.index(segment)] = PageSegment(run, 0, 100 + step, 0, np.zeros(1, np.int32))
+        elif action > 0.8:
             popped = queue.pop()
-            oldest = min(ages, key=ages.get, default=None)
-            assert popped is oldest
-            ages.pop(popped, None)
-        assert len(queue) == len(ages)
-        assert len(queue._heap) <= 2 * len(queue) + 65
-    assert heapq.nsmallest(1, queue._heap)
+            assert popped is min(in_queue, key=lambda segment: segment.stamp, default=None)
+            in_queue.discard(popped)
+        assert set(queue.segments()) >= in_queue
 
 
-@given(
-    st.integers(1, 3),
-    st.booleans(),
-    st.lists(st.integers(0, 1), min_size=9, max_size=9),
-    st.lists(st.integers(0, 1), min_size=9, max_size=9),
-    st.integers(0, 2),
-    st.integers(0, 2),
-    st.integers(1, 3),
-)
-def test_common_blocks_equals_a_comparison_block_by_block(width, ready, left, right, left_start, right_start, num):
-    if num + max(left_start, right_start) > 9 // width:
-        return
-    left, right = np.array(left), np.array(right)
-    if ready:  # ready keys: equal at one place only if equal at all before
-        width = 1
-        left = np.arange(9) * 10
-        right = left - left_start * 10 + right_start * 10
-        right = np.where(np.arange(9) < right_start + num // 2, np.roll(left, right_start - left_start), -right - 1)
-        if left_start:
-            return
-    kind = KeyKind(width, ready)
+@given(st.integers(1, 3), st.lists(st.integers(0, 1), min_size=18, max_size=18), *[st.integers(0, 2)] * 3)
+def test_common_blocks_of_tokens_equals_a_comparison_block_by_block(width, tokens, left_start, right_start, more):
+    left, right = np.array(tokens[:9]), np.array(tokens[9:])
+    num = min(1 + more, 9 // width - max(left_start, right_start))
+    blocks = [[part[i * width : (i + 1) * width].tolist() for i in range(9 // width)] for part in (left, right)]
     expected = 0
-    while expected < num and all(
-        left[(left_start + expected) * width + i] == right[(right_start + expected) * width + i] for i in range(width)
-    ):
+    while expected < num and blocks[0][left_start + expected] == blocks[1][right_start + expected]:
         expected += 1
-    assert kind.common_blocks(left, left_start, right, right_start, num) == expected
+    assert num < 1 or KeyKind(width, False).common_blocks(left, left_start, right, right_start, num) == expected
+
+
+@given(st.integers(0, 8), st.integers(0, 3), st.integers(0, 3))
+def test_common_blocks_of_ready_keys_finds_where_the_prefixes_part(equal, left_start, right_start):
+    left = np.arange(20) + 100 - left_start
+    right = np.arange(20) + 100 - right_start
+    right[right_start + equal :] += 1000
+    assert KeyKind(1, True).common_blocks(left, left_start, right, right_start, 8) == min(equal, 8)
 
 
 def test_parts_of_block_keys_are_views_that_know_their_place():
@@ -212,7 +209,7 @@ def damage_slot(manager):
 
 
 def damage_stamp(manager):
-    manager.store.all_runs()[0].pages.stamp += 1
+    manager.store.all_runs()[0].pages.stamp -= 10
 
 
 @pytest.mark.parametrize(
