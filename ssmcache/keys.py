@@ -1,7 +1,7 @@
 """What identifies a block: its tokens, or a ready key of a trace; and the scope that it is shared in."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,8 +56,7 @@ class KeyKind:
         return "ready block keys" if self.prefix_unique else f"tokens in blocks of {self.width}"
 
 
-@dataclass(frozen=True, slots=True)
-class ReuseScope:
+class ReuseScope(NamedTuple):
     """Who may share blocks: sequences of equal scope only. Absent (None) and 0 are different scopes."""
 
     lora_id: int | None = None

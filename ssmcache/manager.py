@@ -80,7 +80,7 @@ class KVCacheManager:
 
     def probe_reuse(self, tokens: Tokens, reuse_scope: ReuseScope = _DEFAULT_SCOPE) -> ReuseMatch:
         """What a sequence created with these tokens would reuse. Changes nothing."""
-        keys, kind, num_tokens = self.keys_of(tokens)
+        kind, keys, _, num_tokens = self.keys_of(tokens)
         root = self.store.roots.get(reuse_scope)
         if root is None or root.kind != kind:
             return ReuseMatch(0, 0, 0)
@@ -100,19 +100,20 @@ class KVCacheManager:
             raise ValueError(f"tokens: expected integers >= 0, got {array.min()}")
         return array.astype(np.int64, copy=False)
 
-    def keys_of(self, tokens: Tokens) -> tuple[Int64Array, KeyKind, int]:
-        """Keys of the known full blocks of a prompt, their kind, and the number of its tokens."""
+    def keys_of(self, tokens: Tokens) -> tuple[KeyKind, Int64Array, int, int]:
+        """A prompt as the tree compares it: (kind of keys, keys, number of blocks known, number of tokens)."""
+        block = self.tokens_per_block
         if isinstance(tokens, BlockKeys):
-            if tokens.start or tokens.tokens_per_block != self.tokens_per_block:
+            if tokens.start or tokens.tokens_per_block != block:
                 raise ValueError(
-                    f"input_tokens: expected block keys from token 0 on in blocks of {self.tokens_per_block}, got "
-                    f"from token {tokens.start} on in blocks of {tokens.tokens_per_block}"
+                    f"input_tokens: expected block keys from token 0 on in blocks of {block}, got from token "
+                    f"{tokens.start} on in blocks of {tokens.tokens_per_block}"
                 )
             # the block that the next token ends, if it ends one, can be adopted though not skipped
-            return tokens.keys[: (tokens.stop + 1) // self.tokens_per_block], self._ready_kind, tokens.stop
+            known = min(tokens.keys.size, (tokens.stop + 1) // block)
+            return self._ready_kind, tokens.keys, known, tokens.stop
         array = self.token_array(tokens)
-        full = array.size - array.size % self.tokens_per_block
-        return array[:full], self._token_kind, array.size
+        return self._token_kind, array, array.size // block, array.size
 
     # -- for the sequences -------------------------------------------------------------------------------------------
 

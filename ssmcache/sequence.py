@@ -27,6 +27,10 @@ class KVCacheStatus(Enum):
     CLOSED = "closed"
 
 
+# looking a member up in its class costs more than the rest of the comparison
+_SUSPENDED, _ACTIVE, _CLOSED = KVCacheStatus
+
+
 class StateError(RuntimeError):
     """A call that the status of the sequence does not allow: a mistake of the caller, nothing has changed."""
 
@@ -45,27 +49,27 @@ class KVCache(PathHolder):
     )  # fmt: skip
 
     def __init__(self, manager: KVCacheManager, tokens: Tokens, scope: ReuseScope, id: object) -> None:
-        keys, kind, num_tokens = manager.keys_of(tokens)
+        kind, keys, num_blocks, num_tokens = manager.keys_of(tokens)
         super().__init__(manager.store.enter_scope(scope, kind))
         self._manager = manager
         self._kind = kind
         self.id = id
-        self.status = KVCacheStatus.SUSPENDED
+        self.status = _SUSPENDED
         self.shortage: Shortage | None = None
-        self._input: tuple[Int64Array, int] | None = (keys, num_tokens)
+        self._input: tuple[Int64Array, int, int] | None = (keys, num_blocks, num_tokens)
         self._own_pages = NO_SLOTS
         self._pending = _NO_TOKENS
         self._stopped = False
         self._states = SequenceStates(manager) if manager.store.snapshots is not None else None
-        self._apply(*self._match(keys, num_tokens))
+        self._apply(*self._match(keys, num_blocks, num_tokens))
 
     # -- the found prefix --------------------------------------------------------------------------------------------
 
-    def _match(self, keys: Int64Array, num_tokens: int) -> tuple[Run, int, ReuseMatch, int]:
+    def _match(self, keys: Int64Array, num_blocks: int, num_tokens: int) -> tuple[Run, int, ReuseMatch, int]:
         """Look the prompt up: (run, blocks found, lengths, slot of the snapshot to start from or -1). Pure."""
         block = self._manager.tokens_per_block
-        run, depth = match_blocks(self.root, keys, keys.size // self._kind.width)
-        # keys may reach beyond the tokens: such a block can be adopted, but not skipped (one token must be computed)
+        run, depth = match_blocks(self.root, keys, num_blocks)
+        # one more block may be known than the tokens fill: it can be adopted, but not skipped
         usable = found = min(depth, num_tokens // block)
         slot = -1
         if self._states is not None:
@@ -96,7 +100,7 @@ class KVCache(PathHolder):
     # -- status ------------------------------------------------------------------------------------------------------
 
     def _require_active(self, call: str) -> None:
-        if self.status is not KVCacheStatus.ACTIVE:
+        if self.status is not _ACTIVE:
             raise StateError(f"{call}: expected an ACTIVE sequence, got {self.status.name}")
 
     def resume(self, stream: Any = None) -> bool:
@@ -107,7 +111,7 @@ class KVCache(PathHolder):
 
         Returns False, with `shortage` set and nothing changed, if there is no room.
         """
-        if self.status is not KVCacheStatus.SUSPENDED:
+        if self.status is not _SUSPENDED:
             raise StateError(f"resume: expected a SUSPENDED sequence, got {self.status.name}")
         if self._input is not None:
             if not self._first_resume(*self._input, stream):
@@ -117,16 +121,16 @@ class KVCache(PathHolder):
             self.shortage = self._manager.gate(self.cursor, self._own_pages.size, int(self._states is not None))
             if self.shortage is not None:
                 return False
-        self.status = KVCacheStatus.ACTIVE
+        self.status = _ACTIVE
         self._manager.num_active += 1
         return True
 
-    def _first_resume(self, keys: Int64Array, num_tokens: int, stream: Any) -> bool:
+    def _first_resume(self, keys: Int64Array, num_blocks: int, num_tokens: int, stream: Any) -> bool:
         manager, store, states = self._manager, self._manager.store, self._states
         # only what is found now may be refused, so a refused resume leaves the old match as it was
-        found = None if self.soft and self._version == store.version else self._match(keys, num_tokens)
+        found = None if self.soft and self._version == store.version else self._match(keys, num_blocks, num_tokens)
         source_slot = self.source_slot if found is None else found[3]
-        self.shortage = manager.gate(self.root, 0, 0)
+        self.shortage = manager.gate(self.root, 0, 0) if manager.num_active else None
         if self.shortage is None and states is not None:
             self.shortage = states.shortage_of_live_state(source_slot, self.soft and self.source_slot == source_slot)
         if self.shortage is not None:
@@ -152,18 +156,18 @@ class KVCache(PathHolder):
         if self._states is not None:
             self._states.give_back_reserved()
         self._manager.store.touch(self.cursor)
-        self.status = KVCacheStatus.SUSPENDED
+        self.status = _SUSPENDED
         self._manager.num_active -= 1
 
     def close(self) -> None:
         """Leave: committed blocks stay for reuse, everything private goes back. Idempotent."""
-        if self.status is KVCacheStatus.CLOSED:
+        if self.status is _CLOSED:
             return
         manager, store = self._manager, self._manager.store
         if self.soft:
             store.drop_soft_hold(self)
         elif self.locked:
-            if self.status is KVCacheStatus.ACTIVE:
+            if self.status is _ACTIVE:
                 manager.num_active -= 1
             if self._states is not None:
                 self._states.close()
@@ -172,7 +176,7 @@ class KVCache(PathHolder):
                 store.page_pool.give_back(self._own_pages)
                 self._own_pages = NO_SLOTS
             store.touch_and_release(self)
-        self.status = KVCacheStatus.CLOSED
+        self.status = _CLOSED
         self._input = None
         store.leave_scope(self.root)
         manager.forget(self)
@@ -187,7 +191,7 @@ class KVCache(PathHolder):
         Cost: O(pages added or removed).
         Errors: StateError unless ACTIVE; ValueError for lengths out of order.
         """
-        if self.status is not KVCacheStatus.ACTIVE:
+        if self.status is not _ACTIVE:
             self._require_active("resize")
         history = self.history_length if history_length is None else history_length
         if not self.history_length <= history <= capacity:
@@ -238,8 +242,8 @@ class KVCache(PathHolder):
     def reserve_snapshots(self, points: Iterable[int]) -> dict[int, int]:
         """Slots for states that a kernel writes itself while it passes `points`: {position: slot}.
 
-        Where room is short the shallowest points are served, the rest is counted as skipped; snapshots of the
-        sequence's own path are never given up for it. Slots that the next commit does not cover go back.
+        Where room is short the shallowest points are served, and the commit counts the rest as skipped; snapshots of
+        the sequence's own path are never given up for it. Slots that the next commit does not cover go back.
 
         Errors: StateError unless ACTIVE; ValueError for points that are not after the committed tokens and within
         the capacity, or without SSM layers.
@@ -269,7 +273,7 @@ class KVCache(PathHolder):
         Errors: StateError unless ACTIVE and committing; ValueError for tokens beyond the capacity, or that differ
         from those that the sequence was created with where it shares pages.
         """
-        if self.status is not KVCacheStatus.ACTIVE:
+        if self.status is not _ACTIVE:
             self._require_active("commit")
         if self._stopped:
             raise StateError("commit: expected a sequence that commits, got one after stop_committing")
@@ -279,9 +283,9 @@ class KVCache(PathHolder):
         if end > self.capacity:
             raise ValueError(f"commit: expected at most {self.capacity - start} tokens (capacity), got {end - start}")
         first, last = start // block, end // block
-        keys, pending = self._keys_of_commit(tokens, first, last)
+        keys, base, pending = self._keys_of_commit(tokens, first, last)
         if last > first:
-            self._commit_blocks(keys, first, last)
+            self._commit_blocks(keys, base, first, last)
         self._pending = pending
         if self._states is not None:
             self._states.commit(self.cursor, start, end, self.history_length)
@@ -289,15 +293,17 @@ class KVCache(PathHolder):
         if end > self.history_length:
             self.history_length = end
 
-    def _keys_of_commit(self, tokens: Tokens, first: int, last: int) -> tuple[Int64Array, Int64Array]:
-        """Keys of the blocks that a commit completes, and the tokens of the block that it leaves unfinished."""
+    def _keys_of_commit(self, tokens: Tokens, first: int, last: int) -> tuple[Int64Array, int, Int64Array]:
+        """Keys that cover the blocks that a commit completes, the block that they start from, and the tokens of the
+        block that is left unfinished.
+        """
         if isinstance(tokens, BlockKeys):
             if tokens.start != self.num_committed_tokens or not self._kind.prefix_unique:
                 raise ValueError(
                     f"commit: expected {self._kind} from token {self.num_committed_tokens} on, "
                     f"got ready block keys from token {tokens.start} on"
                 )
-            return tokens.keys[first:last], _NO_TOKENS
+            return tokens.keys, 0, _NO_TOKENS
         array = self._manager.token_array(tokens)
         if self._kind.prefix_unique:
             raise ValueError("commit: expected ready block keys, as at creation, got tokens")
@@ -305,22 +311,21 @@ class KVCache(PathHolder):
             array = np.concatenate((self._pending, array))
         # the run that these keys become must not keep the memory of more tokens than its own
         size = (last - first) * self._kind.width
-        return array[:size].copy(), array[size:].copy()
+        return array[:size].copy(), first, array[size:].copy()
 
-    def _commit_blocks(self, keys: Int64Array, first: int, last: int) -> None:
+    def _commit_blocks(self, keys: Int64Array, base: int, first: int, last: int) -> None:
+        """Put the blocks `first`..`last - 1` into the tree; `keys` start from block `base`."""
         store, kind = self._manager.store, self._kind
         cursor = self.cursor
         position = cursor.end
         if position > first:
-            self._check_shared(keys, first, min(position, last))
-        else:
-            position = first
+            self._check_shared(keys, base, first, min(position, last))
         while position < last:
-            child = cursor.children.get(kind.edge_key(keys, position - first))
+            child = cursor.children.get(kind.edge_key(keys, position - base))
             if child is None:
                 break
             comparable = min(child.end, last) - position
-            num_blocks = kind.common_blocks(child.keys, 0, keys, position - first, comparable)
+            num_blocks = kind.common_blocks(child.keys, 0, keys, position - base, comparable)
             position += num_blocks
             if position < child.end:
                 child = store.split(child, position)
@@ -335,10 +340,11 @@ class KVCache(PathHolder):
             if store.page_pool is not None:
                 pages = self._own_pages[:num_blocks]
                 self._own_pages = self._own_pages[num_blocks:]
-            cursor = store.append(cursor, keys[(position - first) * kind.width :], num_blocks, pages)
+            width = kind.width
+            cursor = store.append(cursor, keys[(position - base) * width : (last - base) * width], num_blocks, pages)
         self.cursor = cursor
 
-    def _check_shared(self, keys: Int64Array, first: int, last: int) -> None:
+    def _check_shared(self, keys: Int64Array, base: int, first: int, last: int) -> None:
         """The shared pages of blocks `first`..`last - 1` must be those of the committed tokens."""
         for run in self.cursor.path():
             if run.end <= first:
@@ -346,7 +352,7 @@ class KVCache(PathHolder):
             begin, end = max(first, run.start), min(last, run.end)
             if begin >= end:
                 continue
-            equal = self._kind.common_blocks(run.keys, begin - run.start, keys, begin - first, end - begin)
+            equal = self._kind.common_blocks(run.keys, begin - run.start, keys, begin - base, end - begin)
             if equal < end - begin:
                 raise ValueError(
                     f"commit: expected the tokens that the sequence was created with, up to token "
@@ -368,7 +374,7 @@ class KVCache(PathHolder):
         """
         if layer_group != self._manager.page_group:
             raise ValueError(f"page_indices: expected the attention layer group, got {layer_group}")
-        if self._input is not None or self.status is KVCacheStatus.CLOSED:
+        if self._input is not None or self.status is _CLOSED:
             raise StateError("page_indices: expected a resumed sequence")
         parts = [self._own_pages]
         parts += [run.pages.slots for run in self.cursor.path() if run.pages is not None]

@@ -52,6 +52,12 @@ class SnapshotStore:
 
     def drop_from(self, run: Run, new_end: int) -> None:
         """The blocks from `new_end` on leave the tree: so do the snapshots there."""
+        if new_end == run.start:
+            for segment in run.snapshots:
+                self._evict(segment.slots)
+                segment.run = None
+            run.snapshots = []
+            return
         for segment in run.snapshots:
             if segment.ordinals[-1] >= new_end:
                 self._evict(segment.drop_tail(new_end))
@@ -75,12 +81,17 @@ class SnapshotStore:
 
     # -- taking and evicting -----------------------------------------------------------------------------------------
 
-    def evict(self, short: int, own_runs: set[Run]) -> tuple[int, list[Run]]:
-        """Free up to `short` slots, oldest snapshots first, passing over held sources and the runs of one's own path.
+    def num_on(self, cursor: Run) -> int:
+        """Snapshots on the path of `cursor`. Cost: O(runs)."""
+        return sum(len(segment.slots) for run in cursor.path() for segment in run.snapshots)
+
+    def evict(self, short: int, own: Run | None) -> tuple[int, list[Run]]:
+        """Free up to `short` slots, oldest snapshots first, passing over held sources and the path of `own`.
 
         Returns how many are still missing, and the runs that lost snapshots.
         """
         held = self.held_sources
+        own_runs: set[Run] | None = None
         passed_over: list[SnapshotSegment] = []
         losers: list[Run] = []
         while short > 0:
@@ -90,9 +101,12 @@ class SnapshotStore:
             assert isinstance(segment, SnapshotSegment)
             run = segment.run
             assert run is not None
-            if run in own_runs:
-                passed_over.append(segment)
-                continue
+            if run.holds and own is not None:
+                if own_runs is None:
+                    own_runs = set(own.path())
+                if run in own_runs:
+                    passed_over.append(segment)
+                    continue
             if held:
                 deepest_first = range(len(segment.slots) - 1, -1, -1)
                 victims = [index for index in deepest_first if segment.slots[index] not in held][:short]
@@ -144,7 +158,8 @@ class SnapshotStore:
             while begin > 0 and ordinals[begin - 1] >= run.start:
                 begin -= 1
             if begin < end:
-                segment = SnapshotSegment(run, stamp, self._serial(), ordinals[begin:end], slots[begin:end])
+                part = slice(begin, end)
+                segment = SnapshotSegment(run, stamp, self._serial(), ordinals[part], slots[part])
                 run.snapshots.append(segment)
                 self.queue.put(segment)
                 end = begin

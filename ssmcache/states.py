@@ -11,15 +11,12 @@ if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
 
 
-_NO_RUNS: set[Run] = set()
-
-
 class SequenceStates:
     """SSM slots of one sequence. The live slot is overwritten at each token; a snapshot is a copy of it, or a slot
     that a kernel wrote in passing.
     """
 
-    __slots__ = ("_manager", "_skipped", "_snapshots", "_stream", "live_slot", "reserved")
+    __slots__ = ("_manager", "_refused", "_snapshots", "_stream", "live_slot", "reserved")
 
     def __init__(self, manager: KVCacheManager) -> None:
         snapshots = manager.store.snapshots
@@ -27,7 +24,7 @@ class SequenceStates:
         self._manager = manager
         self._snapshots = snapshots
         self._stream: Any = None
-        self._skipped: set[int] = set()  # points that a reservation had no room for, counted already
+        self._refused: set[int] = set()  # points that a reservation had no room for
         self.live_slot = -1
         self.reserved: dict[int, int] = {}
 
@@ -57,22 +54,19 @@ class SequenceStates:
                 manager.store.take_over_snapshot(cursor, source_slot)
                 self.live_slot = source_slot
                 return
-        self.live_slot = manager.store.take_states(1, _NO_RUNS)[0]
+        self.live_slot = manager.store.take_states(1, None)[0]
         if source_slot >= 0:
             manager.copy_state(source_slot, self.live_slot, stream)
             snapshots.release_source(source_slot)
 
-    def _room_beside(self, cursor: Run) -> tuple[int, set[Run]]:
-        """Slots that can be had without giving up a snapshot of one's own path, and the runs of that path."""
-        snapshots = self._snapshots
-        own_runs = set()
+    def _room_beside(self, cursor: Run, wanted: int) -> int:
+        """Slots, up to `wanted`, that can be had without giving up a snapshot of one's own path."""
+        snapshots, manager = self._snapshots, self._manager
         room = snapshots.pool.free + snapshots.num_cached
-        for run in cursor.path():
-            if run.snapshots:
-                own_runs.add(run)
-                for segment in run.snapshots:
-                    room -= len(segment.slots)
-        return room, own_runs
+        # counting the own ones takes a walk; they are never more than the points of the path
+        if room - len(manager.admission.points(0, cursor.end * manager.tokens_per_block)) >= wanted:
+            return wanted
+        return min(wanted, room - snapshots.num_on(cursor))
 
     def reserve(self, points: list[int], cursor: Run) -> dict[int, int]:
         if not points:
@@ -86,22 +80,19 @@ class SequenceStates:
         present = self._snapshots.ordinals_on(cursor, first) if cursor.end > first else ()
         if present or self.reserved:
             wanted = [p for p in wanted if p // block - 1 not in present and p not in self.reserved]
-        served, own_runs = wanted, _NO_RUNS
+        served = wanted
         if len(wanted) > self._snapshots.pool.free:
-            room, own_runs = self._room_beside(cursor)
-            served = wanted[: max(0, room)]
-            self._skipped.update(wanted[len(served) :])
-            self._manager.counters.snapshots_skipped_no_room += len(wanted) - len(served)
+            served = wanted[: self._room_beside(cursor, len(wanted))]
+            self._refused.update(wanted[len(served) :])
         if served:
-            slots = self._manager.store.take_states(len(served), own_runs)
-            self.reserved.update(zip(served, slots, strict=True))
+            self.reserved.update(zip(served, self._manager.store.take_states(len(served), cursor), strict=True))
         return dict(self.reserved)
 
     def give_back_reserved(self) -> None:
         if self.reserved:
             self._snapshots.pool.give_back(list(self.reserved.values()))
             self.reserved.clear()
-        self._skipped.clear()
+        self._refused.clear()
 
     def commit(self, cursor: Run, start: int, end: int, history_length: int) -> None:
         """Keep the snapshots of a commit of tokens `start`..`end - 1`; its blocks are in the tree already."""
@@ -145,19 +136,19 @@ class SequenceStates:
     def _slot_at(self, point: int, end: int, history_length: int, cursor: Run) -> int:
         """A copy of the live state for a wanted point without a reserved slot; -1, and the reason counted, if none."""
         counters = self._manager.counters
-        if point in self._skipped:
-            return -1
         if point < end:
-            counters.snapshots_skipped_crossed += 1
+            if point in self._refused:
+                counters.snapshots_skipped_no_room += 1
+            else:
+                counters.snapshots_skipped_crossed += 1
             return -1
         if history_length > end:
             counters.snapshots_skipped_history += 1
             return -1
-        room, own_runs = self._room_beside(cursor)
-        if room <= 0:
+        if not self._room_beside(cursor, 1):
             counters.snapshots_skipped_no_room += 1
             return -1
-        slot = self._manager.store.take_states(1, own_runs)[0]
+        slot = self._manager.store.take_states(1, cursor)[0]
         self._manager.copy_state(self.live_slot, slot, self._stream)
         return slot
 

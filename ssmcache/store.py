@@ -137,23 +137,24 @@ class BlockStore:
         """Take the last blocks of an unheld leaf out of the tree, with all that lies on them."""
         self.version += 1
         new_end = run.end - num_blocks
-        if run.pages is not None:
+        pages = run.pages
+        if pages is not None:
             assert self.page_pool is not None
-            self.page_pool.give_back(run.pages.drop_tail(num_blocks))
+            self.page_pool.give_back(pages.drop_tail(num_blocks))
             self.num_cached_pages -= num_blocks
         if run.snapshots:
             assert self.snapshots is not None
             self.snapshots.drop_from(run, new_end)
         run.end = new_end
-        if new_end == run.start:
-            parent = run.parent
-            assert parent is not None
-            del parent.children[run.edge]
-            if run.pages is not None:
-                run.pages.run = None
-            self._settle_leaf(parent)
-        else:
+        if new_end > run.start:
             self._settle_leaf(run)
+            return
+        parent = run.parent
+        assert parent is not None
+        del parent.children[run.edge]
+        if pages is not None:
+            pages.run = None
+        self._settle_leaf(parent)
 
     def _settle_leaf(self, run: Run) -> None:
         """If the run is now an unheld leaf, its tail may go: by eviction, or at once if nothing lies on it."""
@@ -276,9 +277,9 @@ class BlockStore:
             short -= num_blocks
         return pool.take(count)
 
-    def take_states(self, count: int, own_runs: set[Run]) -> list[int]:
-        """`count` slots for states; evicts the oldest snapshots, none of `own_runs` and none that is held as a source.
-        The caller has checked that so many can be had.
+    def take_states(self, count: int, own: Run | None) -> list[int]:
+        """`count` slots for states; evicts the oldest snapshots, none of the path of `own`, which is locked, and none
+        that is held as a source. The caller has checked that so many can be had.
         """
         snapshots = self.snapshots
         assert snapshots is not None
@@ -286,7 +287,7 @@ class BlockStore:
         if short > 0:
             self.version += 1
             while True:
-                short, losers = snapshots.evict(short, own_runs)
+                short, losers = snapshots.evict(short, own)
                 for run in losers:
                     if run.pages is None:
                         self._settle_leaf(run)

@@ -87,7 +87,8 @@ class PageSegment(Segment):
         """Forget the last `count` blocks and return their slots, in memory that is not written again."""
         left = self.count - count
         dropped = self._buffer[left : self.count]
-        self._buffer = self._buffer[:left]
+        if left:
+            self._buffer = self._buffer[:left]
         self.count = left
         return dropped
 
