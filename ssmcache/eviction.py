@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 
 from ssmcache.tree import Segment
+
+_MIN_DEAD = 64
 
 
 class EvictionQueue:
@@ -12,16 +14,17 @@ class EvictionQueue:
 
     A touch only ever makes a segment younger, so nobody tells the queue of it: an entry remembers a time that its
     segment had once, and when it comes up it is compared with the present one and sinks to where it belongs. Entries
-    of segments that have left the tree, or may not go now, are dropped when they come up; whoever makes a segment
-    free to go puts it in again.
+    of segments that may not go now are dropped when they come up; whoever makes a segment free to go puts it in again.
+    Entries of segments that left the tree are dropped when they come up, or all at once when they are the majority.
 
     Cost: O(log n) once for each time a segment comes up; none for a touch.
     """
 
-    __slots__ = ("_heap",)
+    __slots__ = ("_heap", "_num_dead")
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Segment]] = []
+        self._num_dead = 0
 
     def put(self, segment: Segment) -> None:
         """Enter a segment, unless it is in the queue already."""
@@ -30,26 +33,42 @@ class EvictionQueue:
             # the serial decides nothing: it keeps the heap from comparing segments where a dead entry has the same time
             heappush(self._heap, (segment.stamp - segment.tail, segment.serial, segment))
 
+    def retire(self, segment: Segment) -> None:
+        """Note that a segment has left the tree for good."""
+        segment.run = None
+        if segment.queued:
+            self._num_dead += 1
+            if self._num_dead > _MIN_DEAD and 2 * self._num_dead > len(self._heap):
+                self._heap = [entry for entry in self._heap if entry[2].run is not None]
+                heapify(self._heap)
+                self._num_dead = 0
+
     def pop(self) -> Segment | None:
         """Take out the segment with the oldest tail of those that may go; None if there is none."""
         heap = self._heap
         while heap:
             time, serial, segment = heap[0]
-            if segment.run is not None and segment.may_go():
+            if segment.run is None:
+                heappop(heap)
+                self._num_dead -= 1
+            elif not segment.may_go():
+                heappop(heap)
+                segment.queued = False
+            else:
                 now = segment.stamp - segment.tail
                 if now == time:
                     heappop(heap)
                     segment.queued = False
                     return segment
                 heapreplace(heap, (now, serial, segment))
-            else:
-                heappop(heap)
-                segment.queued = False
         return None
 
     def segments(self) -> list[Segment]:
-        """Everything with an entry, for checks. What may go must be no older than its entry."""
-        for time, _, segment in self._heap:
-            if segment.run is not None and segment.may_go() and time > segment.stamp - segment.tail:
+        """The segments with an entry, for checks. What may go must be no older than its entry."""
+        alive = [(time, segment) for time, _, segment in self._heap if segment.run is not None]
+        for time, segment in alive:
+            if segment.may_go() and time > segment.stamp - segment.tail:
                 raise AssertionError("a segment in the queue became older")
-        return [segment for _, _, segment in self._heap]
+        if len(self._heap) - len(alive) != self._num_dead:
+            raise AssertionError(f"{len(self._heap) - len(alive)} dead entries, counted {self._num_dead}")
+        return [segment for _, segment in alive]

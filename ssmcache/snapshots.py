@@ -55,7 +55,7 @@ class SnapshotStore:
         if new_end == run.start:
             for segment in run.snapshots:
                 self._evict(segment.slots)
-                segment.run = None
+                self.queue.retire(segment)
             run.snapshots = []
             return
         for segment in run.snapshots:
@@ -66,7 +66,7 @@ class SnapshotStore:
     def _drop_empty(self, run: Run) -> None:
         for segment in run.snapshots:
             if not segment.slots:
-                segment.run = None
+                self.queue.retire(segment)
                 run.snapshots = [segment for segment in run.snapshots if segment.slots]
 
     def stamp(self, run: Run, stamp: int) -> None:
@@ -75,7 +75,7 @@ class SnapshotStore:
         if len(run.snapshots) > 1:
             for other in run.snapshots[1:]:
                 segment.absorb(other)
-                other.run = None
+                self.queue.retire(other)
             run.snapshots = [segment]
         segment.stamp = stamp
 

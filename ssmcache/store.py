@@ -131,7 +131,7 @@ class BlockStore:
         run.parent = grandparent
         grandparent.children[run.edge] = run
         if parent.pages is not None:
-            parent.pages.run = None
+            self.page_queue.retire(parent.pages)
 
     def _drop_tail(self, run: Run, num_blocks: int) -> None:
         """Take the last blocks of an unheld leaf out of the tree, with all that lies on them."""
@@ -153,7 +153,7 @@ class BlockStore:
         assert parent is not None
         del parent.children[run.edge]
         if pages is not None:
-            pages.run = None
+            self.page_queue.retire(pages)
         self._settle_leaf(parent)
 
     def _settle_leaf(self, run: Run) -> None:

@@ -8,7 +8,7 @@ tuple of its scope and the contents of all blocks so far. Slow, and meant to be 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 Prefix = tuple[Hashable, ...]
@@ -40,7 +40,7 @@ class ReferenceSequence:
     private: int = 0
     live: int = 0
     reserved: set[int] = field(default_factory=set)
-    no_room: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)
     committed: int = 0
     history: int = 0
     capacity: int = 0
@@ -64,8 +64,23 @@ class ReferenceCache:
         self.snapshots: dict[Prefix, Snapshot] = {}
         self.open: list[ReferenceSequence] = []  # in order of creation
         self.clock = 0
-        names = "lookups lookup_tokens tree attention usable taken reused evicted evicted_unused pages_evicted"
-        self.counts = dict.fromkeys(f"{names} crossed no_room history copied".split(), 0)
+        self.dropped_holds = self.taken_over = 0  # that the tests reach these cases, too
+        self.counts = {
+            "lookups": 0,
+            "lookup_tokens": 0,
+            "tree_tokens": 0,
+            "attention_tokens": 0,
+            "usable_tokens": 0,
+            "snapshots_taken": 0,
+            "snapshots_reused": 0,
+            "snapshots_evicted": 0,
+            "snapshots_evicted_unused": 0,
+            "snapshots_skipped_crossed": 0,
+            "snapshots_skipped_no_room": 0,
+            "snapshots_skipped_history": 0,
+            "pages_evicted": 0,
+            "copied_states": 0,
+        }
 
     # -- derived -----------------------------------------------------------------------------------------------------
 
@@ -85,7 +100,7 @@ class ReferenceCache:
         private = sum(sequence.live + len(sequence.reserved) for sequence in self.open)
         return self.setup.states - len(self.snapshots) - private
 
-    def locked(self, sequences: Iterable[ReferenceSequence]) -> set[Prefix]:
+    def locked(self, sequences: list[ReferenceSequence]) -> set[Prefix]:
         return {prefix for sequence in sequences for prefix in sequence.path}
 
     # -- recency and eviction ----------------------------------------------------------------------------------------
@@ -99,11 +114,12 @@ class ReferenceCache:
 
     def drop_newest_hold(self) -> None:
         self.holders()[-1].holding = False
+        self.dropped_holds += 1
 
     def lose_snapshot(self, prefix: Prefix) -> None:
         snapshot = self.snapshots.pop(prefix)
-        self.counts["evicted"] += 1
-        self.counts["evicted_unused"] += not snapshot.used
+        self.counts["snapshots_evicted"] += 1
+        self.counts["snapshots_evicted_unused"] += not snapshot.used
 
     def evict_page(self) -> None:
         while True:
@@ -139,7 +155,9 @@ class ReferenceCache:
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
-    def look_up(self, blocks: list[Prefix], num_tokens: int) -> tuple[list[Prefix], Prefix | None, tuple[int, int, int]]:
+    def look_up(
+        self, blocks: list[Prefix], num_tokens: int
+    ) -> tuple[list[Prefix], Prefix | None, tuple[int, int, int]]:
         """The path found, the snapshot to start from, and the hits in tokens. Changes nothing."""
         path: list[Prefix] = []
         for prefix in blocks:
@@ -162,6 +180,7 @@ class ReferenceCache:
         known = sequence.blocks[: sequence.known_blocks]
         sequence.path, sequence.source, sequence.hits = self.look_up(known, sequence.known_tokens)
         sequence.committed = sequence.history = sequence.capacity = sequence.hits[2]
+        sequence.holding = True
 
     def gate(self, sequence: ReferenceSequence) -> bool:
         """Whether the others leave enough to let this one in."""
@@ -194,15 +213,16 @@ class ReferenceCache:
         self.counts["lookups"] += 1
         self.counts["lookup_tokens"] += sequence.known_tokens
         for name, hit in zip(("tree", "attention", "usable"), sequence.hits, strict=True):
-            self.counts[name] += hit
+            self.counts[f"{name}_tokens"] += hit
         if not self.setup.states:
             return
         if sequence.source is not None:
-            self.counts["reused"] += 1
-            self.counts["copied"] += not take_over
+            self.counts["snapshots_reused"] += 1
+            self.counts["copied_states"] += not take_over
             self.snapshots[sequence.source].used = True
         if take_over:
             del self.snapshots[sequence.source]
+            self.taken_over += 1
         else:
             self.take_state({sequence.source})
         sequence.live = 1
@@ -221,20 +241,21 @@ class ReferenceCache:
         return ""
 
     def reserve(self, sequence: ReferenceSequence, points: list[int]) -> set[int]:
-        """The points that have a slot now."""
+        """All points that the sequence has a slot for now."""
         own = set(sequence.path)
         for point in sorted(points):
             depth = point // self.setup.block
-            if point in sequence.reserved or (depth <= len(sequence.path) and sequence.path[depth - 1] in self.snapshots):
+            if point in sequence.reserved or (
+                depth <= len(sequence.path) and sequence.path[depth - 1] in self.snapshots
+            ):
                 continue
             if self.free_states() > 0 or set(self.snapshots) - own:
                 self.take_state(own)
                 sequence.reserved.add(point)
             else:
-                self.counts["no_room"] += 1
-                sequence.no_room.add(point)
+                sequence.refused.add(point)
         self.prune()
-        return sequence.reserved & set(points)
+        return set(sequence.reserved)
 
     def commit(self, sequence: ReferenceSequence, num_tokens: int) -> None:
         old, new = sequence.committed, sequence.committed + num_tokens
@@ -251,37 +272,40 @@ class ReferenceCache:
         added = []
         wanted = {point: sequence.path[point // self.setup.block - 1] for point in self.points(old, new)}
         missing = {point: prefix for point, prefix in wanted.items() if prefix not in self.snapshots}
-        written = sequence.reserved & set(missing)
-        sequence.reserved = set()
         for point, prefix in missing.items():
-            if point in written or (point == new and self.copy_live_state(sequence, point)):
+            if point in sequence.reserved or (point == new and self.copy_live_state(sequence, point)):
+                sequence.reserved.discard(point)
                 added.append(prefix)
                 self.snapshots[prefix] = Snapshot()
-                self.counts["taken"] += 1
-            elif point < new and point not in sequence.no_room:
-                self.counts["crossed"] += 1
-        sequence.no_room = set()
+                self.counts["snapshots_taken"] += 1
+            elif point < new:
+                reason = "no_room" if point in sequence.refused else "crossed"
+                self.counts[f"snapshots_skipped_{reason}"] += 1
+        self.give_back_reserved(sequence)
         for prefix in reversed(added):
             self.clock += 1
             self.snapshots[prefix].time = self.clock
 
     def copy_live_state(self, sequence: ReferenceSequence, point: int) -> bool:
         if sequence.history > point:
-            self.counts["history"] += 1
+            self.counts["snapshots_skipped_history"] += 1
             return False
         own = set(sequence.path)
         if self.free_states() < 1 and not set(self.snapshots) - own:
-            self.counts["no_room"] += point not in sequence.no_room
+            self.counts["snapshots_skipped_no_room"] += 1
             return False
         self.take_state(own)
-        self.counts["copied"] += 1
+        self.counts["copied_states"] += 1
         return True
 
     def points(self, old: int, new: int) -> list[int]:
         return [point for point in range(old + 1, new + 1) if self.setup.states and point % self.setup.interval == 0]
 
+    def give_back_reserved(self, sequence: ReferenceSequence) -> None:
+        sequence.reserved, sequence.refused = set(), set()
+
     def suspend(self, sequence: ReferenceSequence) -> None:
-        sequence.reserved = set()
+        self.give_back_reserved(sequence)
         self.touch(sequence.path)
         sequence.status = "suspended"
 
@@ -295,14 +319,17 @@ class ReferenceCache:
 
     def look(self) -> dict[str, object]:
         """Everything that can be seen from outside, in the words of the manager."""
-        cached = [("attention", self.cached_pages(), self.free_pages())] * (self.setup.pages > 0)
-        cached += [("ssm", len(self.snapshots), self.free_states())] * (self.setup.states > 0)
+        slots = [("attention", self.cached_pages(), self.free_pages())] * (self.setup.pages > 0)
+        slots += [("ssm", len(self.snapshots), self.free_states())] * (self.setup.states > 0)
         return {
-            "slots": cached,
+            "slots": slots,
             "blocks": set(self.blocks),
             "snapshots": set(self.snapshots),
             "counts": self.counts,
-            "sequences": [
-                (s.committed, s.history, s.capacity, s.hits, len(s.path) * self.setup.block * s.holding) for s in self.open
-            ],
+            "sequences": [self.look_at(sequence) for sequence in self.open],
         }
+
+    def look_at(self, sequence: ReferenceSequence) -> tuple[object, ...]:
+        status = "active" if sequence.status == "active" else "suspended"
+        attention_tokens = len(sequence.path) * self.setup.block if sequence.holding else 0
+        return status, sequence.committed, sequence.history, sequence.capacity, sequence.hits, attention_tokens

@@ -1,19 +1,16 @@
-"""One request after another, on the manager and on the oracle of `reference.py`: after every call all that can be seen
-from outside is equal. `Pair`, which makes the calls, also serves `test_concurrent_sequences.py`.
-
-`REFERENCE_CASES=20` in the environment makes 20 times as many random cases.
+"""One request after another, as a replay serves them: on the manager and on the oracle of `reference.py`, after every
+call compared by the `Pair` of `test_concurrent_sequences.py`; against stack distances; and on a real trace.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ssmcache import (
@@ -21,184 +18,17 @@ from ssmcache import (
     BlockKeys,
     BufferConfig,
     GpuCacheTierConfig,
-    KVCache,
     KVCacheManager,
     KVCacheManagerConfig,
-    ReuseScope,
     SimulatedMemory,
-    SsmLayerConfig,
 )
-from tests.core.reference import Prefix, ReferenceCache, ReferenceSequence, Setup
+from tests.core.reference import Setup
+from tests.core.test_concurrent_sequences import Pair, Text, cases, make_manager
 
-Text = tuple[int, ...]
-Tokens = BlockKeys | np.ndarray
-SCOPE = ReuseScope()
 MOONCAKE = Path(__file__).resolve().parents[3] / "shared" / "traces" / "mooncake_conversation.jsonl.gz"
 
 
-def cases(number: int) -> settings:
-    """So many random cases, times REFERENCE_CASES."""
-    factor = int(os.environ.get("REFERENCE_CASES", "1"))
-    return settings(
-        max_examples=number * factor,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
-
-
-def make_manager(setup: Setup) -> KVCacheManager:
-    """The real thing, with exactly these numbers of slots."""
-    page_bytes, state_bytes = 64, 100
-    layers: list[AttentionLayerConfig | SsmLayerConfig] = []
-    if setup.pages:
-        layers.append(AttentionLayerConfig(0, (BufferConfig("key", page_bytes),)))
-    if setup.states:
-        layers.append(SsmLayerConfig(1, (BufferConfig("ssm_state", state_bytes),)))
-    quota = setup.pages * page_bytes + setup.states * state_bytes
-    config = KVCacheManagerConfig(
-        tokens_per_block=setup.block,
-        layers=tuple(layers),
-        cache_tiers=(GpuCacheTierConfig(quota),),
-        ssm_reuse_interval=setup.interval or setup.block,
-        max_util_for_resume=setup.max_util,
-        ssm_fraction=setup.states * state_bytes / quota if setup.pages and setup.states else None,
-    )
-    return KVCacheManager(config, SimulatedMemory())
-
-
-class Pair:
-    """The manager and its oracle, given the same calls. `ready`: prompts are `BlockKeys`, else integer tokens."""
-
-    def __init__(self, setup: Setup, ready: bool) -> None:
-        self.setup, self.ready = setup, ready
-        self.manager, self.reference = make_manager(setup), ReferenceCache(setup)
-        self.ids: dict[Prefix, int] = {}
-        self.probes: dict[Prefix, tuple[Tokens, ReuseScope]] = {}
-        self.sequences: list[tuple[KVCache, ReferenceSequence, Tokens]] = []
-        self.seen: dict[str, object] = {}
-        self.compare()
-
-    def prefixes(self, text: Text, scope: ReuseScope) -> list[Prefix]:
-        prefixes: list[Prefix] = [(scope,)]
-        for end in range(self.setup.block, len(text) + 1, self.setup.block):
-            prefixes.append((*prefixes[-1], text[end - self.setup.block : end]))
-        return prefixes[1:]
-
-    def tokens(self, text: Text, blocks: list[Prefix]) -> Tokens:
-        """What the manager is given for a text. Its blocks are looked for in every comparison from now on."""
-        keys = [self.ids.setdefault(prefix, 7 * len(self.ids) + 3) for prefix in blocks]
-        tokens = BlockKeys(keys, self.setup.block, len(text)) if self.ready else np.array(text, dtype=np.int64)
-        for depth, prefix in enumerate(blocks, start=1):
-            if prefix not in self.probes:
-                self.probes[prefix] = tokens[: depth * self.setup.block], prefix[0]
-        return tokens
-
-    def create(self, text: Text, num_prompt: int, scope: ReuseScope = SCOPE) -> int:
-        """A sequence of the first tokens of a text, which it may go on to decode; its place in `sequences`."""
-        blocks = self.prefixes(text, scope)
-        tokens = self.tokens(text, blocks)
-        sequence = self.manager.create_kv_cache(tokens[: num_prompt - 1], scope)
-        # the block that the last token of the prompt completes is known by its ready key, though not by its tokens
-        known = (num_prompt if self.ready else num_prompt - 1) // self.setup.block
-        self.sequences.append((sequence, self.reference.create(blocks, known, num_prompt - 1), tokens))
-        self.compare()
-        return len(self.sequences) - 1
-
-    def resume(self, index: int) -> bool:
-        sequence, twin, _ = self.sequences[index]
-        return self.agreed(sequence, sequence.resume(), self.reference.resume(twin))
-
-    def resize(self, index: int, capacity: int, history: int | None = None) -> bool:
-        sequence, twin, _ = self.sequences[index]
-        reason = self.reference.resize(twin, capacity, twin.history if history is None else history)
-        return self.agreed(sequence, sequence.resize(capacity, history), reason)
-
-    def agreed(self, sequence: KVCache, granted: bool, reason: str) -> bool:
-        assert granted == (not reason)
-        assert (sequence.shortage.reason if sequence.shortage else "") == reason
-        before = self.seen
-        self.compare()
-        assert granted or self.seen == before, "a refused call changed something"
-        return granted
-
-    def reserve(self, index: int, points: list[int]) -> None:
-        sequence, twin, _ = self.sequences[index]
-        slots = sequence.reserve_snapshots(points)
-        assert set(slots) == self.reference.reserve(twin, points)
-        if slots:
-            own = {*slots.values(), sequence.ssm_slot(self.manager.state_group)}
-            assert len(own) == len(slots) + 1
-        self.compare()
-
-    def commit(self, index: int, num_tokens: int) -> None:
-        sequence, twin, tokens = self.sequences[index]
-        sequence.commit(tokens[twin.committed : twin.committed + num_tokens])
-        self.reference.commit(twin, num_tokens)
-        self.compare()
-
-    def suspend(self, index: int) -> None:
-        sequence, twin, _ = self.sequences[index]
-        sequence.suspend()
-        self.reference.suspend(twin)
-        self.compare()
-
-    def close(self, index: int) -> None:
-        sequence, twin, _ = self.sequences.pop(index)
-        sequence.close()
-        self.reference.close(twin)
-        self.compare()
-
-    def compare(self) -> None:
-        self.manager.check()
-        self.seen = self.look()
-        assert self.seen == self.reference.look()
-
-    def look(self) -> dict[str, object]:
-        """What can be seen of the manager: blocks and snapshots by probing for every block ever named."""
-        blocks, snapshots = set(), set()
-        for prefix, (tokens, scope) in self.probes.items():
-            match = self.manager.probe_reuse(tokens, scope)
-            length = (len(prefix) - 1) * self.setup.block
-            if match.tree_tokens == length:
-                blocks.add(prefix)
-            if self.setup.states and match.usable_tokens == length:
-                snapshots.add(prefix)
-        return {
-            "slots": [
-                (group.kind, group.cached_slots, group.num_slots - group.used_slots)
-                for group in self.manager.memory_usage().groups
-            ],
-            "blocks": blocks,
-            "snapshots": snapshots,
-            "counts": self.counts(),
-            "sequences": [
-                (s.num_committed_tokens, s.history_length, s.capacity, s.reuse_match, s.num_attention_tokens)
-                for s, _, _ in self.sequences
-            ],
-        }
-
-    def counts(self) -> dict[str, int]:
-        stats = self.manager.stats()
-        return {
-            "lookups": stats.lookups,
-            "lookup_tokens": stats.lookup_tokens,
-            "tree": stats.tree_tokens,
-            "attention": stats.attention_tokens,
-            "usable": stats.usable_tokens,
-            "taken": stats.snapshots_taken,
-            "reused": stats.snapshots_reused,
-            "evicted": stats.snapshots_evicted,
-            "evicted_unused": stats.snapshots_evicted_unused,
-            "pages_evicted": stats.pages_evicted,
-            "crossed": stats.snapshots_skipped_crossed,
-            "no_room": stats.snapshots_skipped_no_room,
-            "history": stats.snapshots_skipped_history,
-            "copied": stats.copied_states,
-        }
-
-
-# -- random traffic ------------------------------------------------------------------------------------------------------
+# -- random traffic ----------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -213,7 +43,7 @@ def setups(draw: st.DrawFn, kinds: tuple[str, ...] = ("attention", "hybrid", "ss
 
 def long_lists(elements: st.SearchStrategy, max_size: int) -> st.SearchStrategy[list]:
     """Lists of which many are long; those of `st.lists` are mostly short."""
-    return st.sampled_from((max_size, 1, max_size // 3)).flatmap(
+    return st.sampled_from((1, max_size // 3, max_size)).flatmap(
         lambda least: st.lists(elements, min_size=least, max_size=max_size)
     )
 
@@ -251,7 +81,7 @@ def serve(pair: Pair, text: Text, cuts: list[int] | None = None) -> None:
     pair.close(request)
 
 
-# -- sequential replays --------------------------------------------------------------------------------------------------
+# -- sequential replays ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["attention", "hybrid", "ssm"])
@@ -265,3 +95,163 @@ def test_a_replay_agrees_with_the_oracle_after_every_call(kind: str, ready: bool
             serve(pair, prompt)
 
     replay()
+
+
+@pytest.mark.parametrize("ready", [True, False], ids=["ready keys", "tokens"])
+@cases(60)
+@given(setup=setups(("hybrid", "ssm"), min_block=2), prompts=traffic(), cuts=st.lists(st.integers(1, 60)))
+def test_commits_in_pieces_leave_the_same_tree_as_reserved_slots(
+    ready: bool, setup: Setup, prompts: list[Text], cuts: list[int]
+) -> None:
+    whole, pieces, more_pieces = Pair(setup, ready), Pair(setup, ready), Pair(setup, ready)
+    for prompt in prompts:
+        text = prompt if ready or len(prompt) % setup.block else prompt[:-1]  # see the test of tokens and ready keys
+        if not text:
+            continue
+        points = list(range(setup.interval, len(text) + 1, setup.interval))
+        serve(whole, text)
+        serve(pieces, text, points)
+        serve(more_pieces, text, points + [cut for cut in cuts if cut < len(text)])
+        assert pieces.seen == more_pieces.seen
+        for what in ("blocks", "snapshots", "slots"):
+            assert whole.seen[what] == pieces.seen[what]
+        whole_counts, piece_counts = whole.reference.counts, pieces.reference.counts
+        assert {**whole_counts, "copied_states": 0} == {**piece_counts, "copied_states": 0}
+
+
+@cases(100)
+@given(setup=setups(min_block=2), prompts=traffic())
+def test_tokens_and_ready_keys_decide_alike_where_no_prompt_ends_with_a_block(
+    setup: Setup, prompts: list[Text]
+) -> None:
+    """A prompt that ends with a block is known to its last block by ready keys only, so these are made longer."""
+    ready, tokens = Pair(setup, True), Pair(setup, False)
+    for prompt in prompts:
+        text = prompt if len(prompt) % setup.block else (*prompt, 9)
+        serve(ready, text)
+        serve(tokens, text)
+        assert ready.seen == tokens.seen
+
+
+def test_the_block_that_the_last_token_ends_is_adopted_with_ready_keys_and_allocated_twice_with_tokens() -> None:
+    """The documented difference: the hits are equal, the page is not."""
+    text = (1, 1, 2, 2)
+    free = {}
+    for ready in (True, False):
+        pair = Pair(Setup(block=2, pages=10), ready)
+        serve(pair, text)
+        again = pair.create(text, len(text))
+        assert pair.resume(again)
+        assert pair.resize(again, len(text) + 1)
+        assert pair.sequences[again][0].reuse_match == (2, 2, 2)
+        free[ready] = pair.reference.free_pages()
+        pair.commit(again, 2)
+        pair.close(again)
+        assert pair.reference.free_pages() == 8
+    assert free == {True: 7, False: 6}
+
+
+# -- LRU as a stack algorithm ------------------------------------------------------------------------------------------
+
+
+def move_to_front(stack: list, path: list) -> None:
+    """Touch a path, deepest first: its first block ends up in front."""
+    for item in reversed(path):
+        if item in stack:
+            stack.remove(item)
+        stack.insert(0, item)
+
+
+def stack_hits(prompts: list[Text], setup: Setup) -> list[int]:
+    """Usable tokens of each request, from stack distances alone: a depth can be used if its block, and its snapshot
+    if states are needed, are among the most recent ones. One slot of each kind is the running request's own.
+    """
+    blocks: list[Text] = []
+    snapshots: list[Text] = []
+    hits = []
+    interval = setup.interval or setup.block
+    for prompt in prompts:
+        hit = 0
+        for end in range(interval, len(prompt), interval):
+            near = prompt[:end] in blocks[: setup.pages - 1]
+            if near and (not setup.states or prompt[:end] in snapshots[: setup.states - 1]):
+                hit = end
+        hits.append(hit)
+        move_to_front(blocks, [prompt[:end] for end in range(setup.block, len(prompt) + 1, setup.block)])
+        move_to_front(snapshots, [prompt[:end] for end in range(interval, len(prompt) + 1, interval)])
+    return hits
+
+
+@pytest.mark.parametrize("kind", ["attention", "hybrid"])
+def test_a_replay_hits_what_stack_distances_say_if_it_holds_the_largest_request(kind: str) -> None:
+    @cases(100)
+    @given(setups((kind,)), traffic())
+    def replay(setup: Setup, prompts: list[Text]) -> None:
+        largest = max(len(prompt) for prompt in prompts)
+        states = setup.states and setup.states + largest // setup.interval
+        roomy = Setup(setup.block, setup.pages // 4 + largest // setup.block + 1, states, setup.interval)
+        manager, found = Pair(roomy, ready=True), []
+        for prompt in prompts:
+            serve(manager, prompt)
+            found.append(manager.reference.counts["usable_tokens"])
+        assert np.diff([0, *found]).tolist() == stack_hits(prompts, roomy)
+
+    replay()
+
+
+# -- a real trace ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mooncake() -> list[tuple[np.ndarray, int]]:
+    """Ids of the full blocks of 512 tokens, and prompt lengths, in order of arrival."""
+    if not MOONCAKE.is_file():
+        pytest.skip(f"no {MOONCAKE}")
+    with gzip.open(MOONCAKE, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    rows.sort(key=lambda row: row["timestamp"])
+    return [(np.array(row["hash_ids"], dtype=np.int64), row["input_length"]) for row in rows]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("block", "capacity", "interval", "expected"),
+    [
+        (512, 1_000_000, None, 8_091_136),
+        (512, 1_000_000, 1024, 1_900_544),
+        (512, 10_000_000, None, 43_093_504),
+        (512, 10_000_000, 1024, 37_467_136),
+        (16, 1_000_000, None, 7_991_440),
+        (16, 1_000_000, 1024, 1_880_064),
+        (16, 10_000_000, None, 42_516_208),
+        (16, 10_000_000, 1024, 37_332_992),
+    ],
+)
+def test_the_conversation_trace_hits_what_two_prototypes_found(
+    mooncake: list[tuple[np.ndarray, int]], block: int, capacity: int, interval: int | None, expected: int
+) -> None:
+    states = capacity // interval + 1 if interval else 0
+    manager = make_manager(Setup(block, capacity // block + 1, states, interval or 0), SimulatedMemory())
+    assert usable_tokens(manager, mooncake, block) == expected
+
+
+def usable_tokens(manager: KVCacheManager, trace: list[tuple[np.ndarray, int]], block: int) -> int:
+    """Hits of a trace; blocks finer than 512 tokens are parts of its blocks."""
+    for ids, length in trace:
+        keys = (ids[:, None] * (512 // block) + np.arange(512 // block)).ravel()[: length // block]
+        prompt = BlockKeys(keys, block, length)
+        sequence = manager.create_kv_cache(prompt[:-1])
+        assert sequence.resume()
+        assert sequence.resize(length + 1)
+        sequence.reserve_snapshots(sequence.snapshot_points(length))
+        sequence.commit(prompt[sequence.num_committed_tokens :])
+        sequence.close()
+    manager.check()
+    return manager.stats().usable_tokens
+
+
+@pytest.mark.shared
+def test_the_conversation_trace_hits_its_ceiling_with_unlimited_memory(mooncake: list[tuple[np.ndarray, int]]) -> None:
+    layer = AttentionLayerConfig(0, (BufferConfig("key", 1),))
+    config = KVCacheManagerConfig(512, (layer,), (GpuCacheTierConfig(None),))
+    assert usable_tokens(KVCacheManager(config, SimulatedMemory()), mooncake, 512) == 54_063_104

@@ -78,13 +78,25 @@ def test_a_queue_gives_what_may_go_by_the_age_of_its_tail_whatever_was_touched_h
             in_queue.discard(segment)
         elif action < 0.62 and segment in in_queue:
             in_queue.discard(segment)
-            run, segment.run = segment.run, None  # nor does leaving the tree
+            run = segment.run
+            queue.retire(segment)
             segments[segments.index(segment)] = PageSegment(run, 0, 100 + step, 0, np.zeros(1, np.int32))
         elif action > 0.8:
             popped = queue.pop()
             assert popped is min(in_queue, key=lambda segment: segment.stamp, default=None)
             in_queue.discard(popped)
         assert set(queue.segments()) >= in_queue
+
+
+def test_a_queue_does_not_keep_what_has_left_the_tree():
+    root = Root(KeyKind(1, True), ReuseScope())
+    queue, one = EvictionQueue(), np.zeros(1, np.int32)
+    for n in range(10_000):
+        segment = PageSegment(Run(root, root.kind, n, 0, 1, np.zeros(1)), n, n, 0, one)
+        queue.put(segment)
+        if n % 100:
+            queue.retire(segment)
+    assert len(queue._heap) <= 2 * 100 + 200
 
 
 @given(st.integers(1, 3), st.lists(st.integers(0, 1), min_size=18, max_size=18), *[st.integers(0, 2)] * 3)

@@ -1,0 +1,70 @@
+"""The README's commands do what it says."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+SET_UP = [body.strip() for language, body in BLOCKS if language == "sh" and "venv" in body]
+
+
+def run_here(command: str, folder: Path, repository: Path) -> str:
+    """Run one `ssmcache ...` of the README in `folder`, with the interpreter of the tests."""
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    assert words[0].endswith("ssmcache"), words
+    arguments = [str(repository / word) if word.startswith("examples/") else word for word in words[1:]]
+    command_line = [sys.executable, "-m", "ssmcache_cli", *arguments]
+    done = subprocess.run(command_line, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_two_set_up_commands_and_each_makes_its_environment():
+    assert len(SET_UP) == 2
+    for command in SET_UP:
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q -e ")
+        assert "\n" not in command
+
+
+def test_the_first_command_replays_the_bundled_sample(tmp_path):
+    output = run_here(SET_UP[0].split(" && ")[-1], tmp_path, ROOT)
+    assert re.search(r"usable token hit rate +1,679,360 +12\.23%", output)
+
+
+def test_the_second_command_is_what_ci_runs():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    pattern = re.search(r"s/\^\\\((.*)\\\)\$/", script)
+    assert pattern is not None
+    assert [command for command in SET_UP if re.fullmatch(pattern[1], command)] == SET_UP[1:]
+
+
+def test_the_command_line_examples_run(tmp_path):
+    (example,) = [body for language, body in BLOCKS if language == "sh" and "ssmcache sweep" in body]
+    for command in re.split(r"(?<!\\)\n", example.strip()):
+        run_here(command, tmp_path, ROOT)
+    assert (tmp_path / "out" / "sweep" / "cells.parquet").is_file()
+    assert list((tmp_path / "out" / "sweep" / "plots").glob("*.png"))
+    (notebook,) = [body for language, body in BLOCKS if language == "python" and "read_parquet" in body]
+    script = "import matplotlib; matplotlib.use('Agg')\n" + notebook
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_library_example_reuses_the_prompt_on_the_second_turn(capsys):
+    (example,) = [body for language, body in BLOCKS if language == "python" and "KVCacheManager(" in body]
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "turn 0: 0 of 2000 tokens reused",
+        "turn 1: 1536 of 2000 tokens reused",
+    ]
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_what_the_readme_points_to_exists(link):
+    assert (ROOT / link).exists()
