@@ -36,15 +36,20 @@ class EvictionQueue:
     def retire(self, segment: Segment) -> None:
         """Note that a segment has left the tree for good."""
         segment.run = None
-        if segment.queued:
-            self._num_dead += 1
-            if self._num_dead > _MIN_DEAD and 2 * self._num_dead > len(self._heap):
-                self._heap = [entry for entry in self._heap if entry[2].run is not None]
-                heapify(self._heap)
-                self._num_dead = 0
+        if not segment.queued:
+            return
+        heap = self._heap
+        if heap[-1][2] is segment:  # it was the youngest, like the snapshots of a commit that the close joins to others
+            heap.pop()
+            return
+        self._num_dead += 1
+        if self._num_dead > _MIN_DEAD and 2 * self._num_dead > len(heap):
+            self._heap = [entry for entry in heap if entry[2].run is not None]
+            heapify(self._heap)
+            self._num_dead = 0
 
-    def pop(self) -> Segment | None:
-        """Take out the segment with the oldest tail of those that may go; None if there is none."""
+    def oldest(self) -> Segment | None:
+        """The segment with the oldest tail of those that may go, which stays in the queue; None if there is none."""
         heap = self._heap
         while heap:
             time, serial, segment = heap[0]
@@ -57,11 +62,14 @@ class EvictionQueue:
             else:
                 now = segment.stamp - segment.tail
                 if now == time:
-                    heappop(heap)
-                    segment.queued = False
                     return segment
                 heapreplace(heap, (now, serial, segment))
         return None
+
+    def take_out(self, segment: Segment) -> None:
+        """Take out the segment that `oldest` has just returned."""
+        heappop(self._heap)
+        segment.queued = False
 
     def segments(self) -> list[Segment]:
         """The segments with an entry, for checks. What may go must be no older than its entry."""

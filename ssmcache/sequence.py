@@ -225,13 +225,13 @@ class KVCache(PathHolder):
 
     # -- committing --------------------------------------------------------------------------------------------------
 
-    def snapshot_points(self, end: int) -> list[int]:
+    def snapshot_points(self, end: int) -> range:
         """Positions after the committed tokens, up to `end`, at which a snapshot is wanted, ascending: where prefill
         chunks must stop, or what to hand to `reserve_snapshots`.
         """
         if self._states is None:
-            return []
-        return list(self._manager.admission.points(self.num_committed_tokens, end))
+            return range(0)
+        return self._manager.admission.points(self.num_committed_tokens, end)
 
     def next_snapshot_point(self) -> int | None:
         """The next position at which a snapshot is wanted; None without SSM layers. For decoding."""
@@ -249,7 +249,7 @@ class KVCache(PathHolder):
         the capacity, or without SSM layers.
         """
         self._require_active("reserve_snapshots")
-        wanted = sorted(points)
+        wanted = points if isinstance(points, range) and points.step > 0 else sorted(points)
         if self._states is None:
             if wanted:
                 raise ValueError("reserve_snapshots: expected a model with SSM layers, got none")
@@ -325,7 +325,7 @@ class KVCache(PathHolder):
             if child is None:
                 break
             comparable = min(child.end, last) - position
-            num_blocks = kind.common_blocks(child.keys, 0, keys, position - base, comparable)
+            num_blocks = kind.common_blocks(child.key_buffer, 0, keys, position - base, comparable)
             position += num_blocks
             if position < child.end:
                 child = store.split(child, position)
@@ -346,20 +346,19 @@ class KVCache(PathHolder):
 
     def _check_shared(self, keys: Int64Array, base: int, first: int, last: int) -> None:
         """The shared pages of blocks `first`..`last - 1` must be those of the committed tokens."""
-        for run in self.cursor.path():
-            if run.end <= first:
-                break
+        run = self.cursor
+        while run.end > first and run.parent is not None:
             begin, end = max(first, run.start), min(last, run.end)
-            if begin >= end:
-                continue
-            equal = self._kind.common_blocks(run.keys, begin - run.start, keys, begin - base, end - begin)
-            if equal < end - begin:
-                raise ValueError(
-                    f"commit: expected the tokens that the sequence was created with, up to token "
-                    f"{self.num_attention_tokens}, got others"
-                )
-            if self._kind.prefix_unique:
-                break  # equal here means equal above
+            if begin < end:
+                equal = self._kind.common_blocks(run.key_buffer, begin - run.start, keys, begin - base, end - begin)
+                if equal < end - begin:
+                    raise ValueError(
+                        f"commit: expected the tokens that the sequence was created with, up to token "
+                        f"{self.num_attention_tokens}, got others"
+                    )
+                if self._kind.prefix_unique:
+                    break  # equal here means equal above
+            run = run.parent
 
     def stop_committing(self) -> None:
         """Commit nothing more: later tokens stay private. Idempotent."""

@@ -90,12 +90,11 @@ class SnapshotStore:
 
         Returns how many are still missing, and the runs that lost snapshots.
         """
-        held = self.held_sources
         own_runs: set[Run] | None = None
         passed_over: list[SnapshotSegment] = []
         losers: list[Run] = []
         while short > 0:
-            segment = self.queue.pop()
+            segment = self.queue.oldest()
             if segment is None:
                 break
             assert isinstance(segment, SnapshotSegment)
@@ -105,24 +104,18 @@ class SnapshotStore:
                 if own_runs is None:
                     own_runs = set(own.path())
                 if run in own_runs:
+                    self.queue.take_out(segment)
                     passed_over.append(segment)
                     continue
-            if held:
-                deepest_first = range(len(segment.slots) - 1, -1, -1)
-                victims = [index for index in deepest_first if segment.slots[index] not in held][:short]
-                freed = [segment.slots[index] for index in victims]
-                for index in victims:
-                    del segment.ordinals[index], segment.slots[index]
-            else:
-                freed = segment.slots[-short:]
-                del segment.ordinals[-short:], segment.slots[-short:]
+            freed = segment.drop_oldest(short, self.held_sources)
             short -= len(freed)
             self._evict(freed)
             losers.append(run)
-            if segment.slots:
-                passed_over.append(segment)
-            else:
+            if not segment.slots:
                 self._drop_empty(run)
+            elif short > 0:  # what is left of it are held sources
+                self.queue.take_out(segment)
+                passed_over.append(segment)
         for segment in passed_over:
             self.queue.put(segment)
         return short, losers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.stats import Shortage
@@ -9,6 +10,9 @@ from ssmcache.tree import Run
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
+
+
+_NONE: frozenset[int] = frozenset()
 
 
 class SequenceStates:
@@ -24,7 +28,7 @@ class SequenceStates:
         self._manager = manager
         self._snapshots = snapshots
         self._stream: Any = None
-        self._refused: set[int] = set()  # points that a reservation had no room for
+        self._refused: frozenset[int] = _NONE  # points that a reservation had no room for
         self.live_slot = -1
         self.reserved: dict[int, int] = {}
 
@@ -68,22 +72,25 @@ class SequenceStates:
             return wanted
         return min(wanted, room - snapshots.num_on(cursor))
 
-    def reserve(self, points: list[int], cursor: Run) -> dict[int, int]:
+    def reserve(self, points: Sequence[int], cursor: Run) -> dict[int, int]:
         if not points:
             return dict(self.reserved)
         block = self._manager.tokens_per_block
         admitted = self._manager.admission.points(points[0] - 1, points[-1])
-        wanted = [point for point in points if point in admitted]
-        self._manager.counters.snapshots_skipped_not_admitted += len(points) - len(wanted)
+        wanted: Sequence[int] = points
+        if points != admitted:
+            wanted = [point for point in points if point in admitted]
+            self._manager.counters.snapshots_skipped_not_admitted += len(points) - len(wanted)
         # adopted blocks beyond the start may have snapshots already: a slot for them would push out another for nothing
         first = points[0] // block - 1
         present = self._snapshots.ordinals_on(cursor, first) if cursor.end > first else ()
         if present or self.reserved:
             wanted = [p for p in wanted if p // block - 1 not in present and p not in self.reserved]
         served = wanted
-        if len(wanted) > self._snapshots.pool.free:
+        pool = self._snapshots.pool
+        if len(wanted) > pool.capacity - pool.used:
             served = wanted[: self._room_beside(cursor, len(wanted))]
-            self._refused.update(wanted[len(served) :])
+            self._refused = self._refused.union(wanted[len(served) :])
         if served:
             self.reserved.update(zip(served, self._manager.store.take_states(len(served), cursor), strict=True))
         return dict(self.reserved)
@@ -92,7 +99,7 @@ class SequenceStates:
         if self.reserved:
             self._snapshots.pool.give_back(list(self.reserved.values()))
             self.reserved.clear()
-        self._refused.clear()
+        self._refused = _NONE
 
     def commit(self, cursor: Run, start: int, end: int, history_length: int) -> None:
         """Keep the snapshots of a commit of tokens `start`..`end - 1`; its blocks are in the tree already."""
@@ -101,10 +108,10 @@ class SequenceStates:
             block = self._manager.tokens_per_block
             reserved = self.reserved
             present = self._snapshots.ordinals_on(cursor, points[0] // block - 1)
-            if len(reserved) == len(points) and not present and max(reserved) <= end:
-                # the usual case: each point was reserved
+            if not present and list(reserved) == list(points):
+                # the usual case: each point was reserved, by one call
                 ordinals = [point // block - 1 for point in points]
-                slots = [reserved[point] for point in points]
+                slots = list(reserved.values())
                 reserved.clear()
             else:
                 ordinals, slots = self._collect(points, present, cursor, end, history_length)

@@ -265,7 +265,7 @@ class BlockStore:
         assert pool is not None
         short = count - (pool.capacity - pool.used)
         while short > 0:
-            segment = self.page_queue.pop()
+            segment = self.page_queue.oldest()
             if segment is None:
                 self._drop_newest_soft_hold()
                 continue

@@ -126,6 +126,19 @@ class SnapshotSegment(Segment):
         del self.ordinals[keep:], self.slots[keep:]
         return dropped
 
+    def drop_oldest(self, count: int, held: dict[int, int]) -> list[int]:
+        """Forget up to `count` snapshots whose slots are not held, the deepest first, and return their slots."""
+        if not held:
+            dropped = self.slots[-count:]
+            del self.ordinals[-count:], self.slots[-count:]
+            return dropped
+        deepest_first = range(len(self.slots) - 1, -1, -1)
+        victims = [index for index in deepest_first if self.slots[index] not in held][:count]
+        dropped = [self.slots[index] for index in victims]
+        for index in victims:
+            del self.ordinals[index], self.slots[index]
+        return dropped
+
     def split_upper(self, upper: Run, at: int, serial: int) -> SnapshotSegment | None:
         """Leave the snapshots from block `at` on here; return the ones before it, if any, as a segment of `upper`."""
         count = bisect_left(self.ordinals, at)
@@ -149,16 +162,17 @@ class SnapshotSegment(Segment):
 class Run:
     """One node: blocks `start`..`end - 1` of the paths through it.
 
-    `holds` counts the sequences whose path goes through the run; `soft_holds` those that were created but not yet
-    resumed, and only at the deepest run of their path: nothing above a run that has a child can go anyway.
+    `key_buffer` begins with the keys of the run and may have room behind them. `holds` counts the sequences whose path
+    goes through the run; `soft_holds` those that were created but not yet resumed, and only at the deepest run of their
+    path: nothing above a run that has a child can go anyway.
     """
 
     __slots__ = (
-        "_keys",
         "children",
         "edge",
         "end",
         "holds",
+        "key_buffer",
         "kind",
         "pages",
         "parent",
@@ -175,7 +189,7 @@ class Run:
         self.edge = edge
         self.start = start
         self.end = end
-        self._keys = keys
+        self.key_buffer = keys
         self.children: dict[EdgeKey, Run] = {}
         self.holds = 0
         self.soft_holds = 0
@@ -184,22 +198,22 @@ class Run:
 
     @property
     def keys(self) -> Int64Array:
-        return self._keys[: (self.end - self.start) * self.kind.width]
+        return self.key_buffer[: (self.end - self.start) * self.kind.width]
 
     def append_keys(self, keys: Int64Array, num_blocks: int) -> None:
         """Grow the run in place by the blocks of `keys`. Amortised O(blocks added)."""
         width = self.kind.width
         used = (self.end - self.start) * width
         needed = used + num_blocks * width
-        if needed > self._keys.size or not self._keys.flags.writeable:
+        if needed > self.key_buffer.size or not self.key_buffer.flags.writeable:
             grown = np.empty((int(needed * _GROWTH) // width + 1) * width, dtype=np.int64)
-            grown[:used] = self._keys[:used]
-            self._keys = grown
-        self._keys[used:needed] = keys
+            grown[:used] = self.key_buffer[:used]
+            self.key_buffer = grown
+        self.key_buffer[used:needed] = keys
         self.end += num_blocks
 
     def prepend_keys(self, upper: Run) -> None:
-        self._keys = np.concatenate((upper.keys, self.keys))
+        self.key_buffer = np.concatenate((upper.keys, self.keys))
         self.start = upper.start
 
     def split_keys(self, at: int) -> Int64Array:
@@ -207,10 +221,10 @@ class Run:
         only the lower part has room to grow.
         """
         size = (at - self.start) * self.kind.width
-        above = self._keys[:size]
-        self._keys = self._keys[size:]
+        above = self.key_buffer[:size]
+        self.key_buffer = self.key_buffer[size:]
         self.start = at
-        self.edge = self.kind.edge_key(self._keys, 0)
+        self.edge = self.kind.edge_key(self.key_buffer, 0)
         return above
 
     def path(self) -> Iterator[Run]:
@@ -245,7 +259,7 @@ def match_blocks(root: Run, keys: Int64Array, num_blocks: int) -> tuple[Run, int
             break
         length = child.end - child.start
         comparable = min(length, num_blocks - depth)
-        common = kind.common_blocks(child._keys, 0, keys, depth, comparable)
+        common = kind.common_blocks(child.key_buffer, 0, keys, depth, comparable)
         depth += common
         run = child
         if common < length:

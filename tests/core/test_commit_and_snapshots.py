@@ -171,7 +171,7 @@ def test_reserving_without_ssm_layers_is_refused_but_asking_for_points_gives_non
     sequence = manager.create_kv_cache(())
     sequence.resume()
     sequence.resize(100)
-    assert sequence.snapshot_points(100) == []
+    assert list(sequence.snapshot_points(100)) == []
     assert sequence.next_snapshot_point() is None
     assert sequence.reserve_snapshots([]) == {}
     with pytest.raises(ValueError, match="SSM layers"):
@@ -183,9 +183,9 @@ def test_snapshot_points_are_the_multiples_of_the_interval_ahead():
     sequence = manager.create_kv_cache(())
     sequence.resume()
     sequence.resize(300)
-    assert sequence.snapshot_points(200) == [64, 128, 192]
+    assert list(sequence.snapshot_points(200)) == [64, 128, 192]
     sequence.commit(PROMPT[:64])
-    assert sequence.snapshot_points(128) == [128]
+    assert list(sequence.snapshot_points(128)) == [128]
     assert sequence.next_snapshot_point() == 128
 
 

@@ -82,9 +82,11 @@ def test_a_queue_gives_what_may_go_by_the_age_of_its_tail_whatever_was_touched_h
             queue.retire(segment)
             segments[segments.index(segment)] = PageSegment(run, 0, 100 + step, 0, np.zeros(1, np.int32))
         elif action > 0.8:
-            popped = queue.pop()
-            assert popped is min(in_queue, key=lambda segment: segment.stamp, default=None)
-            in_queue.discard(popped)
+            oldest = queue.oldest()
+            assert oldest is min(in_queue, key=lambda segment: segment.stamp, default=None)
+            if oldest is not None and action > 0.9:
+                queue.take_out(oldest)
+                in_queue.discard(oldest)
         assert set(queue.segments()) >= in_queue
 
 
@@ -194,7 +196,8 @@ def damage_holds(manager):
 
 
 def damage_queue(manager):
-    manager.store.page_queue.pop()
+    queue = manager.store.page_queue
+    queue.take_out(queue.oldest())
 
 
 def damage_parent(manager):
