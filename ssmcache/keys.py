@@ -100,14 +100,15 @@ class BlockKeys:
         return self.stop - self.start
 
     def __getitem__(self, part: slice) -> "BlockKeys":
-        start, stop, step = part.indices(self.stop - self.start)
+        first = self.start
+        start, stop, step = part.indices(self.stop - first)
         if step != 1:
             raise ValueError(f"part of BlockKeys: expected step 1, got {step}")
         view = BlockKeys.__new__(BlockKeys)
         view.keys = self.keys
         view.tokens_per_block = self.tokens_per_block
-        view.start = self.start + start
-        view.stop = self.start + max(start, stop)
+        view.start = first + start
+        view.stop = first + (stop if stop > start else start)
         return view
 
 

@@ -110,8 +110,8 @@ class KVCacheManager:
                     f"{tokens.start} on in blocks of {tokens.tokens_per_block}"
                 )
             # the block that the next token ends, if it ends one, can be adopted though not skipped
-            known = min(tokens.keys.size, (tokens.stop + 1) // block)
-            return self._ready_kind, tokens.keys, known, tokens.stop
+            keys, num_tokens = tokens.keys, tokens.stop
+            return self._ready_kind, keys, min(keys.size, (num_tokens + 1) // block), num_tokens
         array = self.token_array(tokens)
         return self._token_kind, array, array.size // block, array.size
 

@@ -62,18 +62,21 @@ class PagePool(SlotPool):
         self._count(count)
         stack = self._stack
         parts: list[SlotArray] = []
-        while count and stack:
+        missing = count
+        while missing and stack:
             last = stack.pop()
-            if last.size > count:
-                stack.append(last[:-count])
-                last = last[-count:]
+            size = last.size
+            if size > missing:
+                stack.append(last[:-missing])
+                last = last[-missing:]
+                size = missing
             parts.append(last)
-            count -= last.size
+            missing -= size
         parts.reverse()
-        if count:
-            parts.append(np.arange(self._next_fresh, self._next_fresh + count, dtype=np.int32))
-            self._next_fresh += count
-        return np.concatenate(parts) if parts else NO_SLOTS
+        if missing:
+            parts.append(np.arange(self._next_fresh, self._next_fresh + missing, dtype=np.int32))
+            self._next_fresh += missing
+        return np.concatenate(parts) if count else NO_SLOTS
 
     def give_back(self, slots: SlotArray) -> None:
         """Take slots back; nobody may use them from here on, nor write the array."""

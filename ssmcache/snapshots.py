@@ -41,7 +41,7 @@ class SnapshotStore:
         for segment in run.snapshots:
             above = segment.split_upper(upper, at, self._serial())
             if above is not None:
-                upper.snapshots.append(above)
+                upper.snapshots += (above,)
                 self.queue.put(above)
         self._drop_empty(run)
 
@@ -56,7 +56,7 @@ class SnapshotStore:
             for segment in run.snapshots:
                 self._evict(segment.slots)
                 self.queue.retire(segment)
-            run.snapshots = []
+            run.snapshots = ()
             return
         for segment in run.snapshots:
             if segment.ordinals[-1] >= new_end:
@@ -67,7 +67,7 @@ class SnapshotStore:
         for segment in run.snapshots:
             if not segment.slots:
                 self.queue.retire(segment)
-                run.snapshots = [segment for segment in run.snapshots if segment.slots]
+                run.snapshots = tuple(segment for segment in run.snapshots if segment.slots)
 
     def stamp(self, run: Run, stamp: int) -> None:
         """Give all snapshots of a run, which has some, one stamp; that makes them one segment."""
@@ -76,7 +76,7 @@ class SnapshotStore:
             for other in run.snapshots[1:]:
                 segment.absorb(other)
                 self.queue.retire(other)
-            run.snapshots = [segment]
+            run.snapshots = (segment,)
         segment.stamp = stamp
 
     # -- taking and evicting -----------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class SnapshotStore:
             if begin < end:
                 part = slice(begin, end)
                 segment = SnapshotSegment(run, stamp, self._serial(), ordinals[part], slots[part])
-                run.snapshots.append(segment)
+                run.snapshots += (segment,)
                 self.queue.put(segment)
                 end = begin
             run = run.parent

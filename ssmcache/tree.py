@@ -31,11 +31,10 @@ class Segment:
 
     __slots__ = ("queued", "run", "serial", "stamp")
 
-    def __init__(self, run: Run, stamp: int, serial: int) -> None:
-        self.run: Run | None = run
-        self.stamp = stamp
-        self.serial = serial
-        self.queued = False
+    run: Run | None
+    stamp: int
+    serial: int
+    queued: bool
 
     @property
     def tail(self) -> int:
@@ -52,7 +51,7 @@ class PageSegment(Segment):
     __slots__ = ("_buffer", "count", "start")
 
     def __init__(self, run: Run, stamp: int, serial: int, start: int, slots: SlotArray) -> None:
-        super().__init__(run, stamp, serial)
+        self.run, self.stamp, self.serial, self.queued = run, stamp, serial, False
         self.start = start
         self.count = len(slots)
         self._buffer = slots
@@ -85,10 +84,12 @@ class PageSegment(Segment):
 
     def drop_tail(self, count: int) -> SlotArray:
         """Forget the last `count` blocks and return their slots, in memory that is not written again."""
+        if count == self.count:
+            self.count = 0
+            return self._buffer if self._buffer.size == count else self._buffer[:count]
         left = self.count - count
         dropped = self._buffer[left : self.count]
-        if left:
-            self._buffer = self._buffer[:left]
+        self._buffer = self._buffer[:left]
         self.count = left
         return dropped
 
@@ -108,7 +109,7 @@ class SnapshotSegment(Segment):
     __slots__ = ("ordinals", "slots")
 
     def __init__(self, run: Run, stamp: int, serial: int, ordinals: list[int], slots: list[int]) -> None:
-        super().__init__(run, stamp, serial)
+        self.run, self.stamp, self.serial, self.queued = run, stamp, serial, False
         self.ordinals = ordinals
         self.slots = slots
 
@@ -194,7 +195,7 @@ class Run:
         self.holds = 0
         self.soft_holds = 0
         self.pages: PageSegment | None = None
-        self.snapshots: list[SnapshotSegment] = []
+        self.snapshots: tuple[SnapshotSegment, ...] = ()
 
     @property
     def keys(self) -> Int64Array:
@@ -251,10 +252,12 @@ def match_blocks(root: Run, keys: Int64Array, num_blocks: int) -> tuple[Run, int
 
     Pure. Cost: one dictionary look-up and at most one vectorised comparison a run.
     """
-    run, depth = root, 0
+    run: Run = root
+    depth = 0
     kind = root.kind
+    edge_key = kind.edge_key
     while depth < num_blocks:
-        child = run.children.get(kind.edge_key(keys, depth))
+        child = run.children.get(edge_key(keys, depth))
         if child is None:
             break
         length = child.end - child.start
