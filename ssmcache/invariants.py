@@ -41,7 +41,7 @@ def check_manager(manager: KVCacheManager) -> None:
         _check_slots("state", store.snapshots.pool, cached, private)
         counted = store.snapshots.num_cached
         _expect(len(cached) == counted, f"{len(cached)} cached snapshots, counted {counted}")
-        _expect(store.snapshots.unused <= set(cached), "a slot that is no snapshot counts as an unused one")
+        _expect(store.snapshots.reused_slots() <= set(cached), "a slot that is no snapshot counts as a reused one")
         _expect(set(store.snapshots.held_sources) <= set(cached), "a held source is no snapshot of the tree")
 
 
@@ -83,7 +83,7 @@ def _check_run(run: Run, has_pages: bool) -> None:
     for segment in run.snapshots:
         _expect(segment.run is run, f"{name}: a snapshot segment belongs to another run")
         _expect(len(segment.ordinals) == len(segment.slots) > 0, f"{name}: empty or uneven snapshot segment")
-        _expect(segment.ordinals == sorted(segment.ordinals), f"{name}: snapshots out of order")
+        _expect(list(segment.ordinals) == sorted(segment.ordinals), f"{name}: snapshots out of order")
         ordinals += segment.ordinals
     _expect(len(set(ordinals)) == len(ordinals), f"{name}: two snapshots after one block")
     _expect(all(run.start <= ordinal < run.end for ordinal in ordinals), f"{name}: snapshot outside the run")

@@ -1,14 +1,23 @@
 """Slots: equal-sized pieces of one tier's memory for one layer group, handed out last in, first out."""
 
 import sys
+from array import array
+from collections.abc import Iterable
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 SlotArray = npt.NDArray[np.int32]
+IntArray: TypeAlias = "array[int]"  # of 64-bit integers: a handful of slots or ordinals
 
 UNLIMITED_SLOTS = sys.maxsize
 NO_SLOTS: SlotArray = np.empty(0, dtype=np.int32)
+
+
+def int_array(values: Iterable[int] = ()) -> IntArray:
+    """Machine integers, 64 bits each."""
+    return array("q", values)
 
 
 class SlotPool:
@@ -89,15 +98,15 @@ class PagePool(SlotPool):
 
 
 class StatePool(SlotPool):
-    """Slots for states, which come and go by the handful: lists."""
+    """Slots for states, which come and go by the handful."""
 
     __slots__ = ("_stack",)
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._stack: list[int] = []
+        self._stack = int_array()
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int) -> IntArray:
         """Hand out `count` slots. The caller has checked that so many are free."""
         self._count(count)
         keep = max(0, len(self._stack) - count)
@@ -109,10 +118,11 @@ class StatePool(SlotPool):
             self._next_fresh += fresh
         return slots
 
-    def give_back(self, slots: list[int]) -> None:
+    def give_back(self, slots: Iterable[int]) -> None:
         """Take slots back; nobody may use them from here on."""
-        self._stack += slots
-        self.used -= len(slots)
+        before = len(self._stack)
+        self._stack.extend(slots)
+        self.used -= len(self._stack) - before
 
     def returned_slots(self) -> list[int]:
-        return list(self._stack)
+        return self._stack.tolist()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ssmcache.eviction import EvictionQueue
-from ssmcache.pools import StatePool
+from ssmcache.pools import IntArray, StatePool
 from ssmcache.tree import Run, SnapshotSegment
 
 
@@ -19,7 +21,7 @@ class SnapshotStore:
         self.queue = EvictionQueue()
         self.num_cached = 0
         self.held_sources: dict[int, int] = {}  # slot -> sequences about to start from it
-        self.unused: set[int] = set()  # slots of snapshots that nobody has started from
+        self._was_reused = bytearray()  # by slot, for the slots of snapshots: whether anybody has started from it
         self.num_evicted = 0
         self.num_evicted_unused = 0
         self._num_segments = 0
@@ -33,6 +35,24 @@ class SnapshotStore:
         left = self.held_sources.pop(slot) - 1
         if left:
             self.held_sources[slot] = left
+
+    def note_reuse(self, slot: int) -> None:
+        if slot >= len(self._was_reused):
+            self._was_reused.extend(bytes(slot + 1 - len(self._was_reused)))
+        self._was_reused[slot] = 1
+
+    def reused_slots(self) -> set[int]:
+        return {slot for slot, reused in enumerate(self._was_reused) if reused}
+
+    def _forget_reuse(self, slots: Sequence[int]) -> int:
+        """These snapshots leave the tree: the number of them that somebody has started from."""
+        flags = self._was_reused
+        num_reused = 0
+        for slot in slots:
+            if slot < len(flags) and flags[slot]:
+                flags[slot] = 0
+                num_reused += 1
+        return num_reused
 
     # -- following the tree ------------------------------------------------------------------------------------------
 
@@ -120,13 +140,12 @@ class SnapshotStore:
             self.queue.put(segment)
         return short, losers
 
-    def _evict(self, slots: list[int]) -> None:
+    def _evict(self, slots: IntArray) -> None:
         self.pool.give_back(slots)
-        self.num_cached -= len(slots)
-        self.num_evicted += len(slots)
-        num_unused = len(self.unused)
-        self.unused.difference_update(slots)
-        self.num_evicted_unused += num_unused - len(self.unused)
+        count = len(slots)
+        self.num_cached -= count
+        self.num_evicted += count
+        self.num_evicted_unused += count - self._forget_reuse(slots)
 
     # -- adding and removing -----------------------------------------------------------------------------------------
 
@@ -141,7 +160,7 @@ class SnapshotStore:
             run = run.parent
         return found
 
-    def add(self, cursor: Run, ordinals: list[int], slots: list[int], stamp: int) -> None:
+    def add(self, cursor: Run, ordinals: IntArray, slots: IntArray, stamp: int) -> None:
         """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each."""
         end = len(ordinals)
         run: Run | None = cursor
@@ -158,7 +177,6 @@ class SnapshotStore:
                 end = begin
             run = run.parent
         self.num_cached += len(slots)
-        self.unused.update(slots)
 
     def take_over(self, cursor: Run, slot: int) -> None:
         """Take a snapshot of the path of `cursor` out of the tree; its slot becomes the caller's."""
@@ -169,7 +187,7 @@ class SnapshotStore:
                     del segment.ordinals[index], segment.slots[index]
                     self._drop_empty(run)
                     self.num_cached -= 1
-                    self.unused.discard(slot)
+                    self._forget_reuse((slot,))
                     return
         raise AssertionError(f"slot {slot} is no snapshot of this path")
 
@@ -181,7 +199,7 @@ class SnapshotStore:
                 segment.run = None
         self.queue = EvictionQueue()
         self.num_cached = 0
-        self.unused.clear()
+        self._was_reused.clear()
 
     def _serial(self) -> int:
         self._num_segments += 1

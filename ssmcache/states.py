@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ssmcache.pools import IntArray, int_array
 from ssmcache.stats import Shortage
 from ssmcache.tree import Run
 
@@ -51,7 +52,7 @@ class SequenceStates:
         self._stream = stream
         if source_slot >= 0:
             manager.counters.snapshots_reused += 1
-            snapshots.unused.discard(source_slot)
+            snapshots.note_reuse(source_slot)
             if snapshots.pool.free == 0 and snapshots.num_cached == 1:
                 # the source is all there is: it becomes the live state itself
                 snapshots.release_source(source_slot)
@@ -110,8 +111,9 @@ class SequenceStates:
             present = self._snapshots.ordinals_on(cursor, points[0] // block - 1)
             if not present and list(reserved) == list(points):
                 # the usual case: each point was reserved, by one call
-                ordinals = [point // block - 1 for point in points]
-                slots = list(reserved.values())
+                first, step = points.start // block - 1, points.step // block
+                ordinals = int_array(range(first, first + len(points) * step, step))
+                slots = int_array(reserved.values())
                 reserved.clear()
             else:
                 ordinals, slots = self._collect(points, present, cursor, end, history_length)
@@ -122,11 +124,10 @@ class SequenceStates:
 
     def _collect(
         self, points: range, present: set[int], cursor: Run, end: int, history_length: int
-    ) -> tuple[list[int], list[int]]:
+    ) -> tuple[IntArray, IntArray]:
         """Blocks of those points that get a snapshot now, and the slots of their states."""
         block = self._manager.tokens_per_block
-        ordinals: list[int] = []
-        slots: list[int] = []
+        ordinals, slots = int_array(), int_array()
         for point in points:
             ordinal = point // block - 1
             if ordinal in present:

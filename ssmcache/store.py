@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ssmcache.eviction import EvictionQueue
 from ssmcache.keys import Int64Array, KeyKind, ReuseScope
-from ssmcache.pools import PagePool, SlotArray, StatePool
+from ssmcache.pools import IntArray, PagePool, SlotArray, StatePool
 from ssmcache.recency import Clock
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.tree import PageSegment, Root, Run
@@ -277,7 +277,7 @@ class BlockStore:
             short -= num_blocks
         return pool.take(count)
 
-    def take_states(self, count: int, own: Run | None) -> list[int]:
+    def take_states(self, count: int, own: Run | None) -> IntArray:
         """`count` slots for states; evicts the oldest snapshots, none of the path of `own`, which is locked, and none
         that is held as a source. The caller has checked that so many can be had.
         """
@@ -296,7 +296,7 @@ class BlockStore:
                 self._drop_newest_soft_hold()
         return snapshots.pool.take(count)
 
-    def add_snapshots(self, cursor: Run, ordinals: list[int], slots: list[int]) -> None:
+    def add_snapshots(self, cursor: Run, ordinals: IntArray, slots: IntArray) -> None:
         """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each."""
         assert self.snapshots is not None
         self.version += 1

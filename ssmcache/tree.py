@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ssmcache.keys import EdgeKey, Int64Array, KeyKind, ReuseScope
-from ssmcache.pools import SlotArray
+from ssmcache.pools import IntArray, SlotArray, int_array
 
 # a run that grows gets this much room ahead: long conversations copy each block O(1) times
 _GROWTH = 1.25
@@ -104,11 +104,14 @@ class PageSegment(Segment):
 
 
 class SnapshotSegment(Segment):
-    """Some snapshots of a run, by ascending block ordinal: the state after block `ordinals[i]` is in `slots[i]`."""
+    """Some snapshots of a run, by ascending block ordinal: the state after block `ordinals[i]` is in `slots[i]`.
+
+    Both are machine integers: lists would be of objects all over the memory, each a cache miss when its turn comes.
+    """
 
     __slots__ = ("ordinals", "slots")
 
-    def __init__(self, run: Run, stamp: int, serial: int, ordinals: list[int], slots: list[int]) -> None:
+    def __init__(self, run: Run, stamp: int, serial: int, ordinals: IntArray, slots: IntArray) -> None:
         self.run, self.stamp, self.serial, self.queued = run, stamp, serial, False
         self.ordinals = ordinals
         self.slots = slots
@@ -120,14 +123,14 @@ class SnapshotSegment(Segment):
     def may_go(self) -> bool:
         return True
 
-    def drop_tail(self, from_ordinal: int) -> list[int]:
+    def drop_tail(self, from_ordinal: int) -> IntArray:
         """Forget the snapshots of blocks `from_ordinal` and deeper and return their slots."""
         keep = bisect_left(self.ordinals, from_ordinal)
         dropped = self.slots[keep:]
         del self.ordinals[keep:], self.slots[keep:]
         return dropped
 
-    def drop_oldest(self, count: int, held: dict[int, int]) -> list[int]:
+    def drop_oldest(self, count: int, held: dict[int, int]) -> IntArray:
         """Forget up to `count` snapshots whose slots are not held, the deepest first, and return their slots."""
         if not held:
             dropped = self.slots[-count:]
@@ -135,7 +138,7 @@ class SnapshotSegment(Segment):
             return dropped
         deepest_first = range(len(self.slots) - 1, -1, -1)
         victims = [index for index in deepest_first if self.slots[index] not in held][:count]
-        dropped = [self.slots[index] for index in victims]
+        dropped = int_array(self.slots[index] for index in victims)
         for index in victims:
             del self.ordinals[index], self.slots[index]
         return dropped
@@ -156,8 +159,8 @@ class SnapshotSegment(Segment):
             self.slots += other.slots
             return
         pairs = sorted(zip(self.ordinals + other.ordinals, self.slots + other.slots, strict=True))
-        self.ordinals = [ordinal for ordinal, _ in pairs]
-        self.slots = [slot for _, slot in pairs]
+        self.ordinals = int_array(ordinal for ordinal, _ in pairs)
+        self.slots = int_array(slot for _, slot in pairs)
 
 
 class Run:

@@ -55,6 +55,15 @@ def test_reserved_points_give_the_tree_of_chunked_commits_without_a_copy():
     assert chunked.stats().snapshots_taken == reserved.stats().snapshots_taken == 3
 
 
+@pytest.mark.parametrize("length", [63, 64, 65, 127, 128, 129, 191])
+def test_reserved_states_lie_at_the_points_before_the_end_and_nowhere_else(length):
+    manager = make_manager(None, None)
+    committed(manager, (length,), reserve=True)
+    (run,) = manager.store.all_runs()
+    ordinals = [ordinal for segment in run.snapshots for ordinal in segment.ordinals]
+    assert ordinals == [point // 32 - 1 for point in range(64, length + 1, 64)]
+
+
 def test_a_boundary_that_a_commit_passes_is_counted_and_gives_no_snapshot():
     manager = make_manager(None, None)
     committed(manager, (200,))
