@@ -136,8 +136,6 @@ class KVCache(PathHolder):
         if self.shortage is not None:
             return False
         if found is not None:
-            if self.soft:
-                store.drop_soft_hold(self)
             self._apply(*found)
         store.lock(self)
         if states is not None:

@@ -37,8 +37,6 @@ class SnapshotStore:
             self.held_sources[slot] = left
 
     def note_reuse(self, slot: int) -> None:
-        if slot >= len(self._was_reused):
-            self._was_reused.extend(bytes(slot + 1 - len(self._was_reused)))
         self._was_reused[slot] = 1
 
     def reused_slots(self) -> set[int]:
@@ -47,11 +45,10 @@ class SnapshotStore:
     def _forget_reuse(self, slots: Sequence[int]) -> int:
         """These snapshots leave the tree: the number of them that somebody has started from."""
         flags = self._was_reused
-        num_reused = 0
-        for slot in slots:
-            if slot < len(flags) and flags[slot]:
+        num_reused = sum(map(flags.__getitem__, slots))
+        if num_reused:
+            for slot in slots:
                 flags[slot] = 0
-                num_reused += 1
         return num_reused
 
     # -- following the tree ------------------------------------------------------------------------------------------
@@ -161,7 +158,12 @@ class SnapshotStore:
         return found
 
     def add(self, cursor: Run, ordinals: IntArray, slots: IntArray, stamp: int) -> None:
-        """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each."""
+        """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each.
+        The arrays become the tree's.
+        """
+        missing_flags = self.pool.num_ever_used - len(self._was_reused)
+        if missing_flags > 0:
+            self._was_reused.extend(bytes(missing_flags))
         end = len(ordinals)
         run: Run | None = cursor
         while end > 0:
@@ -170,8 +172,10 @@ class SnapshotStore:
             while begin > 0 and ordinals[begin - 1] >= run.start:
                 begin -= 1
             if begin < end:
-                part = slice(begin, end)
-                segment = SnapshotSegment(run, stamp, self._serial(), ordinals[part], slots[part])
+                if begin > 0 or end < len(ordinals):
+                    segment = SnapshotSegment(run, stamp, self._serial(), ordinals[begin:end], slots[begin:end])
+                else:
+                    segment = SnapshotSegment(run, stamp, self._serial(), ordinals, slots)
                 run.snapshots += (segment,)
                 self.queue.put(segment)
                 end = begin

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 _NONE: frozenset[int] = frozenset()
+_NO_SLOTS = int_array()
 
 
 class SequenceStates:
@@ -21,7 +22,7 @@ class SequenceStates:
     that a kernel wrote in passing.
     """
 
-    __slots__ = ("_manager", "_refused", "_snapshots", "_stream", "live_slot", "reserved")
+    __slots__ = ("_manager", "_points", "_refused", "_slots", "_snapshots", "_stream", "live_slot")
 
     def __init__(self, manager: KVCacheManager) -> None:
         snapshots = manager.store.snapshots
@@ -31,7 +32,8 @@ class SequenceStates:
         self._stream: Any = None
         self._refused: frozenset[int] = _NONE  # points that a reservation had no room for
         self.live_slot = -1
-        self.reserved: dict[int, int] = {}
+        self._points: Sequence[int] = ()  # that have a slot reserved, ascending unless reserved by several calls,
+        self._slots: IntArray = _NO_SLOTS  # and the slots
 
     def shortage_of_live_state(self, source_slot: int, holds_source: bool) -> Shortage | None:
         """Whether a live state can be had without giving up the snapshot that it starts from."""
@@ -74,32 +76,42 @@ class SequenceStates:
         return min(wanted, room - snapshots.num_on(cursor))
 
     def reserve(self, points: Sequence[int], cursor: Run) -> dict[int, int]:
-        if not points:
-            return dict(self.reserved)
-        block = self._manager.tokens_per_block
+        """Take slots for ascending points; returns all points that have a reserved slot now, with it."""
+        if points:
+            wanted = self._worth_reserving(points, cursor)
+            pool = self._snapshots.pool
+            if len(wanted) > pool.capacity - pool.used:
+                room = self._room_beside(cursor, len(wanted))
+                self._refused = self._refused.union(wanted[room:])
+                wanted = wanted[:room]
+            if wanted:
+                slots = self._manager.store.take_states(len(wanted), cursor)
+                if self._slots:
+                    wanted, slots = [*self._points, *wanted], self._slots + slots
+                self._points, self._slots = wanted, slots
+        return dict(zip(self._points, self._slots, strict=True))
+
+    def _worth_reserving(self, points: Sequence[int], cursor: Run) -> Sequence[int]:
+        """The points that are admitted, and have neither a snapshot nor a reserved slot yet."""
         admitted = self._manager.admission.points(points[0] - 1, points[-1])
-        wanted: Sequence[int] = points
         if points != admitted:
-            wanted = [point for point in points if point in admitted]
-            self._manager.counters.snapshots_skipped_not_admitted += len(points) - len(wanted)
+            kept = [point for point in points if point in admitted]
+            self._manager.counters.snapshots_skipped_not_admitted += len(points) - len(kept)
+            points = kept
+        if self._slots:
+            points = [point for point in points if point not in self._points]
         # adopted blocks beyond the start may have snapshots already: a slot for them would push out another for nothing
-        first = points[0] // block - 1
-        present = self._snapshots.ordinals_on(cursor, first) if cursor.end > first else ()
-        if present or self.reserved:
-            wanted = [p for p in wanted if p // block - 1 not in present and p not in self.reserved]
-        served = wanted
-        pool = self._snapshots.pool
-        if len(wanted) > pool.capacity - pool.used:
-            served = wanted[: self._room_beside(cursor, len(wanted))]
-            self._refused = self._refused.union(wanted[len(served) :])
-        if served:
-            self.reserved.update(zip(served, self._manager.store.take_states(len(served), cursor), strict=True))
-        return dict(self.reserved)
+        block = self._manager.tokens_per_block
+        if points and cursor.end * block >= points[0]:
+            present = self._snapshots.ordinals_on(cursor, points[0] // block - 1)
+            if present:
+                points = [point for point in points if point // block - 1 not in present]
+        return points
 
     def give_back_reserved(self) -> None:
-        if self.reserved:
-            self._snapshots.pool.give_back(list(self.reserved.values()))
-            self.reserved.clear()
+        if self._slots:
+            self._snapshots.pool.give_back(self._slots)
+            self._points, self._slots = (), _NO_SLOTS
         self._refused = _NONE
 
     def commit(self, cursor: Run, start: int, end: int, history_length: int) -> None:
@@ -107,14 +119,14 @@ class SequenceStates:
         points = self._manager.admission.points(start, end)
         if points:
             block = self._manager.tokens_per_block
-            reserved = self.reserved
-            present = self._snapshots.ordinals_on(cursor, points[0] // block - 1)
-            if not present and list(reserved) == list(points):
+            first = points.start // block - 1
+            present = self._snapshots.ordinals_on(cursor, first)
+            if points == self._points and not present:
                 # the usual case: each point was reserved, by one call
-                first, step = points.start // block - 1, points.step // block
+                step = points.step // block
                 ordinals = int_array(range(first, first + len(points) * step, step))
-                slots = int_array(reserved.values())
-                reserved.clear()
+                slots = self._slots
+                self._points, self._slots = (), _NO_SLOTS
             else:
                 ordinals, slots = self._collect(points, present, cursor, end, history_length)
             if slots:
@@ -127,18 +139,17 @@ class SequenceStates:
     ) -> tuple[IntArray, IntArray]:
         """Blocks of those points that get a snapshot now, and the slots of their states."""
         block = self._manager.tokens_per_block
+        reserved = dict(zip(self._points, self._slots, strict=True))
         ordinals, slots = int_array(), int_array()
         for point in points:
             ordinal = point // block - 1
             if ordinal in present:
                 continue
-            if point in self.reserved:
-                slot = self.reserved.pop(point)
-            else:
-                slot = self._slot_at(point, end, history_length, cursor)
+            slot = reserved.pop(point) if point in reserved else self._slot_at(point, end, history_length, cursor)
             if slot >= 0:
                 ordinals.append(ordinal)
                 slots.append(slot)
+        self._points, self._slots = tuple(reserved), int_array(reserved.values())
         return ordinals, slots
 
     def _slot_at(self, point: int, end: int, history_length: int, cursor: Run) -> int:
@@ -163,7 +174,7 @@ class SequenceStates:
     def slots(self) -> list[int]:
         """Every slot that is the sequence's own."""
         live = [] if self.live_slot < 0 else [self.live_slot]
-        return live + list(self.reserved.values())
+        return live + self._slots.tolist()
 
     def close(self) -> None:
         self.give_back_reserved()

@@ -67,7 +67,8 @@ class BlockStore:
 
     def leave_scope(self, root: Root) -> None:
         root.num_sequences -= 1
-        self._settle_leaf(root)
+        if not root.children:
+            self._settle_leaf(root)
 
     # -- structure ---------------------------------------------------------------------------------------------------
 
@@ -173,7 +174,11 @@ class BlockStore:
     # -- holding and touching ----------------------------------------------------------------------------------------
 
     def hold_softly(self, holder: PathHolder, run: Run, depth: int, source_slot: int) -> None:
-        """Hold the first `depth` blocks of the path of `run`, and a snapshot (-1: none), until others need the room."""
+        """Hold the first `depth` blocks of the path of `run`, and a snapshot (-1: none), until others need the room.
+
+        Takes the place of a soft hold that the holder has; the old one goes last, since the new path may depend on it.
+        """
+        old = (holder.cursor, holder.source_slot) if holder.soft else None
         if depth < run.end:
             run = self.split(run, depth)
         run.soft_holds += 1
@@ -182,16 +187,21 @@ class BlockStore:
             self.snapshots.hold_source(source_slot)
         holder.cursor, holder.source_slot, holder.soft = run, source_slot, True
         self.soft_holders[holder] = None
+        if old is not None:
+            self._end_soft_hold(*old)
 
     def drop_soft_hold(self, holder: PathHolder) -> None:
         """Let go without a touch: the path is as old as it was."""
-        run = holder.cursor
         del self.soft_holders[holder]
-        run.soft_holds -= 1
-        if holder.source_slot >= 0:
-            assert self.snapshots is not None
-            self.snapshots.release_source(holder.source_slot)
+        old = holder.cursor, holder.source_slot
         holder.cursor, holder.source_slot, holder.soft = holder.root, -1, False
+        self._end_soft_hold(*old)
+
+    def _end_soft_hold(self, run: Run, source_slot: int) -> None:
+        run.soft_holds -= 1
+        if source_slot >= 0:
+            assert self.snapshots is not None
+            self.snapshots.release_source(source_slot)
         self._settle_leaf(run)
 
     def _drop_newest_soft_hold(self) -> None:

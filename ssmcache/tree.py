@@ -258,16 +258,17 @@ def match_blocks(root: Run, keys: Int64Array, num_blocks: int) -> tuple[Run, int
     run: Run = root
     depth = 0
     kind = root.kind
-    edge_key = kind.edge_key
     while depth < num_blocks:
-        child = run.children.get(edge_key(keys, depth))
+        child = run.children.get(kind.edge_key(keys, depth))
         if child is None:
             break
-        length = child.end - child.start
-        comparable = min(length, num_blocks - depth)
-        common = kind.common_blocks(child.key_buffer, 0, keys, depth, comparable)
-        depth += common
         run = child
+        length = run.end - run.start
+        comparable = num_blocks - depth
+        if comparable > length:
+            comparable = length
+        common = kind.common_blocks(run.key_buffer, 0, keys, depth, comparable)
+        depth += common
         if common < length:
             break
     return run, depth
