@@ -107,22 +107,27 @@ class StatePool(SlotPool):
         self._stack = int_array()
 
     def take(self, count: int) -> IntArray:
-        """Hand out `count` slots. The caller has checked that so many are free."""
+        """Hand out `count` >= 1 slots. The caller has checked that so many are free."""
         self._count(count)
-        keep = max(0, len(self._stack) - count)
-        slots = self._stack[keep:]
-        del self._stack[keep:]
-        fresh = count - len(slots)
-        if fresh:
-            slots.extend(range(self._next_fresh, self._next_fresh + fresh))
-            self._next_fresh += fresh
-        return slots
+        stack = self._stack
+        if len(stack) >= count:
+            slots = stack[-count:]
+            del stack[-count:]
+            return slots
+        fresh = count - len(stack)
+        self._stack = int_array()
+        stack.extend(range(self._next_fresh, self._next_fresh + fresh))
+        self._next_fresh += fresh
+        return stack
 
-    def give_back(self, slots: Iterable[int]) -> None:
+    def give_back(self, slots: IntArray) -> None:
         """Take slots back; nobody may use them from here on."""
-        before = len(self._stack)
-        self._stack.extend(slots)
-        self.used -= len(self._stack) - before
+        self._stack += slots
+        self.used -= len(slots)
+
+    def give_back_one(self, slot: int) -> None:
+        self._stack.append(slot)
+        self.used -= 1
 
     def returned_slots(self) -> list[int]:
         return self._stack.tolist()

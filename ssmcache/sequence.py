@@ -238,7 +238,8 @@ class KVCache(PathHolder):
         return self._manager.admission.next_point(self.num_committed_tokens)
 
     def reserve_snapshots(self, points: Iterable[int]) -> dict[int, int]:
-        """Slots for states that a kernel writes itself while it passes `points`: {position: slot}.
+        """Slots for states that a kernel writes itself while it passes `points`: {position: slot}, with those of
+        earlier calls since the last commit.
 
         Where room is short the shallowest points are served, and the commit counts the rest as skipped; snapshots of
         the sequence's own path are never given up for it. Slots that the next commit does not cover go back.

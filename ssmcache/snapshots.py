@@ -86,15 +86,13 @@ class SnapshotStore:
                 self.queue.retire(segment)
                 run.snapshots = tuple(segment for segment in run.snapshots if segment.slots)
 
-    def stamp(self, run: Run, stamp: int) -> None:
-        """Give all snapshots of a run, which has some, one stamp; that makes them one segment."""
-        segment = run.snapshots[0]
-        if len(run.snapshots) > 1:
-            for other in run.snapshots[1:]:
-                segment.absorb(other)
-                self.queue.retire(other)
-            run.snapshots = (segment,)
-        segment.stamp = stamp
+    def join(self, run: Run) -> None:
+        """Make one segment of all snapshots of a run, which the caller is about to stamp together."""
+        segment, *others = run.snapshots
+        for other in others:
+            segment.absorb(other)
+            self.queue.retire(other)
+        run.snapshots = (segment,)
 
     # -- taking and evicting -----------------------------------------------------------------------------------------
 

@@ -38,15 +38,14 @@ class SequenceStates:
     def shortage_of_live_state(self, source_slot: int, holds_source: bool) -> Shortage | None:
         """Whether a live state can be had without giving up the snapshot that it starts from."""
         snapshots = self._snapshots
-        free = snapshots.pool.free
-        if free > 0:
+        if snapshots.pool.used < snapshots.pool.capacity:
             return None
         evictable = snapshots.num_cached - (source_slot >= 0)
         others_hold = source_slot >= 0 and self._snapshots.held_sources.get(source_slot, 0) > holds_source
         if evictable > 0 or (source_slot >= 0 and not others_hold):
             return None
         used = snapshots.pool.used
-        return Shortage("slots", self._manager.state_group, "gpu", 1, free, 0, used)
+        return Shortage("slots", self._manager.state_group, "gpu", 1, 0, 0, used)
 
     def start(self, cursor: Run, source_slot: int, stream: Any) -> None:
         """Take the live slot, and queue the copy of the source, held by the caller, into it."""
@@ -140,6 +139,9 @@ class SequenceStates:
         """Blocks of those points that get a snapshot now, and the slots of their states."""
         block = self._manager.tokens_per_block
         reserved = dict(zip(self._points, self._slots, strict=True))
+        # what this commit does not need goes back first, so that a copy at its end can have the room
+        for point in [point for point in reserved if point > end or point // block - 1 in present]:
+            self._snapshots.pool.give_back_one(reserved.pop(point))
         ordinals, slots = int_array(), int_array()
         for point in points:
             ordinal = point // block - 1
@@ -149,7 +151,7 @@ class SequenceStates:
             if slot >= 0:
                 ordinals.append(ordinal)
                 slots.append(slot)
-        self._points, self._slots = tuple(reserved), int_array(reserved.values())
+        self._points, self._slots = (), _NO_SLOTS
         return ordinals, slots
 
     def _slot_at(self, point: int, end: int, history_length: int, cursor: Run) -> int:
@@ -179,5 +181,5 @@ class SequenceStates:
     def close(self) -> None:
         self.give_back_reserved()
         if self.live_slot >= 0:
-            self._snapshots.pool.give_back([self.live_slot])
+            self._snapshots.pool.give_back_one(self.live_slot)
             self.live_slot = -1

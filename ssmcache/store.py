@@ -230,8 +230,10 @@ class BlockStore:
     def touch(self, cursor: Run) -> None:
         """Stamp every page and snapshot of the path, the deepest as the oldest."""
         stamp = self.clock.touch(cursor.end)
-        for run in cursor.path():
+        run = cursor
+        while run.parent is not None:
             self._stamp(run, stamp)
+            run = run.parent
 
     def touch_and_release(self, holder: PathHolder) -> None:
         """Touch the path and give the lock back; neighbours that nothing keeps apart any more become one run."""
@@ -239,16 +241,16 @@ class BlockStore:
         stamp = self.clock.touch(cursor.end)
         below: Run | None = None
         while run.parent is not None:
-            run.holds -= 1
-            if not run.holds and run.pages is not None:
-                self.num_locked_pages -= run.end - run.start
             parent = run.parent
-            if below is not None:
-                if not run.holds and not run.soft_holds and len(run.children) == 1:
+            run.holds -= 1
+            if not run.holds:
+                if run.pages is not None:
+                    self.num_locked_pages -= run.end - run.start
+                if below is not None and len(run.children) == 1 and not run.soft_holds:
                     self._absorb_parent(below)
                     run = below
-                else:
-                    self._stamp(below, stamp)
+            if below is not None and run is not below:
+                self._stamp(below, stamp)
             below = run
             run = parent
         if below is not None:
@@ -260,8 +262,10 @@ class BlockStore:
         if run.pages is not None:
             run.pages.stamp = stamp
         if run.snapshots:
-            assert self.snapshots is not None
-            self.snapshots.stamp(run, stamp)
+            if len(run.snapshots) > 1:
+                assert self.snapshots is not None
+                self.snapshots.join(run)
+            run.snapshots[0].stamp = stamp
 
     # -- room --------------------------------------------------------------------------------------------------------
 

@@ -39,8 +39,8 @@ class SimulatedMemory:
         num_bytes = count * self._pools[layer_group].slot_bytes
         self.num_copied_slots += count
         self.num_copied_bytes += num_bytes
-        end = self._stream_time_s.get(stream, 0.0) + num_bytes / self._bytes_per_second
-        self._stream_time_s[stream] = end
+        times = self._stream_time_s
+        times[stream] = end = times.get(stream, 0.0) + num_bytes / self._bytes_per_second
         return end
 
     def wait(self, stream: Any, event: float) -> None:

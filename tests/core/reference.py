@@ -272,6 +272,7 @@ class ReferenceCache:
         added = []
         wanted = {point: sequence.path[point // self.setup.block - 1] for point in self.points(old, new)}
         missing = {point: prefix for point, prefix in wanted.items() if prefix not in self.snapshots}
+        sequence.reserved &= missing.keys()  # the other slots are free already when a copy looks for room
         for point, prefix in missing.items():
             if point in sequence.reserved or (point == new and self.copy_live_state(sequence, point)):
                 sequence.reserved.discard(point)

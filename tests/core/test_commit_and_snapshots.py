@@ -123,6 +123,18 @@ def test_reserved_slots_that_the_next_commit_does_not_cover_go_back():
     manager.check()
 
 
+def test_a_slot_reserved_too_far_ahead_serves_the_end_of_the_commit():
+    manager = make_manager(20, 2)
+    sequence = manager.create_kv_cache(())
+    sequence.resume()
+    sequence.resize(300)
+    assert list(sequence.reserve_snapshots([256])) == [256]
+    sequence.commit(PROMPT[:64])
+    assert manager.stats().snapshots_taken == 1
+    assert manager.stats().snapshots_skipped_no_room == 0
+    manager.check()
+
+
 def test_a_commit_that_ends_on_a_reserved_point_makes_no_second_copy():
     manager = make_manager(None, None)
     committed(manager, (128,), reserve=True)

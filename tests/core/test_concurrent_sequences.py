@@ -373,3 +373,30 @@ def test_the_random_calls_reach_what_matters(kind: str) -> None:
         total.update(refused=driver.pair.num_refused, dropped=reference.dropped_holds, over=reference.taken_over)
     without = {"attention": ("snapshots", "copied", "over"), "hybrid": (), "ssm": ("pages",)}[kind]
     assert not [name for name, count in total.items() if not count and not name.startswith(without)]
+
+
+@pytest.mark.parametrize("kind", ["attention", "hybrid", "ssm"])
+def test_eviction_queues_that_forget_dead_entries_at_once_decide_the_same(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small caches never have enough dead entries to be rid of, so the threshold goes."""
+    monkeypatch.setattr("ssmcache.eviction._MIN_DEAD", 0)
+    for seed in range(1000, 1060):
+        case = make_case(kind, seed, num_steps=300)
+        Driver(case.setup, case.known, ready=bool(seed % 2)).run(case.steps)
+
+
+def test_a_match_that_only_its_holder_keeps_in_the_tree_is_still_there_at_its_first_resume() -> None:
+    """Without pages and without a snapshot, the found block is in the tree for the sequence that found it alone."""
+    pair = Pair(Setup(block=1, pages=0, states=1, interval=1), ready=True)
+    pair.create((0, 0, 0), 3)
+    assert pair.resume(0)
+    assert pair.resize(0, 3)
+    pair.commit(0, 1)
+    pair.create((0, 0, 0), 3)
+    pair.commit(0, 1)  # the tree changes, so that the second one looks again
+    pair.close(0)
+    assert pair.resume(0)
+    assert pair.resize(0, 3)
+    pair.commit(0, 3)
+    pair.close(0)
