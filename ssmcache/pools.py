@@ -120,6 +120,13 @@ class StatePool(SlotPool):
         self._next_fresh += fresh
         return stack
 
+    def take_one(self) -> int:
+        """Hand out one slot. The caller has checked that one is free."""
+        if not self._stack:
+            return self.take(1)[0]
+        self._count(1)
+        return self._stack.pop()
+
     def give_back(self, slots: IntArray) -> None:
         """Take slots back; nobody may use them from here on."""
         self._stack += slots

@@ -60,7 +60,7 @@ class SequenceStates:
                 manager.store.take_over_snapshot(cursor, source_slot)
                 self.live_slot = source_slot
                 return
-        self.live_slot = manager.store.take_states(1, None)[0]
+        self.live_slot = manager.store.take_state(None)
         if source_slot >= 0:
             manager.copy_state(source_slot, self.live_slot, stream)
             snapshots.release_source(source_slot)
@@ -131,7 +131,8 @@ class SequenceStates:
             if slots:
                 self._manager.store.add_snapshots(cursor, ordinals, slots)
                 self._manager.counters.snapshots_taken += len(slots)
-        self.give_back_reserved()
+        if self._slots or self._refused:
+            self.give_back_reserved()
 
     def _collect(
         self, points: range, present: set[int], cursor: Run, end: int, history_length: int
@@ -169,7 +170,7 @@ class SequenceStates:
         if not self._room_beside(cursor, 1):
             counters.snapshots_skipped_no_room += 1
             return -1
-        slot = self._manager.store.take_states(1, cursor)[0]
+        slot = self._manager.store.take_state(cursor)
         self._manager.copy_state(self.live_slot, slot, self._stream)
         return slot
 

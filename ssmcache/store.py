@@ -310,6 +310,12 @@ class BlockStore:
                 self._drop_newest_soft_hold()
         return snapshots.pool.take(count)
 
+    def take_state(self, own: Run | None) -> int:
+        """`take_states` for one."""
+        assert self.snapshots is not None
+        pool = self.snapshots.pool
+        return pool.take_one() if pool.used < pool.capacity else self.take_states(1, own)[0]
+
     def add_snapshots(self, cursor: Run, ordinals: IntArray, slots: IntArray) -> None:
         """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each."""
         assert self.snapshots is not None
