@@ -102,21 +102,28 @@ def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f}" if num_bytes else "-"
 
 
+# heading, whether it holds numbers, and whether a narrow terminal shows it too: a number that is cut is worse than none
+_COLUMNS = (
+    ("model", False, True),
+    ("params\nG", True, False),
+    ("layers\nA/S", True, True),
+    ("KV\nB/token", True, True),
+    ("SSM\nMB", True, False),
+    ("conv\nMB", True, False),
+    ("snap-\nshot MB", True, True),
+    ("= KV\ntokens", True, True),
+    ("source", False, False),
+)
+_FULL_WIDTH = 80
+
+
 def _print_all(specs: list[ModelSpec], kv_dtype: str | None, state_dtype: str | None) -> None:
-    table = _plain_table(
-        ("model", False),
-        ("params\nG", True),
-        ("layers\nA/S", True),
-        ("KV\nB/token", True),
-        ("SSM\nMB", True),
-        ("conv\nMB", True),
-        ("snap-\nshot MB", True),
-        ("= KV\ntokens", True),
-        ("source", False),
-    )
+    console = Console(highlight=False)
+    columns = _COLUMNS if console.width >= _FULL_WIDTH else tuple(column for column in _COLUMNS if column[2])
+    table = _plain_table(*((heading, is_number) for heading, is_number, _ in columns))
     for spec in specs:
         kv_bytes, weight = spec.kv_bytes_per_token(kv_dtype), spec.kv_tokens_per_snapshot(kv_dtype, state_dtype)
-        table.add_row(
+        values = (
             spec.name,
             _billions(spec),
             f"{spec.num_attention_layers}/{spec.num_ssm_layers}",
@@ -127,7 +134,7 @@ def _print_all(specs: list[ModelSpec], kv_dtype: str | None, state_dtype: str | 
             f"{weight:,.0f}" if weight is not None else "-",
             _SHORT_CONFIDENCES.get(spec.confidence, spec.confidence),
         )
-    console = Console(highlight=False)
+        table.add_row(*(value for value, column in zip(values, _COLUMNS, strict=True) if column in columns))
     console.print(table)
     console.print(
         "\nparams: total/active, billions. layers: attention/SSM. MB: 10^6 bytes, one sequence. "

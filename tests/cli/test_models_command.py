@@ -37,6 +37,15 @@ def test_the_table_is_legible_at_80_columns() -> None:
     assert rows["llama-3.1-8b"] == ["llama-3.1-8b", "8", "32/0", "131,072", "-", "-", "-", "-", "config"]
 
 
+def test_a_narrow_terminal_gets_fewer_columns_and_no_cut_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "58")
+    output = run()
+    assert max(map(len, output.splitlines())) <= 58
+    assert "…" not in output
+    rows = [line.split() for line in output.splitlines()]
+    assert ["nemotron-h-8b", "4/24", "16,384", "102.1", "6,234"] in rows
+
+
 def test_the_table_follows_the_dtypes() -> None:
     row = next(
         line.split() for line in run("--state-dtype", "bf16", "--kv-dtype", "fp8").splitlines() if "h-8b" in line
