@@ -26,7 +26,7 @@ from ssmcache_cli.tables import sweep_table
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.ranges import parse_int_values, parse_size_values
 from ssmcache_sim.settings import parse_prefill
-from ssmcache_sim.sweep import SkippedCell, SweepSpec, plan_sweep, run_sweep
+from ssmcache_sim.sweep import SkippedCell, SweepSpec, parse_engine, plan_sweep, run_sweep
 from ssmcache_sim.sweep_results import begin_sweep, finish_sweep
 
 _MAX_REASONS = 5
@@ -50,6 +50,10 @@ def sweep_command(
     state_dtype: StateDtypeOption = None,
     prefill: PrefillOption = "reserved",
     trace_block: TraceBlockOption = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="`auto`: all cells in one pass where that is exact, else a replay; `replay`: always replay."),
+    ] = "auto",
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a CPU.")] = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -58,7 +62,7 @@ def sweep_command(
     blocks = None if tokens_per_block is None else parse_int_values(tokens_per_block, "--tokens-per-block")
     intervals = parse_int_values(ssm_reuse_interval, "--ssm-reuse-interval")
     sizes = parse_size_values(gpu_memory, "--gpu-memory")
-    how = parse_prefill(prefill)
+    how, by = parse_prefill(prefill), parse_engine(engine)
     spec = load_model(model)
     with interruptible("finished cells are kept; run the same command again to go on"):
         requests = read_trace(trace, trace_block)
@@ -72,6 +76,7 @@ def sweep_command(
             kv_dtype=kv_dtype,
             state_dtype=state_dtype,
             prefill=how,
+            engine=by,
         )
         plan = plan_sweep(sweep, requests, spec, out)
         manifest = begin_sweep(out, sweep, requests, spec)
@@ -81,7 +86,9 @@ def sweep_command(
     _print_skipped(plan.skipped)
     if not quiet:
         sweep_table(f"{requests.label}, {spec.name}", cells)
-        typer.echo(f"{len(cells)} cells, {len(plan.finished)} of them finished before: {out}")
+        by_grid = sum(cell.engine == "grid" for cell in cells)
+        finished = len(plan.finished)
+        typer.echo(f"{len(cells)} cells, {by_grid} of them by the grid, {finished} finished before: {out}")
 
 
 def _print_skipped(skipped: Sequence[SkippedCell]) -> None:

@@ -80,6 +80,7 @@ def _tokens(totals: ReplayTotals, tokens: int, bold: bool = False) -> tuple[str,
 
 def _add_snapshots(table: Table, totals: ReplayTotals) -> None:
     counts = totals.snapshots
+    assert counts is not None, "a replay counts snapshots"
     table.add_section()
     table.add_row("snapshots taken", f"{counts.taken:,}", "")
     table.add_row("  times used", f"{counts.reused:,}", "")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 from ssmcache import __version__
 from ssmcache.config import KVCacheManagerConfig
@@ -23,6 +24,7 @@ from ssmcache.models import ModelSpec
 from ssmcache_sim.directories import json_bytes, write_file
 from ssmcache_sim.errors import UserError
 from ssmcache_sim.formats import read_trace
+from ssmcache_sim.grid_cells import EXACT, GridCapacity, grid_capacity, grid_totals
 from ssmcache_sim.replay import check_memory, replay
 from ssmcache_sim.settings import Prefill, ReplaySettings, build_config, make_settings
 from ssmcache_sim.totals import ReplayTotals
@@ -30,6 +32,10 @@ from ssmcache_sim.trace import Trace
 
 _CELLS = "cells"
 _CELL_FORMAT = 1  # raised when a cell's file, or what a replay counts, changes
+
+
+# auto: the one-pass grid where it is exact, else a replay
+Engine = Literal["auto", "replay"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class SweepSpec:
     kv_dtype: str | None = None
     state_dtype: str | None = None
     prefill: Prefill = "reserved"
+    engine: Engine = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +64,16 @@ class SkippedCell:
 
 @dataclass(frozen=True, slots=True)
 class PlannedCell:
-    """A cell to replay: its settings, what the manager is told, and the file that keeps its result."""
+    """A cell: its settings, what the manager is told, the file that keeps the result of a replay, and who does it.
+
+    `grid` is what the grid needs to know; None: the cell is replayed. `reason` says why, in plain words.
+    """
 
     settings: ReplaySettings
     config: KVCacheManagerConfig
     path: Path
+    grid: GridCapacity | None
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,15 @@ class SweptCell:
 
     settings: ReplaySettings
     totals: ReplayTotals
+    engine: str
+    reason: str
+
+
+def parse_engine(text: str) -> Engine:
+    """Errors: UserError."""
+    if text not in get_args(Engine):
+        raise UserError(f"engine: expected {' or '.join(get_args(Engine))}, got {text!r}")
+    return cast(Engine, text)
 
 
 def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path) -> SweepPlan:
@@ -97,10 +118,10 @@ def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path)
             skipped.append(SkippedCell(settings, str(error)))
         else:
             path = directory / _CELLS / f"{_cell_key(trace, config, settings)}.json"
-            cells.append(PlannedCell(settings, config, path))
+            cells.append(PlannedCell(settings, config, path, *_choose_engine(spec, coarse, config)))
     if not cells:
         raise UserError(f"no combination of the sweep is possible; the first: {skipped[0].reason}")
-    found = {cell: _read_cell(cell.path) for cell in cells}
+    found = {cell: _read_cell(cell.path) for cell in cells if cell.grid is None}
     finished = {cell: totals for cell, totals in found.items() if totals is not None}
     return SweepPlan(tuple(cells), tuple(skipped), finished)
 
@@ -108,7 +129,8 @@ def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path)
 def run_sweep(
     spec: SweepSpec, trace: Trace, plan: SweepPlan, jobs: int, progress: Callable[[int], None]
 ) -> tuple[SweptCell, ...]:
-    """Replays the cells of the plan that are not finished, in `jobs` processes; all cells in the plan's order.
+    """All cells in the plan's order: those of the grid by one pass, the others replayed in `jobs` processes unless they
+    are finished already.
 
     Args:
         progress: called with the number of finished cells, those found included, at first and after each cell.
@@ -117,6 +139,10 @@ def run_sweep(
     Errors: OutputError where a cell cannot be written.
     """
     totals = dict(plan.finished)
+    by_grid = [(cell, cell.grid) for cell in plan.cells if cell.grid is not None]
+    if by_grid:
+        cells_totals = grid_totals(trace, [(cell.config, capacity) for cell, capacity in by_grid])
+        totals.update(zip((cell for cell, _ in by_grid), cells_totals, strict=True))
     todo = [cell for cell in plan.cells if cell not in totals]
 
     def finish(cell: PlannedCell, cell_totals: ReplayTotals) -> None:
@@ -131,7 +157,17 @@ def run_sweep(
             finish(cell, _run_cell(trace, cell))
     else:
         _run_in_pool(spec, trace, todo, jobs, finish)
-    return tuple(SweptCell(cell.settings, totals[cell]) for cell in plan.cells)
+    return tuple(
+        SweptCell(cell.settings, totals[cell], "replay" if cell.grid is None else "grid", cell.reason)
+        for cell in plan.cells
+    )
+
+
+def _choose_engine(spec: SweepSpec, trace: Trace, config: KVCacheManagerConfig) -> tuple[GridCapacity | None, str]:
+    if spec.engine == "replay":
+        return None, "asked for"
+    capacity = grid_capacity(trace, config)
+    return (None, capacity) if isinstance(capacity, str) else (capacity, EXACT)
 
 
 def _combinations(spec: SweepSpec, model: ModelSpec) -> Iterator[ReplaySettings]:

@@ -37,6 +37,7 @@ def begin_sweep(directory: Path, spec: SweepSpec, trace: Trace, model: ModelSpec
             "kv_dtype": spec.kv_dtype,
             "state_dtype": spec.state_dtype,
             "prefill": spec.prefill,
+            "engine": spec.engine,
         },
     }
     write_file(directory / MANIFEST, json_bytes(manifest))
@@ -61,11 +62,13 @@ def finish_sweep(
 def cell_row(cell: SweptCell) -> dict[str, Any]:
     """A cell's settings and totals as one flat row; a missing memory size means unlimited."""
     published = cell.totals.to_json()
-    snapshots = published.pop("snapshots")
-    skipped = snapshots.pop("skipped")
+    snapshots = published.pop("snapshots") or {}
+    skipped = snapshots.pop("skipped", {})
     del published["layer_groups"]
     return {
         **asdict(cell.settings),
+        "engine": cell.engine,
+        "engine_reason": cell.reason,
         **{f"peak_bytes_{kind}": value for kind, value in published.pop("peak_bytes").items()},
         **published,
         **{f"snapshots_{name}": value for name, value in snapshots.items()},

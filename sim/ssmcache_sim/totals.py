@@ -19,6 +19,11 @@ class SnapshotCounts:
     skipped_not_admitted: int
     skipped_history: int
 
+    def to_json(self) -> dict[str, Any]:
+        """The published names."""
+        names = ("taken", "reused", "evicted", "evicted_unused")
+        return {**{name: getattr(self, name) for name in names}, "skipped": self.skipped()}
+
     def skipped(self) -> dict[str, int]:
         """Counts by reason."""
         return {reason: getattr(self, f"skipped_{reason}") for reason in SKIP_REASONS}
@@ -36,7 +41,10 @@ class LayerGroupPeak:
 
 @dataclass(frozen=True, slots=True)
 class ReplayTotals:
-    """Sums over all requests, also those too large to be served: every rate divides by all prompt tokens."""
+    """Sums over all requests, also those too large to be served: every rate divides by all prompt tokens.
+
+    `snapshots` is None and `peaks` is empty where tokens alone were counted, by the grid.
+    """
 
     requests: int
     too_large_requests: int
@@ -49,7 +57,7 @@ class ReplayTotals:
     lost_evicted_tokens: int
     lost_alignment_tokens: int
     lost_snapshot_tokens: int
-    snapshots: SnapshotCounts
+    snapshots: SnapshotCounts | None
     peaks: tuple[LayerGroupPeak, ...]
 
     def rate(self, tokens: int) -> float:
@@ -79,15 +87,9 @@ class ReplayTotals:
             "tree_token_hit_rate": self.rate(self.tree_hit_tokens),
             "kv_ceiling_token_hit_rate": self.rate(self.kv_ceiling_hit_tokens),
             "ceiling_token_hit_rate": self.rate(self.ceiling_hit_tokens),
-            "peak_bytes": {**by_kind, "total": self.peak_bytes},
+            "peak_bytes": {**by_kind, "total": self.peak_bytes} if self.peaks else {},
             "layer_groups": [asdict(peak) for peak in self.peaks],
-            "snapshots": {
-                "taken": counts.taken,
-                "reused": counts.reused,
-                "evicted": counts.evicted,
-                "evicted_unused": counts.evicted_unused,
-                "skipped": counts.skipped(),
-            },
+            "snapshots": None if counts is None else counts.to_json(),
         }
 
     @classmethod

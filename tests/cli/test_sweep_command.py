@@ -19,6 +19,7 @@ def test_a_sweep_prints_the_best_of_each_memory_size_and_keeps_its_cells(
     run_here: RunHere, sample: str, tmp_path: Path
 ) -> None:
     command = ("sweep", sample, *SMALL, "--tokens-per-block", "512,1024", "--out", tmp_path / "s")
+    command = (*command, "--engine", "replay")
     code, out, err = run_here(*command)
     assert code == 0
     assert err == (
@@ -26,14 +27,27 @@ def test_a_sweep_prints_the_best_of_each_memory_size_and_keeps_its_cells(
     )
     rows = [line.split() for line in out.splitlines()]
     assert ["unlimited", "512", "512", "21.55%", "21.55%"] in rows
-    assert "15 cells, 0 of them finished before" in out
+    assert "15 cells, 0 of them by the grid, 0 finished before" in out
     assert len(load_sweep(tmp_path / "s").cells) == 15
-    assert "15 cells, 15 of them finished before" in run_here(*command)[1]
+    assert "15 cells, 0 of them by the grid, 15 finished before" in run_here(*command)[1]
+
+
+def test_by_default_the_grid_makes_the_cells_with_the_same_hit_rates(
+    run_here: RunHere, sample: str, tmp_path: Path
+) -> None:
+    command = ("sweep", sample, *SMALL, "--out", tmp_path / "grid")
+    code, out, _ = run_here(*command)
+    assert code == 0
+    assert "9 cells, 9 of them by the grid, 0 finished before" in out
+    run_here("sweep", sample, *SMALL, "--out", tmp_path / "replay", "--engine", "replay")
+    grid, replay = (load_sweep(tmp_path / engine).cells for engine in ("grid", "replay"))
+    columns = [name for name in grid if name.endswith(("tokens", "_rate"))]
+    assert grid[columns].equals(replay[columns])
 
 
 def test_quiet_prints_nothing(run_here: RunHere, sample: str, tmp_path: Path) -> None:
     assert run_here("sweep", sample, *SMALL, "--out", tmp_path / "s", "--quiet") == (0, "", "")
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["cells", "cells.parquet", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["cells.parquet", "manifest.json"]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +84,7 @@ def test_a_directory_of_something_else_is_refused(run_here: RunHere, sample: str
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
 def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(sample: str, tmp_path: Path) -> None:
-    options = ("--gpu-memory", "50GiB:200GiB:200", "--jobs", "2", "--out", str(tmp_path / "s"))
+    options = ("--gpu-memory", "50GiB:200GiB:200", "--engine", "replay", "--jobs", "2", "--out", str(tmp_path / "s"))
     command = [sys.executable, "-m", "ssmcache_cli", "sweep", sample, *MODEL, *options]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

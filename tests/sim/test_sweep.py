@@ -9,11 +9,13 @@ from ssmcache.models import load_model
 from ssmcache_sim import sweep as sweep_module
 from ssmcache_sim.errors import OutputError, UserError
 from ssmcache_sim.formats import read_trace
+from ssmcache_sim.plots import plot_directory
 from ssmcache_sim.replay import replay
 from ssmcache_sim.results import RunTimes
 from ssmcache_sim.settings import build_config, make_settings
-from ssmcache_sim.sweep import SweepPlan, SweepSpec, SweptCell, plan_sweep, run_sweep
+from ssmcache_sim.sweep import SweepPlan, SweepSpec, SweptCell, parse_engine, plan_sweep, run_sweep
 from ssmcache_sim.sweep_results import begin_sweep, finish_sweep, load_sweep
+from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
 
 GIB = 1 << 30
@@ -28,7 +30,7 @@ def trace(sample_path: Path) -> Trace:
 
 @pytest.fixture
 def spec(sample_path: Path) -> SweepSpec:
-    return SweepSpec(sample_path, None, (1024, 512), (2048, 512), (None, 40 * GIB, 10 * GIB))
+    return SweepSpec(sample_path, None, (1024, 512), (2048, 512), (None, 40 * GIB, 10 * GIB), engine="replay")
 
 
 def run(spec: SweepSpec, trace: Trace, path: Path, jobs: int = 1) -> tuple[SweepPlan, tuple[SweptCell, ...], list[int]]:
@@ -175,3 +177,43 @@ def test_settings_are_those_of_the_cell_that_they_name(spec: SweepSpec, trace: T
         state_dtype="bf16",
         prefill="chunked",
     )
+
+
+def token_sums(totals: ReplayTotals) -> dict[str, object]:
+    return {name: value for name, value in totals.to_json().items() if name.endswith(("tokens", "requests", "rate"))}
+
+
+@pytest.mark.parametrize("model", ["marconi-7b", "llama-3.1-8b", "mamba2-2.7b"])
+def test_the_grid_counts_the_tokens_of_the_replay_wherever_it_is_chosen(
+    spec: SweepSpec, trace: Trace, tmp_path: Path, model: str
+) -> None:
+    hybrid = load_model(model)
+    spec = replace(
+        spec, engine="auto", gpu_memory_bytes=(1 * GIB, 5 * GIB, 40 * GIB, 200 * GIB, None), ssm_fraction=None
+    )
+    plan = plan_sweep(spec, trace, hybrid, tmp_path)
+    (tmp_path / "cells").mkdir()
+    cells = run_sweep(spec, trace, plan, 1, lambda done: None)
+    by_engine = {engine: [cell for cell in cells if cell.engine == engine] for engine in ("grid", "replay")}
+    assert (len(by_engine["grid"]) > 0) == (model != "mamba2-2.7b")
+    assert by_engine["replay"], "the smallest memory, or a model without attention, is replayed"
+    for cell in by_engine["grid"]:
+        replayed = replay(trace, build_config(hybrid, cell.settings)).totals
+        assert token_sums(cell.totals) == token_sums(replayed), cell.settings
+    for cell in by_engine["replay"]:
+        assert cell.reason.startswith(("the largest request", "the snapshots of the largest", "no attention layers"))
+
+
+def test_the_results_say_which_engine_made_a_cell_and_why(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
+    run(replace(spec, engine="auto", gpu_memory_bytes=(5 * GIB, None)), trace, tmp_path / "s")
+    frame = load_sweep(tmp_path / "s").cells
+    assert set(frame["engine"]) == {"grid", "replay"}
+    assert frame.loc[frame["engine"] == "grid", "snapshots_taken"].isna().all()
+    assert frame.loc[frame["engine"] == "replay", "snapshots_taken"].notna().all()
+    assert frame["engine_reason"].str.len().gt(10).all()
+    assert plot_directory(tmp_path / "s")
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(UserError, match="engine: expected auto or replay, got 'magic'"):
+        parse_engine("magic")
