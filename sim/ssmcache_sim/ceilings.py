@@ -30,7 +30,7 @@ def infinite_cache(trace: Trace, ssm_reuse_interval: int | None) -> Ceilings:
     first_place[trace.block_keys[::-1]] = np.arange(num_blocks - 1, -1, -1, dtype=np.int64)
     matched = _count_seen_before(trace, first_place)
     block = trace.tokens_per_block
-    kv_tokens = np.minimum(matched, (trace.prompt_tokens - 1) // block) * block
+    kv_tokens = np.minimum(matched, np.maximum(trace.prompt_tokens - 1, 0) // block) * block
     if ssm_reuse_interval is None:
         return Ceilings(kv_tokens, kv_tokens)
     return Ceilings(kv_tokens, kv_tokens // ssm_reuse_interval * ssm_reuse_interval)

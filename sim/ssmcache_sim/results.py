@@ -49,10 +49,13 @@ def manifest_head(command: str, trace: Trace) -> dict[str, Any]:
         "trace": {
             "name": trace.label,
             "sha256": trace.sha256,
+            "format": trace.format_name,
+            "reading": trace.reading,
             "requests": trace.num_requests,
             "prompt_tokens": int(trace.prompt_tokens.sum()),
             "tokens_per_block": trace.tokens_per_block,
             "repairs": dict(trace.repairs),
+            "broken_rows": trace.num_broken,
         },
     }
 

@@ -23,7 +23,7 @@ from ssmcache.config import KVCacheManagerConfig
 from ssmcache.models import ModelSpec
 from ssmcache_sim.directories import json_bytes, write_file
 from ssmcache_sim.errors import UserError
-from ssmcache_sim.formats import read_trace
+from ssmcache_sim.formats import ReadOptions, read_trace
 from ssmcache_sim.grid_cells import EXACT, GridCapacity, grid_capacity, grid_totals
 from ssmcache_sim.replay import check_memory, replay
 from ssmcache_sim.settings import Prefill, ReplaySettings, build_config, make_settings
@@ -36,6 +36,9 @@ _CELL_FORMAT = 1  # raised when a cell's file, or what a replay counts, changes
 
 # auto: the one-pass grid where it is exact, else a replay
 Engine = Literal["auto", "replay"]
+
+
+_NO_OPTIONS = ReadOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class SweepSpec:
     state_dtype: str | None = None
     prefill: Prefill = "reserved"
     engine: Engine = "auto"
+    reading: ReadOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +194,7 @@ def _combinations(spec: SweepSpec, model: ModelSpec) -> Iterator[ReplaySettings]
 
 def _cell_key(trace: Trace, config: KVCacheManagerConfig, settings: ReplaySettings) -> str:
     """Names everything that a cell's result depends on; a config's repr holds all bytes of all layers."""
-    parts = (_CELL_FORMAT, __version__, trace.sha256, trace.tokens_per_block, settings.prefill, config)
+    parts = (_CELL_FORMAT, __version__, trace.sha256, trace.reading, trace.tokens_per_block, settings.prefill, config)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -217,7 +221,7 @@ def _run_in_pool(
 ) -> None:
     context = multiprocessing.get_context("spawn")  # the same everywhere, and safe beside threads
     stop = context.Event()
-    initial = (spec.trace_path, spec.trace_block, trace.sha256, stop)
+    initial = (spec.trace_path, spec.trace_block, spec.reading, trace.sha256, stop)
     with ProcessPoolExecutor(max(1, min(jobs, len(todo))), context, _start_worker, initial) as pool:
         with _deaf_to_interrupts():
             futures = {pool.submit(_work, cell): cell for cell in todo}
@@ -256,10 +260,12 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def _start_worker(trace_path: Path, trace_block: int | None, sha256: str, stop: Event) -> None:
+def _start_worker(
+    trace_path: Path, trace_block: int | None, reading: ReadOptions | None, sha256: str, stop: Event
+) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a cell under way is finished and kept
-    trace = read_trace(trace_path, trace_block)
+    trace = read_trace(trace_path, trace_block, reading)
     if trace.sha256 != sha256:
         raise RuntimeError(f"{trace_path} changed during the sweep")
     _worker = _Worker(trace, stop)

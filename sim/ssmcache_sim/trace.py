@@ -14,6 +14,47 @@ Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Sessions:
+    """Which conversation each request belongs to.
+
+    Attributes:
+        names: of the sessions, in order of their first request in the file.
+        index: [num_requests] into `names`; -1 where a request belongs to none.
+        turns: [num_requests] from 1, as recorded or else counted in order of arrival; 0 where `index` is -1.
+    """
+
+    names: tuple[str, ...]
+    index: Int64Array
+    turns: Int64Array
+
+    def __post_init__(self) -> None:
+        for array in (self.index, self.turns):
+            array.flags.writeable = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LengthTrace:
+    """Requests in order of arrival of which only the lengths are known: no hits can be told.
+
+    Attributes: as those of `Trace`.
+    """
+
+    name: str
+    sha256: str
+    format_name: str
+    arrival_ms: Float64Array
+    prompt_tokens: Int64Array
+    output_tokens: Int64Array
+    repairs: tuple[tuple[str, int], ...] = ()
+    num_broken: int = 0
+    sessions: Sessions | None = None
+
+    @property
+    def num_requests(self) -> int:
+        return self.prompt_tokens.size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Trace:
     """Requests in order of arrival, with a key for each full block of each prompt.
 
@@ -29,7 +70,12 @@ class Trace:
         partial_ids: [num_requests] id of the last block that is not full, from the same numbering; -1 without one.
         num_keys: how many ids the numbering has.
         repairs: (what was repaired, how many rows) pairs.
+        num_broken: rows that were left out because they are broken.
         split_factor: 1 as recorded; n where each recorded block was split in n (see `expanded`).
+        sessions: None where the file names none.
+        format_name: of the file.
+        reading: what was chosen while reading that changes the requests, such as a rule for the start of sessions;
+            empty where the file alone decides. Equal `sha256`, `reading` and block: the same requests.
 
     All arrays are read-only; a prompt is a view of them.
     """
@@ -45,7 +91,11 @@ class Trace:
     partial_ids: Int64Array
     num_keys: int
     repairs: tuple[tuple[str, int], ...] = ()
+    num_broken: int = 0
     split_factor: int = 1
+    sessions: Sessions | None = None
+    format_name: str = ""
+    reading: str = ""
 
     def __post_init__(self) -> None:
         for array in self._arrays():
@@ -95,7 +145,7 @@ class Trace:
             return self
         num_fine = np.diff(self.offsets)
         num_coarse = num_fine // factor
-        offsets = _offsets(num_coarse)
+        offsets = offsets_of(num_coarse)
         last_fine = np.repeat(self.offsets[:-1], num_coarse) + (_positions(offsets) + 1) * factor - 1
         # The rest of a prompt is named by its last id, but only where that id reaches to the prompt's end.
         ends_full = (self.prompt_tokens % self.tokens_per_block == 0) & (num_fine > num_coarse * factor)
@@ -133,20 +183,20 @@ class Trace:
         ids = np.insert(self.block_keys, ends, self.partial_ids[has_partial])
         pieces = np.insert(np.full(self.block_keys.size, factor), ends, rest_tokens[has_partial] // small)
         keys = np.repeat(ids * factor, pieces)
-        keys += _positions(_offsets(pieces))
+        keys += _positions(offsets_of(pieces))
         partial_ids = np.where(self.prompt_tokens % small > 0, self.partial_ids * factor + rest_tokens // small, -1)
         return replace(
             self,
             tokens_per_block=small,
             block_keys=keys,
-            offsets=_offsets(num_full * factor + rest_tokens // small),
+            offsets=offsets_of(num_full * factor + rest_tokens // small),
             partial_ids=partial_ids,
             num_keys=self.num_keys * factor,
             split_factor=self.split_factor * factor,
         )
 
 
-def _offsets(counts: Int64Array) -> Int64Array:
+def offsets_of(counts: Int64Array) -> Int64Array:
     """[n + 1] where each of n consecutive stretches begins, and the end."""
     offsets = np.zeros(counts.size + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])

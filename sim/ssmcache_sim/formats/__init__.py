@@ -1,68 +1,104 @@
-"""Reading trace files: the format is told by the content, the compression (none, gzip, xz) by the first bytes.
+"""Reading trace files: the format is told by the content, the compression (none, gzip, xz, zstd) by the first bytes.
 
-A new format is a module with `recognises(first_row)` and `read(source, tokens_per_block)`, and a line in `_FORMATS`.
+A new format is a module with a `TraceFormat`, and a place in `_FORMATS`.
 """
 
-import gzip
-import hashlib
-import lzma
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from ssmcache_sim.errors import TraceError
-from ssmcache_sim.formats import mooncake
-from ssmcache_sim.formats.building import SourceFile
-from ssmcache_sim.trace import Trace
+from ssmcache_sim.formats import azure, bailian, binary, dynamo, mooncake, text, tokens, weka
+from ssmcache_sim.formats.fields import parse_object
+from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
+from ssmcache_sim.formats.source import RowError, SourceFile
+from ssmcache_sim.trace import LengthTrace, Trace
+
+__all__ = ["ReadOptions", "format_names", "read_requests", "read_trace"]
+
+# asked in this order; the mooncake format, which others have borrowed fields of, comes last
+_FORMATS: tuple[TraceFormat, ...] = (
+    binary.FORMAT,
+    azure.FORMAT,
+    weka.FORMAT,
+    bailian.FORMAT,
+    tokens.FORMAT,
+    text.FORMAT,
+    dynamo.FORMAT,
+    mooncake.FORMAT,
+)
+_MAX_PEEKED = 100
 
 
-@dataclass(frozen=True, slots=True)
-class TraceFormat:
-    """A kind of trace file: its name, whether a first row is one of its rows, and its reader."""
-
-    name: str
-    recognises: Callable[[dict[str, object]], bool]
-    read: Callable[[SourceFile, int | None], Trace]
+def format_names() -> tuple[str, ...]:
+    """All formats, by name."""
+    return tuple(sorted(trace_format.name for trace_format in _FORMATS))
 
 
-_FORMATS = (TraceFormat("mooncake", mooncake.recognises, mooncake.read),)
-
-
-def read_trace(path: str | Path, tokens_per_block: int | None = None) -> Trace:
+def read_trace(path: str | Path, tokens_per_block: int | None = None, options: ReadOptions | None = None) -> Trace:
     """Reads a trace file of any known format, requests in order of arrival.
 
     Args:
-        path: the file; may be compressed with gzip or xz.
-        tokens_per_block: tokens that one recorded id stands for; None: told by the content.
+        path: the file; may be compressed with gzip, xz or zstd.
+        tokens_per_block: tokens that one recorded id stands for, or that blocks of recorded tokens should have; None:
+            told by the content.
 
-    Errors: TraceError, one line, for anything wrong with the file or its rows.
+    Errors: TraceError, one line, for anything wrong with the file or its rows, and for a file that tells lengths only.
     """
+    requests = read_requests(path, tokens_per_block, options)
+    if isinstance(requests, LengthTrace):
+        raise TraceError(
+            f"{requests.name}: hit rates: expected a trace that tells what prompts share, got lengths only "
+            f"({requests.format_name}); `ssmcache trace info` shows what there is"
+        )
+    return requests
+
+
+def read_requests(
+    path: str | Path, tokens_per_block: int | None = None, options: ReadOptions | None = None
+) -> Trace | LengthTrace:
+    """As `read_trace`, and reads files that tell lengths only, too."""
+    options = options or ReadOptions()
     if tokens_per_block is not None and tokens_per_block < 1:
         raise TraceError(f"trace block: expected a positive integer, got {tokens_per_block}")
-    source = _open(Path(path))
-    first_line = next((number for number, line in enumerate(source.lines, start=1) if line.strip()), None)
-    if first_line is None:
-        raise TraceError(f"{source.name}: expected at least one request, got an empty file")
-    first_row = mooncake.parse_object(source, first_line, source.lines[first_line - 1])
+    source = SourceFile(Path(path), options.skip_broken)
+    trace_format = _tell_format(source) if options.format_name is None else _named_format(options.format_name)
+    for name in options.given():
+        if name not in trace_format.options:
+            takers = ", ".join(taker.name for taker in _FORMATS if name in taker.options)
+            flag = name.replace("_", "-")
+            raise TraceError(f"--{flag}: expected a trace of the format {takers}, got {trace_format.name}")
+    return trace_format.read(source, tokens_per_block, options)
+
+
+def _named_format(name: str) -> TraceFormat:
     for trace_format in _FORMATS:
-        if trace_format.recognises(first_row):
-            return trace_format.read(source, tokens_per_block)
-    known = ", ".join(trace_format.name for trace_format in _FORMATS)
-    fields = ", ".join(sorted(first_row)) or "no fields"
-    raise source.error(first_line, f"format: expected a row of one of: {known}; got an object with {fields[:200]}")
+        if trace_format.name == name:
+            return trace_format
+    raise TraceError(f"format: expected one of {', '.join(format_names())}, got {name!r}")
 
 
-def _open(path: Path) -> SourceFile:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TraceError(f"{path}: cannot read the trace: {error.strerror or error}") from error
-    try:
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        elif content[:6] == b"\xfd7zXZ\x00":
-            content = lzma.decompress(content)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise TraceError(f"{path}: expected whole compressed content, got: {error}") from error
-    return SourceFile(path.name, hashlib.sha256(content).hexdigest(), content.split(b"\n"))
+def _tell_format(source: SourceFile) -> TraceFormat:
+    """The format of the first row that can be read at all."""
+    row = _first_row(source)
+    for trace_format in _FORMATS:
+        if trace_format.recognises(row):
+            return trace_format
+    fields = ", ".join(sorted(row.fields)) or "no fields"
+    raise TraceError(
+        f"{source.name}: format: expected a row of one of: {', '.join(format_names())}; "
+        f"got an object with {fields[:200]}"
+    )
+
+
+def _first_row(source: SourceFile) -> FirstRow:
+    for _ in range(_MAX_PEEKED):
+        if (numbered := source.peek()) is None:
+            break
+        line_number, line = numbered
+        if azure.recognises(FirstRow(line, {})) or binary.recognises(FirstRow(line, {})):
+            return FirstRow(line, {})
+        try:
+            return FirstRow(line, parse_object(line))
+        except RowError as error:
+            source.reject(line_number, str(error))
+            source.num_broken = 0  # the format's reader meets the line again
+    raise TraceError(f"{source.name}: expected at least one request, got an empty file")

@@ -1,0 +1,130 @@
+"""Converted traces: the arrays of a `Trace` in a NumPy .npz file, read in a fraction of the time of the original.
+
+Members of the archive, all without pickles:
+
+- `header`: UTF-8 bytes of a JSON object: `format` ("ssmcache trace"), `version` (1), `name` and `sha256` of the
+  original, `source_format`, `reading`, `tokens_per_block`, `num_keys`, `split_factor`, `repairs`, `num_broken`,
+  `session_names`.
+- `arrival_ms` float64, `prompt_tokens` int64, `output_tokens` int64, `partial_ids` int64: one for each request.
+- `key_steps` int32 or int64: differences of the block keys of all prompts, the first one from 0. Keys mostly count up
+  by one, and a row of ones is packed into nothing.
+- `session_index`, `session_turns` int64: one for each request, where `session_names` is not null.
+
+A converted trace has the identity of its original: the same name, sha256 and reading.
+"""
+
+import json
+import zipfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ssmcache_sim.directories import write_file
+from ssmcache_sim.errors import TraceError
+from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
+from ssmcache_sim.formats.source import SourceFile
+from ssmcache_sim.trace import Int64Array, Sessions, Trace, offsets_of
+
+NAME = "ssmcache-npz"
+SUFFIX = ".npz"
+_MAGIC = "ssmcache trace"
+_VERSION = 1
+_ZIP = b"PK\x03\x04"
+_PER_REQUEST = ("arrival_ms", "prompt_tokens", "output_tokens", "partial_ids")
+
+
+def write_binary(trace: Trace, path: Path) -> None:
+    """Writes a trace; the same trace gives the same bytes. Errors: OutputError."""
+    sessions = trace.sessions
+    header = {
+        "format": _MAGIC,
+        "version": _VERSION,
+        "name": trace.name,
+        "sha256": trace.sha256,
+        "source_format": trace.format_name,
+        "reading": trace.reading,
+        "tokens_per_block": trace.tokens_per_block,
+        "num_keys": trace.num_keys,
+        "split_factor": trace.split_factor,
+        "repairs": trace.repairs,
+        "num_broken": trace.num_broken,
+        "session_names": None if sessions is None else sessions.names,
+    }
+    steps = np.diff(trace.block_keys, prepend=0)
+    small = trace.num_keys <= np.iinfo(np.int32).max
+    arrays: dict[str, npt.NDArray[Any]] = {name: getattr(trace, name) for name in _PER_REQUEST}
+    arrays["key_steps"] = steps.astype(np.int32) if small else steps
+    arrays["header"] = np.frombuffer(json.dumps(header, ensure_ascii=False).encode(), np.uint8)
+    if sessions is not None:
+        arrays |= {"session_index": sessions.index, "session_turns": sessions.turns}
+    content = BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    write_file(path, content.getvalue())
+
+
+def recognises(first: FirstRow) -> bool:
+    """Whether a file opens like a zip archive."""
+    return first.line.startswith(_ZIP)
+
+
+def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions) -> Trace:
+    """Reads a converted trace. Errors: TraceError for another archive, another version, or arrays that disagree."""
+    try:
+        with np.load(source.path, allow_pickle=False) as archive:
+            header = json.loads(archive["header"].tobytes())
+            if header["format"] != _MAGIC or header["version"] != _VERSION:
+                found = f"{header['format']!r} version {header['version']!r}"
+                raise TraceError(f"{source.name}: format: expected {_MAGIC!r} version {_VERSION}, got {found}")
+            trace = _trace(archive, header)
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        if isinstance(error, TraceError):
+            raise
+        reason = " ".join(str(error).split())
+        raise TraceError(f"{source.name}: expected a whole file of `ssmcache trace convert`, got: {reason}") from error
+    if tokens_per_block not in (None, trace.tokens_per_block):
+        expected = f"the {trace.tokens_per_block} tokens it was converted with"
+        raise TraceError(f"{source.name}: trace block: expected {expected}, got {tokens_per_block}")
+    return trace
+
+
+def _trace(archive: Any, header: dict[str, Any]) -> Trace:
+    block = int(header["tokens_per_block"])
+    columns = {name: archive[name] for name in _PER_REQUEST}
+    keys = np.cumsum(archive["key_steps"], dtype=np.int64)
+    offsets = offsets_of(columns["prompt_tokens"] // block)
+    num_requests = columns["prompt_tokens"].shape
+    if any(column.shape != num_requests for column in columns.values()) or keys.size != offsets[-1]:
+        raise ValueError("arrays of different lengths")
+    if keys.size and not 0 <= int(keys.min()) <= int(keys.max()) < header["num_keys"]:
+        raise ValueError("keys beyond their number")
+    return Trace(
+        name=header["name"],
+        sha256=header["sha256"],
+        tokens_per_block=block,
+        block_keys=keys,
+        offsets=offsets,
+        num_keys=header["num_keys"],
+        repairs=tuple((what, count) for what, count in header["repairs"]),
+        num_broken=header["num_broken"],
+        split_factor=header["split_factor"],
+        sessions=_sessions(archive, header["session_names"], num_requests),
+        format_name=header["source_format"],
+        reading=header["reading"],
+        **columns,
+    )
+
+
+def _sessions(archive: Any, names: list[str] | None, shape: tuple[int, ...]) -> Sessions | None:
+    if names is None:
+        return None
+    index: Int64Array = archive["session_index"]
+    turns: Int64Array = archive["session_turns"]
+    if not index.shape == turns.shape == shape:
+        raise ValueError("arrays of different lengths")
+    return Sessions(tuple(names), index, turns)
+
+
+FORMAT = TraceFormat(NAME, recognises, read)

@@ -1,0 +1,97 @@
+"""Fields of JSON rows, checked. Errors are RowError: `name: expected X, got Y`."""
+
+import json
+import math
+from typing import Any
+
+from ssmcache_sim.formats.source import RowError
+
+_MAX_INT = (1 << 53) - 1  # exact as a double too
+MAX_ID = (1 << 63) - 1
+_EXPECTED_AT_LEAST = ("a non-negative integer", "a positive integer")
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """One line as a JSON object."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise RowError(f"expected a JSON object, got broken JSON ({reason})") from error
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object, got {shown(row)}")
+    return row
+
+
+def int_field(row: dict[str, Any], name: str, minimum: int, where: str = "") -> int:
+    """An integer from `minimum` (0 or 1) to 2**53 - 1. `where` is the path of the object, for messages."""
+    value = row.get(name)
+    if type(value) is not int or not minimum <= value <= _MAX_INT:  # `type`: bool is an int to isinstance
+        raise RowError(f"{where}{name}: expected {_EXPECTED_AT_LEAST[minimum]}, got {_got(row, name)}")
+    return value
+
+
+def seconds_field(row: dict[str, Any], name: str, where: str = "") -> float:
+    """A finite number of seconds, not negative."""
+    value = row.get(name)
+    if (type(value) is int and 0 <= value <= _MAX_INT) or (type(value) is float and 0 <= value < math.inf):
+        return float(value)
+    raise RowError(f"{where}{name}: expected seconds, not negative, got {_got(row, name)}")
+
+
+def object_field(row: dict[str, Any], name: str, where: str = "") -> dict[str, Any]:
+    """A JSON object."""
+    value = row.get(name)
+    if not isinstance(value, dict):
+        raise RowError(f"{where}{name}: expected an object, got {_got(row, name)}")
+    return value
+
+
+def list_field(row: dict[str, Any], name: str, of: str, where: str = "") -> list[Any]:
+    """A list of anything; `of` says what it should hold."""
+    value = row.get(name)
+    if not isinstance(value, list):
+        raise RowError(f"{where}{name}: expected a list of {of}, got {_got(row, name)}")
+    return value
+
+
+def text_field(row: dict[str, Any], name: str) -> str:
+    """A string."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise RowError(f"{name}: expected a string, got {_got(row, name)}")
+    return value
+
+
+def int_list_field(row: dict[str, Any], name: str, maximum: int, where: str = "") -> list[int]:
+    """A list of integers from 0 to `maximum`, a power of two less one."""
+    values = list_field(row, name, "integers", where)
+    if values and (not set(map(type, values)) <= {int} or min(values) < 0 or max(values) > maximum):
+        bad = next(value for value in values if type(value) is not int or not 0 <= value <= maximum)
+        raise RowError(f"{where}{name}: expected integers from 0 to 2**{maximum.bit_length()} - 1, got {shown(bad)}")
+    return values
+
+
+def session_field(row: dict[str, Any], name: str = "session_id") -> str | None:
+    """A name or a number of a session, as text; None without one."""
+    value = row.get(name)
+    if value is None:
+        return None
+    if type(value) not in (int, str):
+        raise RowError(f"{name}: expected a string or an integer, got {shown(value)}")
+    return str(value)
+
+
+def turn_field(row: dict[str, Any]) -> int:
+    """Number of the turn in its session, from 1; 0 where it is not recorded."""
+    return int_field(row, "turn", 1) if row.get("turn") is not None else 0
+
+
+def shown(value: object) -> str:
+    """A value for a message, shortened."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _got(row: dict[str, Any], name: str) -> str:
+    return shown(row[name]) if name in row else "no such field"

@@ -1,0 +1,147 @@
+"""What a trace is like before any replay: lengths, arrivals, turns, and what unlimited memory would hit."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ssmcache_sim.ceilings import infinite_cache
+from ssmcache_sim.trace import Int64Array, LengthTrace, Sessions, Trace
+
+PERCENTS = (0, 5, 25, 50, 75, 90, 95, 99, 100)
+DEFAULT_INTERVALS = (512, 1024, 2048, 4096, 8192)
+_MS_PER_SECOND = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Values at `PERCENTS`, each one that occurs (the nearest rank), and the mean."""
+
+    at_percents: tuple[float, ...]
+    mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """Tokens that unlimited memory would hit; `ssm_reuse_interval` None: attention alone."""
+
+    ssm_reuse_interval: int | None
+    hit_tokens: int
+    hit_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class SharedBlocks:
+    """What prompts share, in blocks of the trace.
+
+    Attributes:
+        full_blocks, distinct_full_blocks: of all prompts.
+        ceilings: attention alone, then each interval.
+        hit_depth_tokens: of requests, by attention alone.
+        requests_without_hit: of them.
+    """
+
+    tokens_per_block: int
+    full_blocks: int
+    distinct_full_blocks: int
+    ceilings: tuple[Ceiling, ...]
+    hit_depth_tokens: Distribution
+    requests_without_hit: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceInfo:
+    """A trace in figures.
+
+    Attributes:
+        span_seconds: from the first arrival to the last.
+        interarrival_seconds: None with a single request.
+        sessions, turns: None where the trace names no sessions; `turns` is requests of a session.
+        shared: None where only lengths are known.
+    """
+
+    name: str
+    sha256: str
+    format: str
+    reading: str
+    requests: int
+    sessions: int | None
+    prompt_tokens: int
+    output_tokens: int
+    span_seconds: float
+    prompt_length: Distribution
+    output_length: Distribution
+    interarrival_seconds: Distribution | None
+    turns: Distribution | None
+    shared: SharedBlocks | None
+    repairs: tuple[tuple[str, int], ...]
+    broken_rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object: percentiles by percent, repairs by what was repaired."""
+        return {
+            "percents": PERCENTS,
+            **asdict(self),
+            "repairs": dict(self.repairs),
+        }
+
+
+def describe(requests: Trace | LengthTrace, ssm_reuse_intervals: Sequence[int] = DEFAULT_INTERVALS) -> TraceInfo:
+    """The figures of a trace; ceilings at the intervals given that are multiples of its block.
+
+    Cost: one pass for the ceiling of attention; each interval is a rounding of it.
+    """
+    gaps_seconds = np.diff(requests.arrival_ms) / _MS_PER_SECOND
+    sessions = requests.sessions
+    return TraceInfo(
+        name=requests.name,
+        sha256=requests.sha256,
+        format=requests.format_name,
+        reading=requests.reading if isinstance(requests, Trace) else "",
+        requests=requests.num_requests,
+        sessions=None if sessions is None else len(sessions.names),
+        prompt_tokens=int(requests.prompt_tokens.sum()),
+        output_tokens=int(requests.output_tokens.sum()),
+        span_seconds=float(requests.arrival_ms[-1] - requests.arrival_ms[0]) / _MS_PER_SECOND,
+        prompt_length=distribution(requests.prompt_tokens),
+        output_length=distribution(requests.output_tokens),
+        interarrival_seconds=distribution(gaps_seconds) if gaps_seconds.size else None,
+        turns=None if sessions is None else distribution(_turns(sessions)),
+        shared=_shared(requests, ssm_reuse_intervals) if isinstance(requests, Trace) else None,
+        repairs=requests.repairs,
+        broken_rows=requests.num_broken,
+    )
+
+
+def distribution(values: npt.NDArray[Any]) -> Distribution:
+    """The percentiles of some values, at least one."""
+    at_percents = np.percentile(values, PERCENTS, method="nearest").tolist()
+    return Distribution(tuple(at_percents), float(values.mean()))
+
+
+def _turns(sessions: Sessions) -> Int64Array:
+    counts = np.bincount(sessions.index[sessions.index >= 0], minlength=len(sessions.names))
+    return counts[counts > 0]
+
+
+def _shared(trace: Trace, ssm_reuse_intervals: Sequence[int]) -> SharedBlocks:
+    num_tokens = max(int(trace.prompt_tokens.sum()), 1)
+    hit_depth = infinite_cache(trace, None).kv_tokens
+    usable = [interval for interval in ssm_reuse_intervals if interval % trace.tokens_per_block == 0]
+
+    def ceiling(interval: int | None) -> Ceiling:
+        tokens = int((hit_depth if interval is None else hit_depth // interval * interval).sum())
+        return Ceiling(interval, tokens, tokens / num_tokens)
+
+    seen = np.zeros(trace.num_keys, dtype=np.bool_)
+    seen[trace.block_keys] = True
+    return SharedBlocks(
+        tokens_per_block=trace.tokens_per_block,
+        full_blocks=trace.block_keys.size,
+        distinct_full_blocks=int(np.count_nonzero(seen)),
+        ceilings=tuple(map(ceiling, (None, *usable))),
+        hit_depth_tokens=distribution(hit_depth),
+        requests_without_hit=int(np.count_nonzero(hit_depth == 0)),
+    )
