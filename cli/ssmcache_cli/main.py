@@ -11,6 +11,7 @@ from ssmcache_cli.models import models_command
 from ssmcache_cli.plot import plot_command
 from ssmcache_cli.replay import replay_command
 from ssmcache_cli.sweep import sweep_command
+from ssmcache_cli.trace import trace_app
 from ssmcache_sim.errors import UserError
 
 # A bug of ours must stay loud and plain: no framed tracebacks.
@@ -19,6 +20,7 @@ app.command("replay")(replay_command)
 app.command("sweep")(sweep_command)
 app.command("plot")(plot_command)
 app.command("models")(models_command)
+app.add_typer(trace_app, name="trace")
 
 
 def _print_version(asked: bool) -> None:

@@ -6,6 +6,7 @@ with tokens of its own, and the session goes on from the first of them.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, cast, get_args
@@ -130,7 +131,8 @@ def _session(
 
 def _length(random: np.random.Generator, mean: float) -> int:
     # exp(mu + sigma^2 / 2) is the mean of a log-normal distribution
-    return max(1, round(random.lognormal(np.log(mean) - _LENGTH_SIGMA**2 / 2, _LENGTH_SIGMA)))
+    length = random.lognormal(math.log(mean) - _LENGTH_SIGMA**2 / 2, _LENGTH_SIGMA)
+    return max(1, round(float(length)))
 
 
 def _blocks(prompt: tuple[_Stretch, ...], settings: GeneratorSettings) -> Iterator[tuple[tuple[int, ...], int]]:

@@ -1,0 +1,88 @@
+"""The table of `ssmcache trace info`, legible from 80 columns on."""
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ssmcache_sim.trace_info import PERCENTS, Distribution, SharedBlocks, TraceInfo
+
+_SHOWN_PERCENTS = (0, 25, 50, 75, 90, 99, 100)
+
+
+def print_info(info: TraceInfo) -> None:
+    """Prints everything that is known of a trace."""
+    console = Console(highlight=False)
+    console.print(f"[bold]{escape(info.name)}[/bold] ({info.format})")
+    console.print(_facts(info))
+    console.print(_distributions(info))
+    if info.shared is None:
+        console.print("Lengths only: what prompts share is not recorded, so no hit rates.")
+    else:
+        console.print(_ceilings(info.shared))
+
+
+def _facts(info: TraceInfo) -> Table:
+    facts = Table.grid(padding=(0, 2))
+    sessions = "not recorded" if info.sessions is None else f"{info.sessions:,}"
+    facts.add_row("requests", f"{info.requests:,}")
+    facts.add_row("sessions", sessions)
+    facts.add_row("prompt tokens", f"{info.prompt_tokens:,}")
+    facts.add_row("output tokens", f"{info.output_tokens:,}")
+    rate = f", {info.requests / info.span_seconds:,.2f} requests a second" if info.span_seconds else ""
+    facts.add_row("span", f"{info.span_seconds:,.1f} s{rate}")
+    if info.reading:
+        facts.add_row("read with", escape(info.reading))
+    for what, count in info.repairs:
+        facts.add_row("repaired", f"{count:,} {what}")
+    if info.broken_rows:
+        facts.add_row("left out", f"{info.broken_rows:,} broken rows")
+    return facts
+
+
+def _distributions(info: TraceInfo) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("")
+    headings = {0: "min", 50: "median", 100: "max"}
+    for percent in _SHOWN_PERCENTS:
+        table.add_column(headings.get(percent, f"{percent} %"), justify="right", no_wrap=True)
+    table.add_column("mean", justify="right", no_wrap=True)
+    rows: tuple[tuple[str, Distribution | None, int], ...] = (
+        ("prompt tokens", info.prompt_length, 0),
+        ("output tokens", info.output_length, 0),
+        ("s to the next", info.interarrival_seconds, 3),
+        ("turns", info.turns, 0),
+        ("hit depth", info.shared.hit_depth_tokens if info.shared else None, 0),
+    )
+    for name, values, decimals in rows:
+        if values is not None:
+            table.add_row(name, *_cells(values, decimals))
+    return table
+
+
+def _cells(values: Distribution, decimals: int) -> list[str]:
+    shown = [values.at_percents[PERCENTS.index(percent)] for percent in _SHOWN_PERCENTS]
+    mean_decimals = decimals if decimals or values.mean >= 1000 else 1
+    return [_number(value, decimals) for value in shown] + [_number(values.mean, mean_decimals)]
+
+
+def _number(value: float, decimals: int) -> str:
+    # a long gap needs no milliseconds, and has no room for them
+    return f"{value:,.{0 if value >= 1000 else decimals}f}"
+
+
+def _ceilings(shared: SharedBlocks) -> Table:
+    title = (
+        f"What unlimited memory would hit, in blocks of {shared.tokens_per_block} "
+        f"({shared.distinct_full_blocks:,} different ones of {shared.full_blocks:,});\n"
+        f"{shared.requests_without_hit:,} requests hit nothing"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="")
+    table.add_column("snapshots every")
+    table.add_column("prompt tokens", justify="right")
+    table.add_column("share", justify="right")
+    for ceiling in shared.ceilings:
+        interval = ceiling.ssm_reuse_interval
+        name = "attention alone" if interval is None else f"{interval:,} tokens"
+        table.add_row(name, f"{ceiling.hit_tokens:,}", f"{ceiling.hit_rate:.2%}")
+    return table
