@@ -16,10 +16,16 @@ def print_info(info: TraceInfo) -> None:
     console.print(f"[bold]{escape(info.name)}[/bold] ({info.format})")
     console.print(_facts(info))
     console.print(_distributions(info))
+    console.print("prompt, output and hit depth in tokens; gap: seconds to the next request\n")
     if info.shared is None:
         console.print("Lengths only: what prompts share is not recorded, so no hit rates.")
     else:
-        console.print(_ceilings(info.shared))
+        shared = info.shared
+        console.print(
+            f"Hits with unlimited memory, in blocks of {shared.tokens_per_block} tokens, "
+            f"{_share_new(shared)} of them new;\n{shared.requests_without_hit:,} requests hit nothing"
+        )
+        console.print(_ceilings(shared))
 
 
 def _facts(info: TraceInfo) -> Table:
@@ -48,9 +54,9 @@ def _distributions(info: TraceInfo) -> Table:
         table.add_column(headings.get(percent, f"{percent} %"), justify="right", no_wrap=True)
     table.add_column("mean", justify="right", no_wrap=True)
     rows: tuple[tuple[str, Distribution | None, int], ...] = (
-        ("prompt tokens", info.prompt_length, 0),
-        ("output tokens", info.output_length, 0),
-        ("s to the next", info.interarrival_seconds, 3),
+        ("prompt", info.prompt_length, 0),
+        ("output", info.output_length, 0),
+        ("gap", info.interarrival_seconds, 3),
         ("turns", info.turns, 0),
         ("hit depth", info.shared.hit_depth_tokens if info.shared else None, 0),
     )
@@ -71,13 +77,12 @@ def _number(value: float, decimals: int) -> str:
     return f"{value:,.{0 if value >= 1000 else decimals}f}"
 
 
+def _share_new(shared: SharedBlocks) -> str:
+    return f"{shared.distinct_full_blocks / max(shared.full_blocks, 1):.2%}"
+
+
 def _ceilings(shared: SharedBlocks) -> Table:
-    title = (
-        f"What unlimited memory would hit, in blocks of {shared.tokens_per_block} "
-        f"({shared.distinct_full_blocks:,} different ones of {shared.full_blocks:,});\n"
-        f"{shared.requests_without_hit:,} requests hit nothing"
-    )
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("snapshots every")
     table.add_column("prompt tokens", justify="right")
     table.add_column("share", justify="right")

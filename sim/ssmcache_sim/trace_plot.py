@@ -41,6 +41,7 @@ def trace_figure(requests: Trace | LengthTrace) -> Figure:
         _hit_share(panels[1, 1], requests, hit_depth)
     for axes in panels.flat:
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 

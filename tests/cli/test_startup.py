@@ -10,7 +10,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 HEAVY = ("torch", "pandas", "matplotlib", "pyarrow")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["replay", "--help"], ["sweep", "--help"], ["plot", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["replay", "--help"], ["sweep", "--help"], ["plot", "--help"], ["trace", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         f"import sys; sys.argv = ['ssmcache', *{arguments!r}]\n"

@@ -93,7 +93,8 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
 def _trace(archive: Any, header: dict[str, Any]) -> Trace:
     block = int(header["tokens_per_block"])
     columns = {name: archive[name] for name in _PER_REQUEST}
-    keys = np.cumsum(archive["key_steps"], dtype=np.int64)
+    keys = archive["key_steps"].astype(np.int64)
+    np.cumsum(keys, out=keys)  # in place: a trace may have more keys than memory has room for twice
     offsets = offsets_of(columns["prompt_tokens"] // block)
     num_requests = columns["prompt_tokens"].shape
     if any(column.shape != num_requests for column in columns.values()) or keys.size != offsets[-1]:

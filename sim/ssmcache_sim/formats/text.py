@@ -50,7 +50,7 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
         arrival_ms = (row.arrival_us - first_us) / _US_PER_MS
         columns.add(line_number, arrival_ms, len(tokens), num_output, blocks.contents(tokens), row.session, row.turn)
     reading = f"tokenizer {options.tokenizer}"
-    return blocks.trace(source, columns, block, format_name=NAME, reading=reading, rebase=True)
+    return blocks.trace(source, columns, format_name=NAME, reading=reading, rebase=True)
 
 
 def _parse(line: bytes) -> _TextRow:

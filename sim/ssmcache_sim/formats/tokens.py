@@ -28,6 +28,7 @@ class TokenBlocks:
     """
 
     def __init__(self, tokens_per_block: int) -> None:
+        self._tokens_per_block = tokens_per_block
         self._block_bytes = tokens_per_block * np.dtype(np.int32).itemsize
         self._numbers: dict[bytes, int] = {}
 
@@ -38,11 +39,21 @@ class TokenBlocks:
         pieces = (packed[start : start + step] for start in range(0, len(packed), step))
         return [numbers.setdefault(piece, len(numbers)) for piece in pieces]
 
-    def trace(self, source: SourceFile, columns: RowColumns, tokens_per_block: int, **facts: object) -> Trace:
-        """The trace of rows whose ids are contents of this numbering; `facts` go to `build_trace`."""
+    def trace(
+        self, source: SourceFile, columns: RowColumns, *, format_name: str, reading: str = "", rebase: bool = False
+    ) -> Trace:
+        """The trace of rows whose ids are contents of this numbering; the rest as of `build_trace`."""
         rows = columns.rows()
         ids, num_keys = fold_contents(rows.ids.astype(np.int64, copy=False), rows.num_ids, len(self._numbers))
-        return build_trace(source, replace(rows, ids=ids), tokens_per_block, num_keys, **facts)  # type: ignore[arg-type]
+        return build_trace(
+            source,
+            replace(rows, ids=ids),
+            self._tokens_per_block,
+            num_keys,
+            format_name=format_name,
+            reading=reading,
+            rebase=rebase,
+        )
 
 
 class _TokenRow(NamedTuple):
@@ -65,7 +76,7 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
     for line_number, row in source.rows(_parse):
         contents = blocks.contents(row.tokens)
         columns.add(line_number, row.arrival_ms, len(row.tokens), row.output_tokens, contents, row.session, row.turn)
-    return blocks.trace(source, columns, block, format_name=NAME)
+    return blocks.trace(source, columns, format_name=NAME)
 
 
 def _parse(line: bytes) -> _TokenRow:

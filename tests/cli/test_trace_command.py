@@ -1,0 +1,155 @@
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+RunHere = Callable[..., tuple[int, str, str]]
+MODEL = ("--model", "nemotron-h-8b")
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> Path:
+    """Three conversations of two turns, 100 s each, that start by a rule."""
+    path = tmp_path / "talks.jsonl"
+    calls = [{"t": t, "in": 1000 + 64 * n, "out": 9, "hash_ids": list(range(15 + n))} for t, n in ((0, 0), (100, 5))]
+    row = {"block_size": 64, "hash_id_scope": "local", "requests": calls}
+    path.write_text("".join(json.dumps({"id": f"talk{index}", **row}) + "\n" for index in range(3)))
+    return path
+
+
+@pytest.fixture
+def lengths(tmp_path: Path) -> Path:
+    path = tmp_path / "lengths.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:15:46.5,374,44\r\n")
+    return path
+
+
+def test_info_shows_lengths_arrivals_and_ceilings_at_80_columns(
+    run_here: RunHere, sample: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run_here("trace", "info", sample)
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    for words in ("(mooncake)", "13,732,944", "not recorded", "median", "hit depth", "attention alone", "8,192 tokens"):
+        assert words in out
+    assert "…" not in out
+
+
+def test_info_as_json_is_one_object(run_here: RunHere, sample: str) -> None:
+    options = ("--json", "--ssm-reuse-interval", "512,700,2048", "--tokens-per-block", 1024)
+    code, out, _ = run_here("trace", "info", sample, *options)
+    info: dict[str, Any] = json.loads(out)
+    assert code == 0
+    assert (info["requests"], info["sessions"], info["broken_rows"], info["repairs"]) == (1000, None, 0, {})
+    assert [ceiling["ssm_reuse_interval"] for ceiling in info["shared"]["ceilings"]] == [None, 2048]
+    assert info["shared"]["tokens_per_block"] == 1024
+    assert len(info["percents"]) == len(info["prompt_length"]["at_percents"])
+
+
+def test_the_ceilings_of_info_are_those_of_a_replay(run_here: RunHere, sample: str) -> None:
+    _, out, _ = run_here("trace", "info", sample, "--json")
+    ceilings = {c["ssm_reuse_interval"]: c["hit_tokens"] for c in json.loads(out)["shared"]["ceilings"]}
+    _, out, _ = run_here("replay", sample, *MODEL, "--ssm-reuse-interval", 2048, "--json")
+    totals = json.loads(out)
+    assert (ceilings[None], ceilings[2048]) == (totals["kv_ceiling_hit_tokens"], totals["ceiling_hit_tokens"])
+
+
+def test_info_draws_a_picture_of_any_trace(run_here: RunHere, talks: Path, lengths: Path, tmp_path: Path) -> None:
+    pictures = []
+    for name, trace in (("a.png", talks), ("b.png", talks), ("c.png", lengths)):
+        assert run_here("trace", "info", trace, "--plot", tmp_path / name)[0] == 0
+        pictures.append((tmp_path / name).read_bytes())
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert pictures[0] == pictures[1]
+    code, _, err = run_here("trace", "info", talks, "--plot", tmp_path / "a.gif")
+    assert (code, err) == (1, "error: --plot: expected the name of a .png file, got 'a.gif'\n")
+
+
+def test_lengths_have_an_info_and_no_hit_rates(run_here: RunHere, lengths: Path, tmp_path: Path) -> None:
+    code, out, _ = run_here("trace", "info", lengths)
+    assert code == 0
+    assert "Lengths only" in out
+    for command in (
+        ("replay", lengths, *MODEL),
+        ("sweep", lengths, *MODEL, "--out", tmp_path / "out"),
+        ("trace", "convert", lengths, tmp_path / "a.npz"),
+        ("trace", "info", lengths, "--tokens-per-block", 64),
+    ):
+        code, out, err = run_here(*command)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: lengths.csv: hit rates: expected a trace that tells what prompts share")
+        assert err.count("\n") == 1
+
+
+def test_options_of_reading_reach_every_command(run_here: RunHere, talks: Path, tmp_path: Path) -> None:
+    rule = ("--session-start", "spacing:60")
+    _, out, _ = run_here("trace", "info", talks, *rule, "--json")
+    info = json.loads(out)
+    assert (info["span_seconds"], info["sessions"], info["reading"]) == (220, 3, "session start spacing:60")
+    _, out, _ = run_here("replay", talks, *MODEL, *rule, "--json")
+    assert json.loads(out)["manifest"]["trace"]["reading"] == "session start spacing:60"
+    sweep = ("sweep", talks, *MODEL, "--ssm-reuse-interval", 64, "--gpu-memory", "unlimited", "--engine", "replay")
+    for starts, finished in ((rule, 0), (rule, 1), ((), 0)):  # another rule is another trace
+        code, out, err = run_here(*sweep, *starts, "--out", tmp_path / "sweep", "--jobs", 2)
+        assert (code, err) == (0, "")
+        assert f"{finished} finished before" in out
+
+
+def test_broken_rows_are_counted_on_stderr(run_here: RunHere, bad_trace: Path) -> None:
+    code, out, err = run_here("replay", bad_trace, *MODEL, "--skip-broken", "--json")
+    assert (code, err) == (0, "bad.jsonl: 1 broken rows, left out\n")
+    assert json.loads(out)["manifest"]["trace"]["broken_rows"] == 1
+
+
+def test_a_converted_trace_replays_to_the_same_figures(run_here: RunHere, sample: str, tmp_path: Path) -> None:
+    code, out, _ = run_here("trace", "convert", sample, tmp_path / "a.npz")
+    assert (code, out) == (0, f"{tmp_path}/a.npz: 1,000 requests, blocks of 512 tokens\n")
+    results = []
+    for trace in (sample, tmp_path / "a.npz"):
+        result = json.loads(run_here("replay", trace, *MODEL, "--json")[1])
+        del result["manifest"]["run"]
+        results.append(result)
+    assert results[0] == results[1]
+    code, _, err = run_here("trace", "convert", sample, tmp_path / "a.zip")
+    assert (code, err) == (1, "error: converted trace: expected a name that ends in .npz, got 'a.zip'\n")
+
+
+def test_generated_traces_are_read_back(run_here: RunHere, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    knobs = ("--num-sessions", 20, "--session-turns-mean", 3, "--branches", 2, "--tokens-per-block", 32, "--seed", 5)
+    code, out, _ = run_here("trace", "generate", "chat", path, *knobs)
+    assert code == 0
+    _, shown, _ = run_here("trace", "info", path, "--json")
+    info = json.loads(shown)
+    assert out == f"{path}: {info['requests']} requests of 20 sessions\n"
+    assert (info["sessions"], info["shared"]["tokens_per_block"]) == (20, 32)
+    assert run_here("trace", "generate", "chat", tmp_path / "again.jsonl", *knobs)[0] == 0
+    assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "poem", "a.jsonl"), "kind of trace: expected one of shared-prefix, chat, agent, branching, got"),
+        (("generate", "chat", "a.jsonl", "--branches", 0), "branches: expected a number from 1 on, got 0"),
+        (("info", "none.jsonl"), "none.jsonl: cannot read the trace: No such file or directory"),
+        (("info", "none.jsonl", "--session-start", "now"), "session start: expected all, spacing:SECONDS, "),
+        (("info", "none.jsonl", "--format", "poem"), "format: expected one of azure-csv, dynamo-request-trace, "),
+    ],
+)
+def test_a_wrong_argument_is_one_line(run_here: RunHere, arguments: tuple[object, ...], message: str) -> None:
+    code, out, err = run_here("trace", *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["generate", "--help"]])
+def test_help_is_there(ssmcache: Run, arguments: list[str]) -> None:
+    result = ssmcache("trace", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
