@@ -16,7 +16,7 @@ from ssmcache.pools import UNLIMITED_SLOTS, PagePool, SlotPool, StatePool
 from ssmcache.sequence import KVCache
 from ssmcache.stats import CacheStats, Counters, LayerGroupUsage, MemoryUsage, ReuseMatch, Shortage
 from ssmcache.store import BlockStore
-from ssmcache.tree import Run, deepest_snapshot, match_blocks
+from ssmcache.tree import Root, Run, deepest_snapshot, match_blocks
 
 _DEFAULT_SCOPE = ReuseScope()
 
@@ -80,14 +80,11 @@ class KVCacheManager:
 
     def probe_reuse(self, tokens: Tokens, reuse_scope: ReuseScope = _DEFAULT_SCOPE) -> ReuseMatch:
         """What a sequence created with these tokens would reuse. Changes nothing."""
-        kind, keys, _, num_tokens = self.keys_of(tokens)
+        kind, keys, num_blocks, num_tokens = self.keys_of(tokens)
         root = self.store.roots.get(reuse_scope)
         if root is None or root.kind != kind:
             return ReuseMatch(0, 0, 0)
-        block = self.tokens_per_block
-        run, depth = match_blocks(root, keys, num_tokens // block)
-        usable = depth if self.store.snapshots is None else deepest_snapshot(run, depth)[0]
-        return ReuseMatch(depth * block, depth * block, usable * block)
+        return self.find(root, keys, num_blocks, num_tokens)[2]
 
     def token_array(self, tokens: Tokens) -> Int64Array:
         """Tokens as [n] int64, a copy. Errors: ValueError unless they are integers >= 0 in one dimension."""
@@ -116,6 +113,17 @@ class KVCacheManager:
         return self._token_kind, array, array.size // block, array.size
 
     # -- for the sequences -------------------------------------------------------------------------------------------
+
+    def find(self, root: Root, keys: Int64Array, num_blocks: int, num_tokens: int) -> tuple[Run, int, ReuseMatch, int]:
+        """Look a prompt up: (run, blocks found, lengths, slot of the snapshot to start from or -1). Pure."""
+        block = self.tokens_per_block
+        run, depth = match_blocks(root, keys, num_blocks)
+        # one more block may be known than the tokens fill: it can be adopted, but not skipped
+        usable = found = min(depth, num_tokens // block)
+        slot = -1
+        if self.store.snapshots is not None:
+            usable, slot = deepest_snapshot(run, found)
+        return run, depth, ReuseMatch(found * block, found * block, usable * block), slot
 
     def gate(self, cursor: Run, own_pages: int, own_states: int) -> Shortage | None:
         """The resume gate: a shortage if sequences other than the asking one, which has the path of `cursor` locked

@@ -13,7 +13,7 @@ from ssmcache.pools import NO_SLOTS, SlotArray
 from ssmcache.states import SequenceStates
 from ssmcache.stats import ReuseMatch, Shortage
 from ssmcache.store import PathHolder
-from ssmcache.tree import Run, deepest_snapshot, match_blocks
+from ssmcache.tree import Run
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
@@ -61,20 +61,9 @@ class KVCache(PathHolder):
         self._pending = _NO_TOKENS
         self._stopped = False
         self._states = SequenceStates(manager) if manager.store.snapshots is not None else None
-        self._apply(*self._match(keys, num_blocks, num_tokens))
+        self._apply(*manager.find(self.root, keys, num_blocks, num_tokens))
 
     # -- the found prefix --------------------------------------------------------------------------------------------
-
-    def _match(self, keys: Int64Array, num_blocks: int, num_tokens: int) -> tuple[Run, int, ReuseMatch, int]:
-        """Look the prompt up: (run, blocks found, lengths, slot of the snapshot to start from or -1). Pure."""
-        block = self._manager.tokens_per_block
-        run, depth = match_blocks(self.root, keys, num_blocks)
-        # one more block may be known than the tokens fill: it can be adopted, but not skipped
-        usable = found = min(depth, num_tokens // block)
-        slot = -1
-        if self._states is not None:
-            usable, slot = deepest_snapshot(run, found)
-        return run, depth, ReuseMatch(found * block, found * block, usable * block), slot
 
     def _apply(self, run: Run, depth: int, match: ReuseMatch, source_slot: int) -> None:
         store = self._manager.store
@@ -128,7 +117,8 @@ class KVCache(PathHolder):
     def _first_resume(self, keys: Int64Array, num_blocks: int, num_tokens: int, stream: Any) -> bool:
         manager, store, states = self._manager, self._manager.store, self._states
         # only what is found now may be refused, so a refused resume leaves the old match as it was
-        found = None if self.soft and self._version == store.version else self._match(keys, num_blocks, num_tokens)
+        current = self.soft and self._version == store.version
+        found = None if current else manager.find(self.root, keys, num_blocks, num_tokens)
         source_slot = self.source_slot if found is None else found[3]
         self.shortage = manager.gate(self.root, 0, 0) if manager.num_active else None
         if self.shortage is None and states is not None:

@@ -37,15 +37,14 @@ class SequenceStates:
 
     def shortage_of_live_state(self, source_slot: int, holds_source: bool) -> Shortage | None:
         """Whether a live state can be had without giving up the snapshot that it starts from."""
-        snapshots = self._snapshots
-        if snapshots.pool.used < snapshots.pool.capacity:
+        snapshots, pool = self._snapshots, self._snapshots.pool
+        if pool.used < pool.capacity:
             return None
-        evictable = snapshots.num_cached - (source_slot >= 0)
-        others_hold = source_slot >= 0 and self._snapshots.held_sources.get(source_slot, 0) > holds_source
-        if evictable > 0 or (source_slot >= 0 and not others_hold):
-            return None
-        used = snapshots.pool.used
-        return Shortage("slots", self._manager.state_group, "gpu", 1, 0, 0, used)
+        if source_slot < 0:
+            can_go = snapshots.num_cached > 0
+        else:  # another snapshot may go, or the source itself becomes the live state if nobody else waits for it
+            can_go = snapshots.num_cached > 1 or snapshots.held_sources.get(source_slot, 0) <= holds_source
+        return None if can_go else Shortage("slots", self._manager.state_group, "gpu", 1, 0, 0, pool.used)
 
     def start(self, cursor: Run, source_slot: int, stream: Any) -> None:
         """Take the live slot, and queue the copy of the source, held by the caller, into it."""

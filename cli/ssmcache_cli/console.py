@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from ssmcache_sim.results import RunTimes
 from ssmcache_sim.sessions import parse_session_start
 from ssmcache_sim.trace import LengthTrace, Trace
 
+TraceArgument = Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz, zstd).")]
 ModelOption = Annotated[
     str, typer.Option(help="A preset (see `ssmcache models`), or the path of a config.json.", metavar="NAME|PATH")
 ]

@@ -21,6 +21,7 @@ from ssmcache_cli.console import (
     StateDtypeOption,
     Stopwatch,
     TokenizerOption,
+    TraceArgument,
     TraceBlockOption,
     interruptible,
     note_broken_rows,
@@ -36,7 +37,7 @@ from ssmcache_sim.sizes import parse_size
 
 
 def replay_command(
-    trace: Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz, zstd).")],
+    trace: TraceArgument,
     model: ModelOption,
     tokens_per_block: Annotated[
         int | None, typer.Option(help="Block size: a multiple of the trace's own, which is the default.")

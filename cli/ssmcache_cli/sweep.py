@@ -23,6 +23,7 @@ from ssmcache_cli.console import (
     StateDtypeOption,
     Stopwatch,
     TokenizerOption,
+    TraceArgument,
     TraceBlockOption,
     interruptible,
     note_broken_rows,
@@ -40,7 +41,7 @@ _MAX_REASONS = 5
 
 
 def sweep_command(
-    trace: Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz, zstd).")],
+    trace: TraceArgument,
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="Directory for the results; finished cells in it are not run again.")],
     tokens_per_block: Annotated[

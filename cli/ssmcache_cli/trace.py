@@ -13,6 +13,7 @@ from ssmcache_cli.console import (
     SessionStartOption,
     SkipBrokenOption,
     TokenizerOption,
+    TraceArgument,
     TraceBlockOption,
     interruptible,
     note_broken_rows,
@@ -21,10 +22,9 @@ from ssmcache_cli.console import (
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats import read_requests, read_trace
 from ssmcache_sim.ranges import parse_int_values
+from ssmcache_sim.trace import LengthTrace, Trace
 
 trace_app = typer.Typer(no_args_is_help=True, help="Look at a trace, convert it, or generate one.")
-
-TraceArgument = Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz, zstd).")]
 
 
 @trace_app.command("info")
@@ -54,8 +54,10 @@ def info_command(
     if plot is not None and plot.suffix.lower() != ".png":
         raise TraceError(f"--plot: expected the name of a .png file, got {plot.name!r}")
     with interruptible("nothing was written"):
-        requests = read_requests(trace, trace_block, reading)
-        if tokens_per_block is not None:
+        requests: Trace | LengthTrace
+        if tokens_per_block is None:
+            requests = read_requests(trace, trace_block, reading)
+        else:
             requests = read_trace(trace, trace_block, reading).with_block(tokens_per_block)
         info = describe(requests, intervals)
         if plot is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -113,9 +114,10 @@ def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path)
     """
     cells: list[PlannedCell] = []
     skipped: list[SkippedCell] = []
+    in_block = cache(trace.with_block)  # many cells share a block size
     for settings in _combinations(spec, model):
         try:
-            coarse = trace.with_block(settings.tokens_per_block)
+            coarse = in_block(settings.tokens_per_block)
             config = build_config(model, settings)
             check_memory(coarse, config)
         except UserError as error:

@@ -16,7 +16,13 @@ STATE_BYTES = 100
 
 
 def make_manager(
-    pages: int | None, states: int | None, *, block: int = 32, interval: int = 64, **settings: object
+    pages: int | None,
+    states: int | None,
+    *,
+    block: int = 32,
+    interval: int = 64,
+    memory: SimulatedMemory | None = None,
+    **settings: object,
 ) -> KVCacheManager:
     """A manager with so many slots. `pages=0`: no attention layer; `states=0`: no SSM layer; both None: unlimited."""
     layers = []
@@ -37,7 +43,7 @@ def make_manager(
         ssm_fraction=fraction,
         **settings,
     )
-    manager = KVCacheManager(config, memory=SimulatedMemory())
+    manager = KVCacheManager(config, memory=memory or SimulatedMemory())
     if quota is not None:
         expected = [count for count in (pages, states) if count]
         assert [pool.capacity for pool in manager.pools] == expected

@@ -12,18 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from managers import make_manager
 
 from ssmcache import (
-    AttentionLayerConfig,
     BlockKeys,
-    BufferConfig,
-    GpuCacheTierConfig,
     KVCacheManager,
-    KVCacheManagerConfig,
-    SimulatedMemory,
 )
 from tests.core.reference import Setup
-from tests.core.test_concurrent_sequences import Pair, Text, cases, make_manager
+from tests.core.test_concurrent_sequences import Pair, Text, cases
 
 MOONCAKE = Path(__file__).resolve().parents[3] / "shared" / "traces" / "mooncake_conversation.jsonl.gz"
 
@@ -231,7 +227,7 @@ def test_the_conversation_trace_hits_what_two_prototypes_found(
     mooncake: list[tuple[np.ndarray, int]], block: int, capacity: int, interval: int | None, expected: int
 ) -> None:
     states = capacity // interval + 1 if interval else 0
-    manager = make_manager(Setup(block, capacity // block + 1, states, interval or 0), SimulatedMemory())
+    manager = make_manager(capacity // block + 1, states, block=block, interval=interval or block)
     assert usable_tokens(manager, mooncake, block) == expected
 
 
@@ -252,6 +248,4 @@ def usable_tokens(manager: KVCacheManager, trace: list[tuple[np.ndarray, int]], 
 
 @pytest.mark.shared
 def test_the_conversation_trace_hits_its_ceiling_with_unlimited_memory(mooncake: list[tuple[np.ndarray, int]]) -> None:
-    layer = AttentionLayerConfig(0, (BufferConfig("key", 1),))
-    config = KVCacheManagerConfig(512, (layer,), (GpuCacheTierConfig(None),))
-    assert usable_tokens(KVCacheManager(config, SimulatedMemory()), mooncake, 512) == 54_063_104
+    assert usable_tokens(make_manager(None, 0, block=512), mooncake, 512) == 54_063_104

@@ -17,19 +17,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from managers import make_manager
 
 from ssmcache import (
-    AttentionLayerConfig,
     BlockKeys,
-    BufferConfig,
-    GpuCacheTierConfig,
     KVCache,
     KVCacheManager,
-    KVCacheManagerConfig,
     KVCacheStatus,
     ReuseScope,
     SimulatedMemory,
-    SsmLayerConfig,
 )
 from tests.core.reference import Prefix, ReferenceCache, ReferenceSequence, Setup
 
@@ -65,24 +61,16 @@ class RecordingMemory(SimulatedMemory):
         return super().copy(layer_group, sources, destinations, stream)
 
 
-def make_manager(setup: Setup, memory: SimulatedMemory) -> KVCacheManager:
+def manager_of(setup: Setup, memory: SimulatedMemory) -> KVCacheManager:
     """The real thing, with exactly these numbers of slots."""
-    page_bytes, state_bytes = 64, 100
-    layers: list[AttentionLayerConfig | SsmLayerConfig] = []
-    if setup.pages:
-        layers.append(AttentionLayerConfig(0, (BufferConfig("key", page_bytes),)))
-    if setup.states:
-        layers.append(SsmLayerConfig(1, (BufferConfig("ssm_state", state_bytes),)))
-    quota = setup.pages * page_bytes + setup.states * state_bytes
-    config = KVCacheManagerConfig(
-        tokens_per_block=setup.block,
-        layers=tuple(layers),
-        cache_tiers=(GpuCacheTierConfig(quota),),
-        ssm_reuse_interval=setup.interval or setup.block,
+    return make_manager(
+        setup.pages,
+        setup.states,
+        block=setup.block,
+        interval=setup.interval or setup.block,
+        memory=memory,
         max_util_for_resume=setup.max_util,
-        ssm_fraction=setup.states * state_bytes / quota if setup.pages and setup.states else None,
     )
-    return KVCacheManager(config, memory)
 
 
 def look_at(sequence: KVCache) -> tuple[object, ...]:
@@ -97,7 +85,7 @@ class Pair:
         self.setup, self.ready = setup, ready
         memory = RecordingMemory()
         self.contents = memory.contents
-        self.manager, self.reference = make_manager(setup, memory), ReferenceCache(setup)
+        self.manager, self.reference = manager_of(setup, memory), ReferenceCache(setup)
         self.ids: dict[Prefix, int] = {}
         self.probes: dict[Prefix, tuple[Tokens, ReuseScope]] = {}
         self.sequences: list[tuple[KVCache, ReferenceSequence, Tokens]] = []
