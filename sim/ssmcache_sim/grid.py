@@ -10,8 +10,8 @@ q, at any block size; only the counts differ. A snapshot at a boundary is as old
 snapshots of an interval are blocks of that size in a stack of their own.
 
 Exact where every boundary gets a snapshot, sizes are fixed, KV beyond the missing snapshot is adopted, and the capacity
-holds the largest request: `grid_capacity` of `grid_cells.py` says so for a cell. What is given to a manager, N pages and
-M states, holds N - 1 blocks and M - 1 snapshots: a request takes one of each beyond what it leaves.
+holds the largest request: `grid_capacity` of `grid_cells.py` says so for a cell. What is given to a manager, N pages
+and M states, holds N - 1 blocks and M - 1 snapshots: a request takes one of each beyond what it leaves.
 """
 
 from collections.abc import Iterable, Sequence
