@@ -76,6 +76,31 @@ class GpuCacheTierConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HostCacheTierConfig:
+    """Host memory for what the GPU has no room for, in bytes."""
+
+    quota: int
+
+    def __post_init__(self) -> None:
+        _require_positive_int("quota of the host tier", self.quota)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCacheTierConfig:
+    """Disk space for what the tiers above have no room for, in bytes, in files of its own in the directory `path`."""
+
+    quota: int
+    path: str
+
+    def __post_init__(self) -> None:
+        _require_positive_int("quota of the disk tier", self.quota)
+        _require(bool(self.path), "path of the disk tier", "a directory", self.path)
+
+
+CacheTierConfig = GpuCacheTierConfig | HostCacheTierConfig | DiskCacheTierConfig
+
+
+@dataclass(frozen=True, slots=True)
 class KVCacheDesc:
     """One sequence of a batch: room for `capacity` tokens, the first `history_length` of them computed already."""
 

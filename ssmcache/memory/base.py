@@ -1,32 +1,87 @@
 """The contract of a memory. One contract test runs on every implementation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+from ssmcache.config import CacheTierConfig
+
+GPU_TIER = 0
+
+
+class TransferError(Exception):
+    """A copy from or to a tier failed, such as a file that cannot be read or a disk that is full.
+
+    Attributes:
+        tier: index of the tier at fault.
+        lost: positions in the batch whose source cannot be read, ascending; empty if it was a destination that could
+            not be written. Either way every source is as it was and no destination may be used.
+    """
+
+    def __init__(self, tier: int, lost: Sequence[int], reason: str) -> None:
+        super().__init__(reason)
+        self.tier = tier
+        self.lost = tuple(lost)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMoves:
+    """A batch of copies within one layer group: slot `sources[i]` of one tier to slot `destinations[i]` of another or
+    the same. No destination is a source of the batch, and none comes twice.
+    """
+
+    layer_group: int
+    source_tier: int
+    sources: Sequence[int]
+    destination_tier: int
+    destinations: Sequence[int]
 
 
 class Memory(Protocol):
-    """Owns the bytes of all pools. The manager decides; a memory executes.
+    """Owns the bytes of all pools: for each tier and layer group, equal slots numbered from 0.
 
-    No decision may depend on when a copy ends: an event is only ever handed to `wait`.
+    The manager decides; a memory executes. No decision may depend on when a copy ends: an event is only ever handed to
+    `wait`. Calls come from one thread at a time. A stream is whatever the memory takes for one; None is its default.
     """
 
-    def reserve(self, layer_group: int, slot_bytes: int, num_slots: int | None) -> None:
-        """Provide a pool of `num_slots` slots (None: unlimited, which only a simulation can promise).
+    def open(self, tiers: Sequence[CacheTierConfig], slot_bytes: Sequence[int]) -> None:
+        """Get ready for these tiers, the first being the GPU, and for layer groups whose slots have so many bytes.
+        All pools are empty until `resize`. Called once.
 
-        Errors: ValueError if this memory cannot provide it; nothing is reserved then.
+        Errors: ValueError for a tier that this memory cannot play; nothing is kept then.
         """
 
-    def copy(self, layer_group: int, sources: Sequence[int], destinations: Sequence[int], stream: Any) -> Any:
-        """Queue a batch of copies between slots of one layer group on `stream`: source i goes to destination i.
-        Returns the event of its end.
+    def grain(self, tier: int) -> int:
+        """Bytes that the size of a pool of this tier is rounded up to; 1 where any size will do."""
+
+    def resize(self, tier: int, num_slots: Sequence[int | None]) -> bool:
+        """Give every layer group of a tier a pool of so many slots (None: unlimited, which only a simulation can
+        promise). What lies in slots that remain stays as it is. All pools or none: False if there is not enough.
+
+        Errors: ValueError for an unlimited pool that cannot be.
         """
+
+    def copy(self, moves: SlotMoves, stream: Any) -> None:
+        """Queue a batch of copies on `stream`: it sees what was queued there before, and what is queued there later
+        sees it.
+
+        Errors: TransferError.
+        """
+
+    def record(self, stream: Any) -> Any:
+        """An event: all that was queued on `stream` so far."""
 
     def wait(self, stream: Any, event: Any) -> None:
-        """Make `stream` wait for `event`, without blocking the caller."""
+        """Make what is queued on `stream` from now on wait for `event`, without blocking the caller."""
+
+    def view(self, layer_group: int) -> Any:
+        """The GPU pool of a layer group as an array of bytes, [num_slots, slot_bytes], not a copy; None if there are no
+        bytes. It is good until the next `resize`.
+        """
 
     @property
     def bytes_in_use(self) -> int:
-        """Bytes reserved by the pools that have a limit."""
+        """Bytes of all pools that have a limit, as they are taken from the system."""
 
     def close(self) -> None:
-        """Give everything back. Safe to call twice."""
+        """Give everything back, files included. Safe to call twice."""
