@@ -21,14 +21,31 @@ def _require_positive_int(what: str, value: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BufferConfig:
-    """One buffer of a layer. `size` is bytes per block for attention, the bytes of the whole state for SSM."""
+    """One buffer of a layer. `size` is bytes per block for attention, the bytes of the whole state for SSM.
+
+    `tokens_per_block_override`: kernels see the page of a block as smaller pages of so many tokens each, which must
+    divide the block. The manager keeps counting in whole blocks.
+    """
 
     role: str
     size: int
+    tokens_per_block_override: int | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.role), "buffer role", "a name", self.role)
         _require_positive_int(f"size of buffer {self.role!r}", self.size)
+        if self.tokens_per_block_override is not None:
+            _require_positive_int(f"tokens_per_block_override of buffer {self.role!r}", self.tokens_per_block_override)
+
+    def pages_per_block(self, tokens_per_block: int) -> int:
+        """Pages that a kernel sees in one block. Errors: ValueError unless block and size are whole multiples."""
+        if self.tokens_per_block_override is None:
+            return 1
+        pages, rest = divmod(tokens_per_block, self.tokens_per_block_override)
+        what = f"tokens_per_block_override of buffer {self.role!r}"
+        _require(rest == 0, what, f"a divisor of tokens_per_block ({tokens_per_block})", self.tokens_per_block_override)
+        _require(self.size % pages == 0, f"size of buffer {self.role!r}", f"a multiple of its {pages} pages", self.size)
+        return pages
 
 
 def _check_buffers(layer_id: int, buffers: tuple[BufferConfig, ...]) -> None:
@@ -39,14 +56,26 @@ def _check_buffers(layer_id: int, buffers: tuple[BufferConfig, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayerConfig:
-    """A full attention layer: one page of KV for every block of tokens."""
+    """An attention layer: one page of KV for every block of tokens, or, with a sliding window, for the blocks that its
+    last `sliding_window_size` tokens and its first `num_sink_tokens` lie in.
+    """
 
     layer_id: int
     buffers: tuple[BufferConfig, ...]
+    sliding_window_size: int | None = None
+    num_sink_tokens: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "buffers", tuple(self.buffers))
         _check_buffers(self.layer_id, self.buffers)
+        where = f"of layer {self.layer_id}"
+        if self.sliding_window_size is not None:
+            _require_positive_int(f"sliding_window_size {where}", self.sliding_window_size)
+        if self.num_sink_tokens is not None:
+            windowed = self.sliding_window_size is not None
+            _require(windowed, f"num_sink_tokens {where}", "None without a sliding window", self.num_sink_tokens)
+            is_count = isinstance(self.num_sink_tokens, int) and self.num_sink_tokens >= 0
+            _require(is_count, f"num_sink_tokens {where}", "an integer >= 0", self.num_sink_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +88,11 @@ class SsmLayerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "buffers", tuple(self.buffers))
         _check_buffers(self.layer_id, self.buffers)
+        for buffer in self.buffers:
+            override = buffer.tokens_per_block_override
+            _require(
+                override is None, f"tokens_per_block_override of layer {self.layer_id}", "None for a state", override
+            )
 
 
 LayerConfig = AttentionLayerConfig | SsmLayerConfig
@@ -124,35 +158,54 @@ class BatchDesc:
         _require(len(self.kv_caches) > 0, "sequences of a BatchDesc", "at least one", self.kv_caches)
 
 
+def _check_tiers(tiers: tuple[CacheTierConfig, ...]) -> None:
+    order = (GpuCacheTierConfig, HostCacheTierConfig, DiskCacheTierConfig)
+    places = [order.index(type(tier)) for tier in tiers]
+    sorted_once = places == sorted(set(places)) and places[:1] == [0]
+    _require(sorted_once, "cache_tiers", "a GPU tier, then a host and a disk tier, if any", tiers)
+    unlimited = isinstance(tiers[0], GpuCacheTierConfig) and tiers[0].quota is None
+    _require(not (unlimited and len(tiers) > 1), "cache_tiers", "no tier below an unlimited GPU", tiers)
+
+
 @dataclass(frozen=True, slots=True)
 class KVCacheManagerConfig:
     """Everything that a `KVCacheManager` needs to know.
 
-    `typical_step` sets how the bytes of a tier are split between layer groups (one sequence of 2,048 tokens if
-    None); `ssm_fraction` overrides it with the share of the bytes, in 0..1, that goes to SSM slots. The interval
-    is checked only where an SSM layer exists. `enable_partial_reuse=None` means: on without SSM layers, off with
-    them; reuse of partial blocks is not available yet, so an explicit True is refused.
+    Attributes:
+        cache_tiers: the GPU, then host memory and disk, as far as they are used.
+        ssm_reuse_interval: tokens between snapshots; checked only where an SSM layer exists.
+        enable_partial_reuse: whether a last block may match in part; None: on without SSM layers, off with them.
+        max_util_for_resume: share of a pool that other sequences may lock for one more to be let in.
+        constraints: batches that must always fit on the GPU; they are floors of its pools.
+        typical_step: how the bytes of a tier are split between layer groups; one sequence of 2,048 tokens if None.
+        ssm_fraction: overrides that with the share of the bytes, in 0..1, that goes to SSM slots.
+        event_buffer_size: events that are kept until they are taken; 0: none are made.
 
     Errors: ValueError for anything out of range.
     """
 
     tokens_per_block: int
     layers: tuple[LayerConfig, ...]
-    cache_tiers: tuple[GpuCacheTierConfig, ...]
+    cache_tiers: tuple[CacheTierConfig, ...]
     ssm_reuse_interval: int = DEFAULT_SSM_REUSE_INTERVAL
     enable_partial_reuse: bool | None = None
     max_util_for_resume: float = 0.97
+    constraints: tuple[BatchDesc, ...] = ()
     typical_step: BatchDesc | None = None
     ssm_fraction: float | None = None
+    event_buffer_size: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "cache_tiers", tuple(self.cache_tiers))
+        for name in ("layers", "cache_tiers", "constraints"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _require_positive_int("tokens_per_block", self.tokens_per_block)
         _require(len(self.layers) > 0, "layers", "at least one", self.layers)
         layer_ids = [layer.layer_id for layer in self.layers]
         _require(len(set(layer_ids)) == len(layer_ids), "layer ids", "each id once", layer_ids)
-        _require(len(self.cache_tiers) == 1, "cache_tiers", "one GpuCacheTierConfig", self.cache_tiers)
+        _check_tiers(self.cache_tiers)
+        for layer in self.layers:
+            for buffer in layer.buffers:
+                buffer.pages_per_block(self.tokens_per_block)
         _require(
             0 < self.max_util_for_resume <= 1, "max_util_for_resume", "above 0, at most 1", self.max_util_for_resume
         )
@@ -162,7 +215,8 @@ class KVCacheManagerConfig:
             _require(self.has_ssm, "ssm_fraction", "None without SSM layers", self.ssm_fraction)
             low, high = (self.ssm_fraction > 0), (self.ssm_fraction < 1 or not self.has_attention)
             _require(low and high, "ssm_fraction", "a share between 0 and 1", self.ssm_fraction)
-        _require(self.enable_partial_reuse is not True, "enable_partial_reuse", "None or False", True)
+        is_count = isinstance(self.event_buffer_size, int) and self.event_buffer_size >= 0
+        _require(is_count, "event_buffer_size", "an integer >= 0", self.event_buffer_size)
 
     def _check_ssm(self) -> None:
         _require_positive_int("ssm_reuse_interval", self.ssm_reuse_interval)
@@ -172,6 +226,16 @@ class KVCacheManagerConfig:
             f"a multiple of tokens_per_block ({self.tokens_per_block})",
             self.ssm_reuse_interval,
         )
+        off = self.enable_partial_reuse is not True
+        _require(off, "enable_partial_reuse", "None or False with SSM layers", self.enable_partial_reuse)
+
+    @property
+    def partial_reuse(self) -> bool:
+        return not self.has_ssm if self.enable_partial_reuse is None else self.enable_partial_reuse
+
+    @property
+    def has_windows(self) -> bool:
+        return any(isinstance(layer, AttentionLayerConfig) and layer.sliding_window_size for layer in self.layers)
 
     @property
     def has_ssm(self) -> bool:

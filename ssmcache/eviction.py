@@ -1,18 +1,18 @@
-"""Who goes first: one queue of segments for each layer group."""
+"""Who goes first: one queue of segments for each layer group and tier."""
 
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush, heapreplace
 
-from ssmcache.tree import Segment
+from ssmcache.segments import Segment
 
 _MIN_DEAD = 64
 
 
 class EvictionQueue:
-    """Segments that may go, the one with the oldest tail first.
+    """Segments that may go, the one with the lowest priority first, of equal ones the one with the oldest tail.
 
-    A touch only ever makes a segment younger, so nobody tells the queue of it: an entry remembers a time that its
+    A touch or a higher priority only ever makes a segment younger, so nobody tells the queue of it: an entry remembers a time that its
     segment had once, and when it comes up it is compared with the present one and sinks to where it belongs. Entries
     of segments that may not go now are dropped when they come up; whoever makes a segment free to go puts it in again.
     Entries of segments that left the tree are dropped when they come up, or all at once when they are the majority.
@@ -31,7 +31,7 @@ class EvictionQueue:
         if not segment.queued:
             segment.queued = True
             # the serial decides nothing: it keeps the heap from comparing segments where a dead entry has the same time
-            heappush(self._heap, (segment.stamp - segment.tail, segment.serial, segment))
+            heappush(self._heap, (segment.rank + segment.stamp - segment.tail, segment.serial, segment))
 
     def retire(self, segment: Segment) -> None:
         """Note that a segment has left the tree for good."""
@@ -60,7 +60,7 @@ class EvictionQueue:
                 heappop(heap)
                 segment.queued = False
             else:
-                now = segment.stamp - segment.tail
+                now = segment.rank + segment.stamp - segment.tail
                 if now == time:
                     return segment
                 heapreplace(heap, (now, serial, segment))
@@ -75,7 +75,7 @@ class EvictionQueue:
         """The segments with an entry, for checks. What may go must be no older than its entry."""
         alive = [(time, segment) for time, _, segment in self._heap if segment.run is not None]
         for time, segment in alive:
-            if segment.may_go() and time > segment.stamp - segment.tail:
+            if segment.may_go() and time > segment.rank + segment.stamp - segment.tail:
                 raise AssertionError("a segment in the queue became older")
         if len(self._heap) - len(alive) != self._num_dead:
             raise AssertionError(f"{len(self._heap) - len(alive)} dead entries, counted {self._num_dead}")

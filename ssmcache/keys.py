@@ -9,6 +9,8 @@ import numpy.typing as npt
 Int64Array = npt.NDArray[np.int64]
 EdgeKey = int | bytes
 
+_DIGEST_BYTES = 32
+
 
 class KeyKind:
     """How the blocks of one scope are told apart; a scope never mixes kinds.
@@ -112,4 +114,41 @@ class BlockKeys:
         return view
 
 
-Tokens = Sequence[int] | npt.NDArray[np.integer] | BlockKeys
+class TokenIds:
+    """Tokens as integers: multimodal items, named by 32-byte digests, get negative ids of their own.
+
+    An id is kept for good, so that equal digests stay equal: 100 bytes or so for each item ever seen.
+    """
+
+    __slots__ = ("_ids",)
+
+    def __init__(self) -> None:
+        self._ids: dict[bytes, int] = {}
+
+    def array(self, tokens: "Tokens") -> Int64Array:
+        """[n] int64, a copy. Errors: ValueError unless all are integers >= 0 or digests, in one dimension."""
+        array = np.array(tokens)
+        if array.size == 0:
+            return np.empty(0, dtype=np.int64)
+        if array.dtype.kind in "SO" and any(isinstance(token, bytes) for token in tokens):  # type: ignore[union-attr]
+            return self._with_digests(tokens)  # type: ignore[arg-type]
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ValueError(f"tokens: expected integers in one dimension, got {array.dtype} of shape {array.shape}")
+        if array.min() < 0:
+            raise ValueError(f"tokens: expected integers >= 0, got {array.min()}")
+        return array.astype(np.int64, copy=False)
+
+    def _with_digests(self, tokens: "Sequence[int | bytes]") -> Int64Array:
+        for token in tokens:
+            if isinstance(token, bytes) and len(token) != _DIGEST_BYTES:
+                raise ValueError(f"tokens: expected digests of {_DIGEST_BYTES} bytes, got one of {len(token)}")
+        integers = self.array([token for token in tokens if not isinstance(token, bytes)])
+        known = iter(integers.tolist())
+        ids = [
+            self._ids.setdefault(token, -1 - len(self._ids)) if isinstance(token, bytes) else next(known)
+            for token in tokens
+        ]
+        return np.array(ids, dtype=np.int64)
+
+
+Tokens = Sequence[int] | Sequence[int | bytes] | npt.NDArray[np.integer] | BlockKeys

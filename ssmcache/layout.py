@@ -1,25 +1,38 @@
-"""From layers to layer groups: what lives and dies together, and how many bytes one slot of it has."""
+"""From layers to layer groups: what lives and dies together, how many bytes one slot of it has, and how many slots the
+bytes of a tier are.
+"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import ceil
 
-from ssmcache.config import (
-    AttentionLayerConfig,
-    BatchDesc,
-    KVCacheDesc,
-    KVCacheManagerConfig,
-    SsmLayerConfig,
-)
+from ssmcache.config import AttentionLayerConfig, BatchDesc, KVCacheDesc, KVCacheManagerConfig, LayerConfig
 from ssmcache.pools import UNLIMITED_SLOTS
+from ssmcache.windows import Window
 
-_DEFAULT_STEP = BatchDesc((KVCacheDesc(capacity=2048),))
+DEFAULT_STEP = BatchDesc((KVCacheDesc(capacity=2048),))
 # ssm_fraction is a float: let a count that is whole up to rounding be whole
 _ROUNDING_SLOTS = 1e-6
 
 
 class LayerGroupKind(Enum):
     ATTENTION = "attention"
+    WINDOW = "window"
     SSM = "ssm"
+
+
+@dataclass(frozen=True, slots=True)
+class BufferPlace:
+    """Where a buffer lies in each slot of its layer group: bytes `offset`..`offset + size - 1`, which kernels see as
+    `num_pages` equal pages.
+    """
+
+    layer_id: int
+    role: str
+    offset: int
+    size: int
+    num_pages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,60 +42,166 @@ class LayerGroup:
     kind: LayerGroupKind
     layer_ids: tuple[int, ...]
     slot_bytes: int
+    buffers: tuple[BufferPlace, ...]
+    window_size: int | None = None
+    num_sink_tokens: int = 0
 
 
 def layer_groups(config: KVCacheManagerConfig) -> tuple[LayerGroup, ...]:
-    """The layer groups of a model: all full attention layers, then all SSM layers, as far as there are any."""
+    """The layer groups of a model: full attention; each shape of sliding window, in the order of the layers; SSM."""
+    by_life_cycle: dict[tuple[LayerGroupKind, int | None, int], list[LayerConfig]] = {}
+    for layer in config.layers:
+        if not isinstance(layer, AttentionLayerConfig):
+            key: tuple[LayerGroupKind, int | None, int] = (LayerGroupKind.SSM, None, 0)
+        elif layer.sliding_window_size is None:
+            key = (LayerGroupKind.ATTENTION, None, 0)
+        else:
+            key = (LayerGroupKind.WINDOW, layer.sliding_window_size, layer.num_sink_tokens or 0)
+        by_life_cycle.setdefault(key, []).append(layer)
     groups = []
-    for kind, layer_type in (
-        (LayerGroupKind.ATTENTION, AttentionLayerConfig),
-        (LayerGroupKind.SSM, SsmLayerConfig),
-    ):
-        layers = [layer for layer in config.layers if isinstance(layer, layer_type)]
-        if layers:
-            slot_bytes = sum(buffer.size for layer in layers for buffer in layer.buffers)
-            groups.append(LayerGroup(kind, tuple(layer.layer_id for layer in layers), slot_bytes))
+    for wanted in LayerGroupKind:
+        for (kind, window_size, num_sink_tokens), layers in by_life_cycle.items():
+            if kind is wanted:
+                buffers = tuple(_places(layers, config.tokens_per_block))
+                slot_bytes = sum(place.size for place in buffers)
+                layer_ids = tuple(layer.layer_id for layer in layers)
+                groups.append(LayerGroup(kind, layer_ids, slot_bytes, buffers, window_size, num_sink_tokens))
     return tuple(groups)
 
 
-def slots_of_batch(group: LayerGroup, batch: BatchDesc, config: KVCacheManagerConfig) -> int:
-    """Slots that the sequences of a batch use at once: pages up to the capacity, or a live state and the
-    snapshots of the interval.
+def _places(layers: Sequence[LayerConfig], tokens_per_block: int) -> list[BufferPlace]:
+    places = []
+    offset = 0
+    for layer in layers:
+        for buffer in layer.buffers:
+            num_pages = buffer.pages_per_block(tokens_per_block)
+            places.append(BufferPlace(layer.layer_id, buffer.role, offset, buffer.size, num_pages))
+            offset += buffer.size
+    return places
+
+
+def slots_of_sequence(group: LayerGroup, desc: KVCacheDesc, tokens_per_block: int) -> int:
+    """Slots that one active sequence needs: pages up to its capacity, less those out of its window; or a live state."""
+    if group.kind is LayerGroupKind.SSM:
+        return 1
+    num_blocks = -(-desc.capacity // tokens_per_block)
+    if group.window_size is None:
+        return num_blocks
+    window = Window(group.window_size, group.num_sink_tokens, tokens_per_block)
+    return window.num_needed(desc.history_length, num_blocks)
+
+
+def step_slots(group: LayerGroup, batch: BatchDesc, config: KVCacheManagerConfig) -> int:
+    """Slots that the sequences of a typical step use at once, with the snapshots of the interval."""
+    slots = sum(slots_of_sequence(group, desc, config.tokens_per_block) for desc in batch.kv_caches)
+    if group.kind is LayerGroupKind.SSM:
+        slots += sum(desc.capacity // config.ssm_reuse_interval for desc in batch.kv_caches)
+    return slots
+
+
+def floor_slots(group: LayerGroup, config: KVCacheManagerConfig) -> int:
+    """Slots that `constraints` guarantee: each batch fits, and the last of its sequences is let in by the resume gate
+    while the others hold all that they need. At least one.
     """
-    if group.kind is LayerGroupKind.ATTENTION:
-        return sum(-(-desc.capacity // config.tokens_per_block) for desc in batch.kv_caches)
-    return sum(1 + desc.capacity // config.ssm_reuse_interval for desc in batch.kv_caches)
+    floor = 1
+    for batch in config.constraints:
+        needs = [slots_of_sequence(group, desc, config.tokens_per_block) for desc in batch.kv_caches]
+        others = sum(needs) - min(needs)
+        floor = max(floor, sum(needs), ceil(others / config.max_util_for_resume))
+    return floor
 
 
-def split_quota(groups: tuple[LayerGroup, ...], config: KVCacheManagerConfig) -> tuple[int, ...]:
-    """Slots of each layer group within the quota of the GPU tier.
+def split_tier(
+    groups: Sequence[LayerGroup],
+    config: KVCacheManagerConfig,
+    tier: int,
+    quota: int | None,
+    step: BatchDesc,
+    grain: int,
+) -> tuple[int, ...]:
+    """Slots of each layer group within `quota` bytes of a tier, rounded up to its grain.
 
-    The bytes are split as `typical_step` uses them, or by `ssm_fraction`; SSM slots are rounded down, and what they
-    leave goes to pages.
+    The bytes are split as `step` uses them, or by `ssm_fraction`, but on the GPU no group gets less than `constraints`
+    ask for. Groups are rounded down to whole slots, and what they leave goes to the first.
 
-    Errors: ValueError when a group would get no slot at all.
+    Errors: ValueError when the floors do not fit.
     """
-    quota = config.cache_tiers[0].quota
     if quota is None:
         return (UNLIMITED_SLOTS,) * len(groups)
-    step = config.typical_step or _DEFAULT_STEP
-    step_bytes = [slots_of_batch(group, step, config) * group.slot_bytes for group in groups]
-    num_slots = [0] * len(groups)
+    quota = -(-quota // grain) * grain
+    floors = [floor_slots(group, config) if tier == 0 else 1 for group in groups]
+    _check_floors(groups, floors, tier, quota, grain)
+    weights = [step_slots(group, step, config) * group.slot_bytes for group in groups]
+    if config.ssm_fraction is not None:
+        weights = _weights_with_fraction(groups, weights, config.ssm_fraction)
+    at_floor: set[int] = set()
+    while True:
+        slots = _split(groups, quota, weights, floors, at_floor, grain)
+        below = {index for index, count in enumerate(slots) if count < floors[index]} - at_floor
+        if not below:
+            return tuple(slots)
+        at_floor |= below
+
+
+def _weights_with_fraction(groups: Sequence[LayerGroup], weights: list[int], fraction: float) -> list[float]:
+    others = sum(weight for group, weight in zip(groups, weights, strict=True) if group.kind is not LayerGroupKind.SSM)
+    return [
+        fraction if group.kind is LayerGroupKind.SSM else (1 - fraction) * weight / others
+        for group, weight in zip(groups, weights, strict=True)
+    ]
+
+
+def _split(
+    groups: Sequence[LayerGroup],
+    quota: int,
+    weights: Sequence[float],
+    floors: list[int],
+    at_floor: set[int],
+    grain: int,
+) -> list[int]:
+    """One division of the quota where the groups of `at_floor` get just their floor."""
+    slots = [0] * len(groups)
     rest = quota
-    for index in reversed(range(len(groups))):
-        group = groups[index]
-        if index == 0:
-            num_slots[index] = rest // group.slot_bytes
-        elif config.ssm_fraction is None:
-            num_slots[index] = quota * step_bytes[index] // (sum(step_bytes) * group.slot_bytes)
+    for index in at_floor:
+        slots[index] = floors[index]
+        rest -= _pool_bytes(groups[index], floors[index], grain)
+    shared = rest
+    free = [index for index in range(len(groups)) if index not in at_floor]
+    total = sum(weights[index] for index in free)
+    for index in reversed(free[1:]):
+        slot_bytes = groups[index].slot_bytes
+        weight = weights[index]
+        if isinstance(weight, int) and isinstance(total, int):
+            slots[index] = shared * weight // (total * slot_bytes)
         else:
-            num_slots[index] = int(quota * config.ssm_fraction / group.slot_bytes + _ROUNDING_SLOTS)
-        rest -= num_slots[index] * group.slot_bytes
-    for group, count in zip(groups, num_slots, strict=True):
-        if count < 1:
-            what = "page of one block" if group.kind is LayerGroupKind.ATTENTION else "SSM state"
-            raise ValueError(
-                f"quota of the GPU tier: expected room for at least one {what} ({group.slot_bytes} bytes) within the "
-                f"share of its layer group, got {quota} bytes"
-            )
-    return tuple(num_slots)
+            slots[index] = int(shared * (weight / total) / slot_bytes + _ROUNDING_SLOTS)
+        num_bytes = _pool_bytes(groups[index], slots[index], grain)
+        slots[index] = num_bytes // slot_bytes
+        rest -= num_bytes
+    first = free[0] if free else 0
+    slots[first] += max(0, rest) // groups[first].slot_bytes
+    return slots
+
+
+def _pool_bytes(group: LayerGroup, num_slots: int, grain: int) -> int:
+    return -(-num_slots * group.slot_bytes // grain) * grain
+
+
+def _check_floors(groups: Sequence[LayerGroup], floors: list[int], tier: int, quota: int, grain: int) -> None:
+    needed = sum(_pool_bytes(group, floor, grain) for group, floor in zip(groups, floors, strict=True))
+    if needed > quota:
+        counts = ", ".join(
+            f"{floor} of {group.slot_bytes} bytes ({group.kind.value})"
+            for group, floor in zip(groups, floors, strict=True)
+        )
+        name = ("GPU", "next", "last")[tier]
+        raise ValueError(
+            f"quota of the {name} tier: expected at least {needed} bytes for the slots that are needed, {counts}, "
+            f"got {quota} bytes"
+        )
+
+
+def split_quota(groups: Sequence[LayerGroup], config: KVCacheManagerConfig) -> tuple[int, ...]:
+    """Slots of each layer group on the GPU, by the settings alone. Errors: ValueError when the floors do not fit."""
+    quota = config.cache_tiers[0].quota
+    return split_tier(groups, config, 0, quota, config.typical_step or DEFAULT_STEP, 1)

@@ -2,100 +2,117 @@
 
 from __future__ import annotations
 
+from threading import RLock
 from typing import Any
 
-import numpy as np
-
+from ssmcache import sizing
 from ssmcache.admission import IntervalAdmission
 from ssmcache.config import KVCacheManagerConfig
+from ssmcache.events import CacheEvent, EventLog
 from ssmcache.invariants import check_manager
-from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, Tokens
-from ssmcache.layout import LayerGroupKind, layer_groups, split_quota
-from ssmcache.memory.base import Memory
-from ssmcache.pools import UNLIMITED_SLOTS, PagePool, SlotPool, StatePool
+from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, TokenIds, Tokens
+from ssmcache.layout import BufferPlace, layer_groups
+from ssmcache.match import Found, find
+from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves
+from ssmcache.priority import PriorityCallback
 from ssmcache.sequence import KVCache
-from ssmcache.stats import CacheStats, Counters, LayerGroupUsage, MemoryUsage, ReuseMatch, Shortage
+from ssmcache.stats import CacheStats, Counters, MemoryUsage, ReuseMatch, Shortage
 from ssmcache.store import BlockStore
-from ssmcache.tree import Root, Run, deepest_snapshot, match_blocks
+from ssmcache.streams import StreamOrder
+from ssmcache.tiers import Tiers
+from ssmcache.tree import Root
+from ssmcache.usage import collect_stats, memory_usage
 
 _DEFAULT_SCOPE = ReuseScope()
 
 
 class KVCacheManager:
-    """Prefix cache of a model with attention layers, SSM layers or both, in one GPU tier.
+    """Prefix cache of a model with attention layers, sliding windows, SSM layers or several of these, in one to three
+    tiers.
 
     Args:
         config: layers, sizes and reuse settings.
         memory: where the slots lie; the manager reserves its pools there and closes it at `shutdown`.
 
-    One thread at a time. Nothing raises for lack of memory: `resume` and `resize` of a sequence return False.
+    Nothing raises for lack of memory: `resume` and `resize` of a sequence return False.
 
-    Errors: ValueError when the quota is too small for one slot of each layer group.
+    Threads: every public call of the manager and of its sequences holds one lock for as long as it runs, so calls from
+    several threads leave the state whole. No lock is held between calls: a probe may be out of date when it returns, and
+    each sequence belongs to one thread at a time. Copies are queued under the lock; a file of the disk tier may be read
+    or written under it, too.
+
+    Errors: ValueError when a quota is too small for the slots that each layer group needs, or the memory cannot play a
+    tier.
     """
 
     def __init__(self, config: KVCacheManagerConfig, memory: Memory) -> None:
         self.config = config
         self.memory = memory
+        self.lock = RLock()
         self.tokens_per_block = config.tokens_per_block
+        self.partly = config.partial_reuse
         self.groups = layer_groups(config)
-        num_slots = dict(zip((group.kind for group in self.groups), split_quota(self.groups, config), strict=True))
-        kinds = list(num_slots)
-        page_pool = state_pool = None
-        self.page_group = self.state_group = -1
-        if LayerGroupKind.ATTENTION in num_slots:
-            page_pool = PagePool(num_slots[LayerGroupKind.ATTENTION])
-            self.page_group = kinds.index(LayerGroupKind.ATTENTION)
-        if LayerGroupKind.SSM in num_slots:
-            state_pool = StatePool(num_slots[LayerGroupKind.SSM])
-            self.state_group = kinds.index(LayerGroupKind.SSM)
-        self.pools: tuple[SlotPool, ...] = tuple(pool for pool in (page_pool, state_pool) if pool is not None)
-        self.store = BlockStore(page_pool, state_pool)
+        self.tier_names = tuple(("gpu", "host", "disk")[sizing.kind_of(tier)] for tier in config.cache_tiers)
+        self.quotas = [tier.quota for tier in config.cache_tiers]
+        self.pools = sizing.make_pools(self.groups, config, memory)
+        events = EventLog(config.event_buffer_size) if config.event_buffer_size else None
+        self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, events)
+        self.page_group = -1 if self.store.pages is None else self.store.pages.layer_group
+        self.state_group = -1 if self.store.snapshots is None else self.store.snapshots.layer_group
+        self.streams = StreamOrder(memory)
         self.admission = IntervalAdmission(config.ssm_reuse_interval)
-        self.counters = Counters()
+        self.counters = Counters(len(config.cache_tiers))
+        self.traffic = sizing.Traffic()
         self.num_active = 0
         self.open_sequences: dict[KVCache, None] = {}
+        self._closed = False
+        self._token_ids = TokenIds()
         self._token_kind = KeyKind(self.tokens_per_block, prefix_unique=False)
         self._ready_kind = KeyKind(1, prefix_unique=True)
-        for index, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True)):
-            memory.reserve(index, group.slot_bytes, _limit(pool))
 
     # -- sequences ---------------------------------------------------------------------------------------------------
 
     def create_kv_cache(
-        self, input_tokens: Tokens = (), reuse_scope: ReuseScope = _DEFAULT_SCOPE, id: object = None
+        self,
+        input_tokens: Tokens = (),
+        reuse_scope: ReuseScope = _DEFAULT_SCOPE,
+        id: object = None,
+        priority: PriorityCallback | None = None,
+        adopt_kv: bool = True,
     ) -> KVCache:
         """A new sequence, SUSPENDED, holding softly what the tree knows of its prompt.
 
         Args:
-            input_tokens: [n] integers >= 0, or `BlockKeys`. Pass the prompt without its last token: at least one
-                token must be computed, because its logits are needed.
+            input_tokens: [n] integers >= 0 or 32-byte digests of multimodal items, or `BlockKeys`. Pass the prompt
+                without its last token: at least one token must be computed, because its logits are needed.
+            priority: (layer group, block ordinal) -> 0..100, 35 by default: slots of lower priority go first, and a
+                slot keeps the highest that it was given.
+            adopt_kv: whether pages beyond the reusable tokens are taken up as they are; False for kernels that cannot
+                leave KV unwritten: they get pages of their own, which go when the tokens are committed.
         """
-        sequence = KVCache(self, input_tokens, reuse_scope, id)
-        self.open_sequences[sequence] = None
-        return sequence
+        with self.lock:
+            self._require_open("create_kv_cache")
+            sequence = KVCache(self, input_tokens, reuse_scope, id, priority, adopt_kv)
+            self.open_sequences[sequence] = None
+            return sequence
 
     def forget(self, sequence: KVCache) -> None:
         """Called by a sequence that closes."""
         del self.open_sequences[sequence]
+        self.traffic.note(sequence.capacity, sequence.history_length)
 
     def probe_reuse(self, tokens: Tokens, reuse_scope: ReuseScope = _DEFAULT_SCOPE) -> ReuseMatch:
         """What a sequence created with these tokens would reuse. Changes nothing."""
-        kind, keys, num_blocks, num_tokens = self.keys_of(tokens)
-        root = self.store.roots.get(reuse_scope)
-        if root is None or root.kind != kind:
-            return ReuseMatch(0, 0, 0)
-        return self.find(root, keys, num_blocks, num_tokens)[2]
+        with self.lock:
+            kind, keys, num_blocks, num_tokens = self.keys_of(tokens)
+            root = self.store.roots.get(reuse_scope)
+            if root is None or root.kind != kind:
+                return ReuseMatch(0, 0, 0)
+            return self.find(root, keys, num_blocks, num_tokens, True).reuse
 
     def token_array(self, tokens: Tokens) -> Int64Array:
-        """Tokens as [n] int64, a copy. Errors: ValueError unless they are integers >= 0 in one dimension."""
-        array = np.array(tokens)
-        if array.size == 0:
-            return np.empty(0, dtype=np.int64)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ValueError(f"tokens: expected integers in one dimension, got {array.dtype} of shape {array.shape}")
-        if array.min() < 0:
-            raise ValueError(f"tokens: expected integers >= 0, got {array.min()}")
-        return array.astype(np.int64, copy=False)
+        """Tokens as [n] int64, a copy; digests as negative ids. Errors: ValueError for anything else."""
+        return self._token_ids.array(tokens)
 
     def keys_of(self, tokens: Tokens) -> tuple[KeyKind, Int64Array, int, int]:
         """A prompt as the tree compares it: (kind of keys, keys, number of blocks known, number of tokens)."""
@@ -114,41 +131,53 @@ class KVCacheManager:
 
     # -- for the sequences -------------------------------------------------------------------------------------------
 
-    def find(self, root: Root, keys: Int64Array, num_blocks: int, num_tokens: int) -> tuple[Run, int, ReuseMatch, int]:
-        """Look a prompt up: (run, blocks found, lengths, slot of the snapshot to start from or -1). Pure."""
-        block = self.tokens_per_block
-        run, depth = match_blocks(root, keys, num_blocks)
-        # one more block may be known than the tokens fill: it can be adopted, but not skipped
-        usable = found = min(depth, num_tokens // block)
-        slot = -1
-        if self.store.snapshots is not None:
-            usable, slot = deepest_snapshot(run, found)
-        return run, depth, ReuseMatch(found * block, found * block, usable * block), slot
+    def find(self, root: Root, keys: Int64Array, num_blocks: int, num_tokens: int, adopt: bool) -> Found:
+        """Look a prompt up. Pure."""
+        partly = self.partly and not root.kind.prefix_unique
+        return find(self.store, root, keys, num_blocks, num_tokens, partly, adopt)
 
-    def gate(self, cursor: Run, own_pages: int, own_states: int) -> Shortage | None:
-        """The resume gate: a shortage if sequences other than the asking one, which has the path of `cursor` locked
-        and so many private slots, hold more than `max_util_for_resume` of a pool. Open while none is ACTIVE.
+    def gate(self, sequence: KVCache) -> Shortage | None:
+        """The resume gate: a shortage if sequences other than the asking one hold more than `max_util_for_resume` of a
+        GPU pool in slots that cannot be evicted. Open while none is ACTIVE.
         """
         if self.num_active == 0:
             return None
-        store = self.store
-        if store.page_pool is not None:
-            alone = sum(run.end - run.start for run in cursor.path() if run.holds == 1)
-            held = store.page_pool.used - store.num_evictable_pages - own_pages - alone
-            if held > self.config.max_util_for_resume * store.page_pool.capacity:
-                return self._utilization(self.page_group, store.num_evictable_pages, held)
-        if store.snapshots is not None:
-            held = store.snapshots.pool.used - store.snapshots.num_cached - own_states
-            if held > self.config.max_util_for_resume * store.snapshots.pool.capacity:
-                return self._utilization(self.state_group, store.snapshots.num_cached, held)
+        for tiers in self.store.all_tiers():
+            pool = tiers.pools[GPU_TIER]
+            held = sizing.held_by_others(tiers, sequence)
+            if held > self.config.max_util_for_resume * pool.capacity:
+                evictable = tiers.num_droppable(GPU_TIER)
+                return Shortage(
+                    "utilization", tiers.layer_group, self.tier_names[GPU_TIER], 0, pool.free, evictable, held
+                )
         return None
 
-    def _utilization(self, group: int, evictable: int, held: int) -> Shortage:
-        return Shortage("utilization", group, "gpu", 0, self.pools[group].free, evictable, held)
+    def shortage(self, reason: str, tiers: Tiers[Any, Any], needed: int, tier: int = GPU_TIER) -> Shortage:
+        """A shortage of slots of one layer group, with what there is of them."""
+        pool = tiers.pools[tier]
+        evictable = tiers.obtainable(tier) - pool.free
+        held = pool.used - evictable
+        return Shortage(reason, tiers.layer_group, self.tier_names[tier], needed, pool.free, evictable, held)
 
-    def copy_state(self, source_slot: int, destination_slot: int, stream: Any) -> None:
-        self.memory.copy(self.state_group, (source_slot,), (destination_slot,), stream)
+    def copy(self, moves: SlotMoves, stream: Any) -> None:
+        self.memory.copy(moves, stream)
+        self.counters.copied[moves.layer_group, moves.source_tier] += len(moves.sources)
+
+    def copy_state(self, tier: int, source_slot: int, destination_slot: int, stream: Any) -> None:
+        """Queue the copy of a state of some tier into a slot of the GPU."""
+        self.copy(SlotMoves(self.state_group, tier, (source_slot,), GPU_TIER, (destination_slot,)), stream)
         self.counters.copied_states += 1
+
+    def count_lookup(self, num_tokens: int, match: ReuseMatch, usable_by_tier: tuple[int, ...]) -> None:
+        """A first resume succeeded. `usable_by_tier` is empty where there is the GPU alone."""
+        counters = self.counters
+        counters.lookups += 1
+        counters.lookup_tokens += num_tokens
+        counters.tree_tokens += match.tree_tokens
+        counters.attention_tokens += match.attention_tokens
+        counters.usable_tokens += match.usable_tokens
+        for below, tokens in enumerate(usable_by_tier[1:]):
+            counters.usable_tokens_below[below] += tokens
 
     # -- what it holds -----------------------------------------------------------------------------------------------
 
@@ -163,70 +192,127 @@ class KVCacheManager:
 
     @property
     def max_capacity(self) -> int | None:
-        """Tokens that one sequence, alone in the cache, can have room for; None without a limit."""
-        pool = self.store.page_pool
-        limit = None if pool is None else _limit(pool)
-        return None if limit is None else limit * self.tokens_per_block
+        """Tokens that one sequence, alone in the cache, can have room for while none of them is computed; None without
+        a limit.
+        """
+        return sizing.max_capacity(self)
 
-    def used_slots(self, layer_group: int) -> int:
-        return self.pools[layer_group].used
+    def used_slots(self, layer_group: int, tier: int = GPU_TIER) -> int:
+        return self.pools[layer_group][tier].used
 
     def memory_usage(self) -> MemoryUsage:
-        cached = {self.page_group: self.store.num_cached_pages}
-        if self.store.snapshots is not None:
-            cached[self.state_group] = self.store.snapshots.num_cached
-        return MemoryUsage(
-            tuple(
-                LayerGroupUsage(
-                    index, group.kind.value, group.slot_bytes, _limit(pool), pool.used, cached[index], pool.peak_used
-                )
-                for index, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True))
-            )
-        )
+        with self.lock:
+            return memory_usage(self)
 
     def stats(self) -> CacheStats:
-        counters, snapshots = self.counters, self.store.snapshots
-        state_bytes = self.groups[self.state_group].slot_bytes if snapshots is not None else 0
-        return CacheStats(
-            lookups=counters.lookups,
-            lookup_tokens=counters.lookup_tokens,
-            tree_tokens=counters.tree_tokens,
-            attention_tokens=counters.attention_tokens,
-            usable_tokens=counters.usable_tokens,
-            snapshots_taken=counters.snapshots_taken,
-            snapshots_reused=counters.snapshots_reused,
-            snapshots_evicted=0 if snapshots is None else snapshots.num_evicted,
-            snapshots_evicted_unused=0 if snapshots is None else snapshots.num_evicted_unused,
-            snapshots_skipped_crossed=counters.snapshots_skipped_crossed,
-            snapshots_skipped_no_room=counters.snapshots_skipped_no_room,
-            snapshots_skipped_not_admitted=counters.snapshots_skipped_not_admitted,
-            snapshots_skipped_history=counters.snapshots_skipped_history,
-            pages_evicted=self.store.num_evicted_pages,
-            copied_states=counters.copied_states,
-            copied_bytes=counters.copied_states * state_bytes,
-        )
+        with self.lock:
+            return collect_stats(self)
+
+    def take_events(self) -> list[CacheEvent]:
+        """The events since the last call; see `CacheEvent`. Errors: RuntimeError if `event_buffer_size` is 0."""
+        with self.lock:
+            if self.store.events is None:
+                raise RuntimeError("take_events: expected a manager with event_buffer_size > 0, got 0")
+            return self.store.events.take()
 
     def check(self) -> None:
         """Verify every invariant. Raises AssertionError with what is broken. Cost: O(everything)."""
-        check_manager(self)
+        with self.lock:
+            check_manager(self)
+
+    # -- what kernels read -------------------------------------------------------------------------------------------
+
+    def _place(self, layer_id: int, role: str) -> tuple[int, BufferPlace]:
+        for index, group in enumerate(self.groups):
+            for place in group.buffers:
+                if (place.layer_id, place.role) == (layer_id, role):
+                    return index, place
+        known = sorted((place.layer_id, place.role) for group in self.groups for place in group.buffers)
+        raise ValueError(f"buffer: expected one of {known}, got {(layer_id, role)}")
+
+    def buffer(self, layer_id: int, role: str, dtype: Any = None, shape: tuple[int, ...] | None = None) -> Any:
+        """One buffer of all slots on the GPU, a view without a copy, [slots, bytes]; with `tokens_per_block_override`
+        [slots, pages, bytes]. None if the memory has no bytes.
+
+        Args:
+            dtype: elements in place of bytes.
+            shape: of each slot, in place of the bytes or elements in one row; needs a dtype.
+        It is good until `adjust` or `resize_tier`. Errors: ValueError for an unknown buffer.
+        """
+        with self.lock:
+            group, place = self._place(layer_id, role)
+            pool = self.memory.view(group)
+            if pool is None:
+                return None
+            view = pool[:, place.offset : place.offset + place.size]
+            if dtype is not None:
+                view = view.view(dtype)
+            if shape is not None:
+                view = view.reshape((view.shape[0], *shape))
+            elif place.num_pages > 1:
+                view = view.reshape((view.shape[0], place.num_pages, -1))
+            return view
+
+    def page_stride(self, layer_id: int, role: str) -> int:
+        """Bytes from a slot to the next in `buffer`."""
+        return self.groups[self._place(layer_id, role)[0]].slot_bytes
+
+    # -- sizes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def need_adjustment(self) -> bool:
+        """Whether the sequences closed lately want a split of the tiers between layer groups that is more than 1.25
+        times away from the present one.
+        """
+        with self.lock:
+            return sizing.need_adjustment(self)
+
+    def adjust(self) -> bool:
+        """Split the tiers as the sequences closed lately want it. Slots may move; what no longer fits goes, oldest
+        first. False, and nothing changed, if what is held does not fit. Errors: RuntimeError with an ACTIVE sequence.
+        """
+        with self.lock:
+            self._require_no_active_sequence("adjust")
+            return sizing.resplit(self, range(len(self.quotas)), self.quotas)
+
+    def resize_tier(self, tier: int, quota: int) -> bool:
+        """Give a tier another quota, in bytes. Slots may move; what no longer fits moves down or goes, oldest first.
+        False, and nothing changed, if that is not possible. Errors: RuntimeError with an ACTIVE sequence; ValueError for
+        an unknown tier or a quota that is too small for one slot of each layer group, or for `constraints`.
+        """
+        with self.lock:
+            self._require_no_active_sequence("resize_tier")
+            if not 0 <= tier < len(self.quotas) or self.quotas[tier] is None:
+                raise ValueError(f"resize_tier: expected a tier with a quota, of {len(self.quotas)}, got {tier}")
+            quotas = list(self.quotas)
+            quotas[tier] = quota
+            return sizing.resplit(self, (tier,), quotas)
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
     def clear_reusable_blocks(self) -> None:
         """Forget everything that is cached. Errors: RuntimeError while sequences are open."""
-        self._require_no_open_sequences("clear_reusable_blocks")
-        self.store.clear()
+        with self.lock:
+            self._require_no_open_sequences("clear_reusable_blocks")
+            self.store.clear()
 
     def shutdown(self) -> None:
-        """Give the memory back. Errors: RuntimeError while sequences are open."""
-        self._require_no_open_sequences("shutdown")
-        self.store.clear()
-        self.memory.close()
+        """Give the memory back. Idempotent. Errors: RuntimeError while sequences are open."""
+        with self.lock:
+            self._require_no_open_sequences("shutdown")
+            if not self._closed:
+                self.store.clear()
+                self.memory.close()
+                self._closed = True
+
+    def _require_open(self, call: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"{call}: expected an open manager, got one after shutdown")
 
     def _require_no_open_sequences(self, call: str) -> None:
         if self.open_sequences:
             raise RuntimeError(f"{call}: expected no open sequence, got {len(self.open_sequences)}")
 
-
-def _limit(pool: SlotPool) -> int | None:
-    return None if pool.capacity == UNLIMITED_SLOTS else pool.capacity
+    def _require_no_active_sequence(self, call: str) -> None:
+        if self.num_active:
+            raise RuntimeError(f"{call}: expected no ACTIVE sequence, got {self.num_active}")

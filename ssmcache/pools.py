@@ -3,7 +3,7 @@
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +20,25 @@ def int_array(values: Iterable[int] = ()) -> IntArray:
     return array("q", values)
 
 
-class SlotPool:
+Slots = TypeVar("Slots", SlotArray, IntArray)
+
+
+class SlotPool(Generic[Slots]):
     """Which slots of a pool are free. Knows numbers of slots only, no bytes and no content.
 
     Slots that came back are handed out first, the last one first, so that the order of slots depends on the calls
     alone, never on time; slots never used before follow in ascending order.
+
+    Args:
+        capacity: slots that may be in use.
+        staging: slots beside them, in use only while a batch of moves is under way.
     """
 
-    __slots__ = ("_next_fresh", "capacity", "peak_used", "used")
+    __slots__ = ("_next_fresh", "capacity", "peak_used", "staging", "used")
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, staging: int = 0) -> None:
         self.capacity = capacity
+        self.staging = staging
         self.used = 0
         self.peak_used = 0
         self._next_fresh = 0
@@ -39,8 +47,20 @@ class SlotPool:
     def free(self) -> int:
         return self.capacity - self.used
 
+    @property
+    def physically_free(self) -> int:
+        return self.capacity + self.staging - self.used
+
+    def take(self, count: int) -> Slots:
+        """Hand out `count` slots, of the caller's own. The caller has checked that so many are free."""
+        raise NotImplementedError
+
+    def give_back(self, slots: Slots) -> None:
+        """Take slots back; nobody may use them from here on, nor write the array."""
+        raise NotImplementedError
+
     def _count(self, taken: int) -> None:
-        assert taken <= self.capacity - self.used, f"{taken} slots taken, {self.free} free"
+        assert taken <= self.capacity + self.staging - self.used, f"{taken} slots taken, {self.free} free"
         self.used += taken
         if self.used > self.peak_used:
             self.peak_used = self.used
@@ -51,10 +71,25 @@ class SlotPool:
 
     def returned_slots(self) -> list[int]:
         """The free slots that have been in use before."""
-        raise AssertionError("a pool is of pages or of states")
+        raise NotImplementedError
+
+    def plan_compaction(self, limit: int, in_use: list[int]) -> dict[int, int]:
+        """Where the slots in use from `limit` on can go: {slot: free slot below the limit}."""
+        free = sorted(set(range(limit)) - set(in_use)) if any(slot >= limit for slot in in_use) else []
+        return dict(zip(sorted(slot for slot in in_use if slot >= limit), free, strict=False))
+
+    def compact(self, limit: int, in_use: list[int]) -> None:
+        """Hand out slots below `limit` only; `in_use` are those that are in use, all below it."""
+        self._next_fresh = min(self._next_fresh, limit)
+        if in_use:
+            self._next_fresh = max(self._next_fresh, max(in_use) + 1)
+        self._set_returned(sorted(set(range(self._next_fresh)) - set(in_use)))
+
+    def _set_returned(self, slots: list[int]) -> None:
+        raise NotImplementedError
 
 
-class PagePool(SlotPool):
+class PagePool(SlotPool[SlotArray]):
     """Slots for pages, which come and go by the hundred: a stack of NumPy arrays.
 
     Cost: O(1) to give back, whatever the number; O(n) NumPy work and O(arrays met) to take n.
@@ -62,12 +97,12 @@ class PagePool(SlotPool):
 
     __slots__ = ("_stack",)
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
+    def __init__(self, capacity: int, staging: int = 0) -> None:
+        super().__init__(capacity, staging)
         self._stack: list[SlotArray] = []
 
     def take(self, count: int) -> SlotArray:
-        """Hand out `count` slots, [count] int32 of the caller's own. The caller has checked that so many are free."""
+        """`SlotPool.take`: [count] int32."""
         self._count(count)
         stack = self._stack
         parts: list[SlotArray] = []
@@ -88,7 +123,6 @@ class PagePool(SlotPool):
         return np.concatenate(parts) if count else NO_SLOTS
 
     def give_back(self, slots: SlotArray) -> None:
-        """Take slots back; nobody may use them from here on, nor write the array."""
         if slots.size:
             self._stack.append(slots)
             self.used -= slots.size
@@ -96,18 +130,20 @@ class PagePool(SlotPool):
     def returned_slots(self) -> list[int]:
         return [int(slot) for part in self._stack for slot in part]
 
+    def _set_returned(self, slots: list[int]) -> None:
+        self._stack = [np.array(slots, dtype=np.int32)] if slots else []
 
-class StatePool(SlotPool):
+
+class StatePool(SlotPool[IntArray]):
     """Slots for states, which come and go by the handful."""
 
     __slots__ = ("_stack",)
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
+    def __init__(self, capacity: int, staging: int = 0) -> None:
+        super().__init__(capacity, staging)
         self._stack = int_array()
 
     def take(self, count: int) -> IntArray:
-        """Hand out `count` >= 1 slots. The caller has checked that so many are free."""
         self._count(count)
         stack = self._stack
         if len(stack) >= count:
@@ -128,7 +164,6 @@ class StatePool(SlotPool):
         return self._stack.pop()
 
     def give_back(self, slots: IntArray) -> None:
-        """Take slots back; nobody may use them from here on."""
         self._stack += slots
         self.used -= len(slots)
 
@@ -138,3 +173,10 @@ class StatePool(SlotPool):
 
     def returned_slots(self) -> list[int]:
         return self._stack.tolist()
+
+    def _set_returned(self, slots: list[int]) -> None:
+        self._stack = int_array(slots)
+
+
+def is_unlimited(pool: SlotPool[SlotArray] | SlotPool[IntArray]) -> bool:
+    return pool.capacity == UNLIMITED_SLOTS

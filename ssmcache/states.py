@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.pools import IntArray, int_array
+from ssmcache.priority import Priority
+from ssmcache.segments import rank_of
+from ssmcache.sparse import Pin
 from ssmcache.stats import Shortage
 from ssmcache.tree import Run
 
@@ -22,72 +26,120 @@ class SequenceStates:
     that a kernel wrote in passing.
     """
 
-    __slots__ = ("_manager", "_points", "_refused", "_slots", "_snapshots", "_stream", "live_slot")
+    __slots__ = (
+        "_manager", "_points", "_priority", "_refused", "_slots", "_snapshots", "live_slot", "stream",
+    )  # fmt: skip
 
-    def __init__(self, manager: KVCacheManager) -> None:
+    def __init__(self, manager: KVCacheManager, priority: Priority | None) -> None:
         snapshots = manager.store.snapshots
         assert snapshots is not None
         self._manager = manager
         self._snapshots = snapshots
-        self._stream: Any = None
+        self._priority = priority
+        self.stream: Any = None
         self._refused: frozenset[int] = _NONE  # points that a reservation had no room for
         self.live_slot = -1
         self._points: Sequence[int] = ()  # that have a slot reserved, ascending unless reserved by several calls,
         self._slots: IntArray = _NO_SLOTS  # and the slots
 
-    def shortage_of_live_state(self, source_slot: int, holds_source: bool) -> Shortage | None:
-        """Whether a live state can be had without giving up the snapshot that it starts from."""
-        snapshots, pool = self._snapshots, self._snapshots.pool
+    def shortage_of_live_state(self, source: Pin | None, softly_held: int) -> Shortage | None:
+        """Whether a live state can be had without giving up the snapshot that it starts from, which this sequence
+        holds softly so many times (0 or 1).
+        """
+        snapshots = self._snapshots
+        pool = snapshots.pools[GPU_TIER]
         if pool.used < pool.capacity:
             return None
-        if source_slot < 0:
-            can_go = snapshots.num_cached > 0
-        else:  # another snapshot may go, or the source itself becomes the live state if nobody else waits for it
-            can_go = snapshots.num_cached > 1 or snapshots.held_sources.get(source_slot, 0) <= holds_source
-        return None if can_go else Shortage("slots", self._manager.state_group, "gpu", 1, 0, 0, pool.used)
+        room = snapshots.obtainable()
+        if source is not None and source.tier == GPU_TIER:
+            # another one may go, or the source itself becomes the live state if nobody else waits for it
+            if room > 1 or (source.soft <= softly_held and not source.locked):
+                return None
+        elif room > 0:
+            return None
+        return self._manager.shortage("slots", snapshots, 1)
 
-    def start(self, cursor: Run, source_slot: int, stream: Any) -> None:
-        """Take the live slot, and queue the copy of the source, held by the caller, into it."""
+    def start(self, cursor: Run, source: Pin | None) -> None:
+        """Take the live slot, and queue the copy of the source into it: a snapshot of the path of `cursor` that the
+        caller holds softly until this returns.
+
+        Errors: TransferError; the live slot is not taken then.
+        """
         manager, snapshots = self._manager, self._snapshots
-        self._stream = stream
-        if source_slot >= 0:
-            manager.counters.snapshots_reused += 1
-            snapshots.note_reuse(source_slot)
-            if snapshots.pool.free == 0 and snapshots.num_cached == 1:
-                # the source is all there is: it becomes the live state itself
-                snapshots.release_source(source_slot)
-                manager.store.take_over_snapshot(cursor, source_slot)
-                self.live_slot = source_slot
-                return
-        self.live_slot = manager.store.take_state(None)
-        if source_slot >= 0:
-            manager.copy_state(source_slot, self.live_slot, stream)
-            snapshots.release_source(source_slot)
+        if source is None:
+            self.live_slot = snapshots.take_one(self.stream)
+            return
+        tier, pool = source.tier, snapshots.pools[GPU_TIER]
+        if tier == GPU_TIER and pool.used >= pool.capacity and snapshots.obtainable() <= 1:
+            # the source is all there is: it becomes the live state itself
+            self.live_slot = source.slot
+            snapshots.count_pin(source, soft=-1)
+            manager.store.version += 1
+            snapshots.take_over(cursor, tier, self.live_slot)
+        else:
+            snapshots.count_pin(source, locked=1)
+            try:
+                slot = snapshots.take_one(self.stream)
+            finally:
+                snapshots.count_pin(source, locked=-1)
+            try:
+                manager.copy_state(tier, source.slot, slot, self.stream)
+            except TransferError as error:
+                snapshots.pools[GPU_TIER].give_back_one(slot)
+                if error.lost:
+                    snapshots.lose_slot(cursor, tier, source.slot)
+                raise
+            snapshots.note_reuse(tier, source.slot)
+            self.live_slot = slot
+            snapshots.count_pin(source, soft=-1)
+        manager.counters.snapshots_reused += 1
 
     def _room_beside(self, cursor: Run, wanted: int) -> int:
         """Slots, up to `wanted`, that can be had without giving up a snapshot of one's own path."""
         snapshots, manager = self._snapshots, self._manager
-        room = snapshots.pool.free + snapshots.num_cached
         # counting the own ones takes a walk; they are never more than the points of the path
-        if room - len(manager.admission.points(0, cursor.end * manager.tokens_per_block)) >= wanted:
+        num_points = len(manager.admission.points(0, cursor.end * manager.tokens_per_block))
+        if snapshots.obtainable() - num_points >= wanted:
             return wanted
-        return min(wanted, room - snapshots.num_on(cursor))
+        snapshots.protect(cursor)
+        room = snapshots.obtainable()
+        snapshots.protect(None)
+        return min(wanted, room)
+
+    def _take_beside(self, cursor: Run, count: int) -> IntArray:
+        """Slots that were found to be obtainable beside the own path; none if a tier below failed."""
+        snapshots = self._snapshots
+        pool = snapshots.pools[GPU_TIER]
+        if count <= pool.capacity - pool.used:
+            return pool.take(count)
+        snapshots.protect(cursor)
+        try:
+            return snapshots.take(count, self.stream)
+        except TransferError:
+            return _NO_SLOTS
+        finally:
+            snapshots.protect(None)
 
     def reserve(self, points: Sequence[int], cursor: Run) -> dict[int, int]:
         """Take slots for ascending points; returns all points that have a reserved slot now, with it."""
         if points:
             wanted = self._worth_reserving(points, cursor)
-            pool = self._snapshots.pool
+            pool = self._snapshots.pools[GPU_TIER]
             if len(wanted) > pool.capacity - pool.used:
                 room = self._room_beside(cursor, len(wanted))
                 self._refused = self._refused.union(wanted[room:])
                 wanted = wanted[:room]
             if wanted:
-                slots = self._manager.store.take_states(len(wanted), cursor)
-                if self._slots:
-                    wanted, slots = [*self._points, *wanted], self._slots + slots
-                self._points, self._slots = wanted, slots
+                self._reserve(wanted, self._take_beside(cursor, len(wanted)))
         return dict(zip(self._points, self._slots, strict=True))
+
+    def _reserve(self, wanted: Sequence[int], slots: IntArray) -> None:
+        if not slots:
+            self._refused = self._refused.union(wanted)
+        elif self._slots:
+            self._points, self._slots = [*self._points, *wanted], self._slots + slots
+        else:
+            self._points, self._slots = wanted, slots
 
     def _worth_reserving(self, points: Sequence[int], cursor: Run) -> Sequence[int]:
         """The points that are admitted, and have neither a snapshot nor a reserved slot yet."""
@@ -108,7 +160,7 @@ class SequenceStates:
 
     def give_back_reserved(self) -> None:
         if self._slots:
-            self._snapshots.pool.give_back(self._slots)
+            self._snapshots.pools[GPU_TIER].give_back(self._slots)
             self._points, self._slots = (), _NO_SLOTS
         self._refused = _NONE
 
@@ -128,10 +180,23 @@ class SequenceStates:
             else:
                 ordinals, slots = self._collect(points, present, cursor, end, history_length)
             if slots:
-                self._manager.store.add_snapshots(cursor, ordinals, slots)
+                self._add(cursor, ordinals, slots)
                 self._manager.counters.snapshots_taken += len(slots)
         if self._slots or self._refused:
             self.give_back_reserved()
+
+    def _add(self, cursor: Run, ordinals: IntArray, slots: IntArray) -> None:
+        """Attach the states to their blocks, each with the priority of its block."""
+        store, priority = self._manager.store, self._priority
+        if priority is None:
+            store.add_snapshots(cursor, ordinals, slots)
+            return
+        by_rank: dict[int, list[int]] = {}
+        for index, ordinal in enumerate(ordinals):
+            by_rank.setdefault(rank_of(priority(self._snapshots.layer_group, ordinal)), []).append(index)
+        for rank, indices in by_rank.items():
+            chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
+            store.add_snapshots(cursor, *chosen, rank)
 
     def _collect(
         self, points: range, present: set[int], cursor: Run, end: int, history_length: int
@@ -141,7 +206,7 @@ class SequenceStates:
         reserved = dict(zip(self._points, self._slots, strict=True))
         # what this commit does not need goes back first, so that a copy at its end can have the room
         for point in [point for point in reserved if point > end or point // block - 1 in present]:
-            self._snapshots.pool.give_back_one(reserved.pop(point))
+            self._snapshots.pools[GPU_TIER].give_back_one(reserved.pop(point))
         ordinals, slots = int_array(), int_array()
         for point in points:
             ordinal = point // block - 1
@@ -166,20 +231,26 @@ class SequenceStates:
         if history_length > end:
             counters.snapshots_skipped_history += 1
             return -1
-        if not self._room_beside(cursor, 1):
+        pool = self._snapshots.pools[GPU_TIER]
+        has_room = pool.used < pool.capacity or self._room_beside(cursor, 1)
+        taken = self._take_beside(cursor, 1) if has_room else _NO_SLOTS
+        if not taken:
             counters.snapshots_skipped_no_room += 1
             return -1
-        slot = self._manager.store.take_state(cursor)
-        self._manager.copy_state(self.live_slot, slot, self._stream)
-        return slot
+        self._manager.copy_state(GPU_TIER, self.live_slot, taken[0], self.stream)
+        return taken[0]
 
     def slots(self) -> list[int]:
         """Every slot that is the sequence's own."""
         live = [] if self.live_slot < 0 else [self.live_slot]
         return live + self._slots.tolist()
 
+    def give_up_live(self) -> int:
+        """The live slot, which is not the sequence's from now on."""
+        slot, self.live_slot = self.live_slot, -1
+        return slot
+
     def close(self) -> None:
         self.give_back_reserved()
         if self.live_slot >= 0:
-            self._snapshots.pool.give_back_one(self.live_slot)
-            self.live_slot = -1
+            self._snapshots.pools[GPU_TIER].give_back_one(self.give_up_live())

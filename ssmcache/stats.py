@@ -1,5 +1,6 @@
 """What a manager tells about itself: frozen records that compare by value."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ class ReuseMatch(NamedTuple):
 class Shortage:
     """Why a resume or resize was refused.
 
-    `reason`: "utilization" (others lock more than `max_util_for_resume` of the pool) or "slots" (not enough are free
-    or evictable). Counts are slots of the layer group in the tier: needed by the call, free, evictable, and held.
+    `reason`: "utilization" (others hold more than `max_util_for_resume` of the pool), "slots" (not enough are free or
+    evictable), "io" (a tier below could not be written) or "lost" (a page cannot be read back: a sequence that was
+    resumed before must be closed, one that was not may be resumed again, with a shorter match). Counts are slots of the
+    layer group in the tier: needed by the call, free, evictable, and held.
     """
 
     reason: str
@@ -30,14 +33,30 @@ class Shortage:
 
 
 @dataclass(frozen=True, slots=True)
+class Transfers:
+    """Slots of one layer group that were copied from one tier to another, or within the GPU, and their bytes."""
+
+    layer_group: int
+    source_tier: str
+    tier: str
+    num_slots: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counts since the manager was made. Tokens and slots; a sequence counts as a lookup at its first resume."""
+    """Counts since the manager was made. Tokens and slots; a sequence counts as a lookup at its first resume.
+
+    `usable_tokens_by_tier` says where the pages of the usable tokens lay when they were asked for (without attention
+    layers: the states). Evicted is what left the last tier; `transfers` tells of moves between tiers and of copies.
+    """
 
     lookups: int
     lookup_tokens: int
     tree_tokens: int
     attention_tokens: int
     usable_tokens: int
+    usable_tokens_by_tier: tuple[int, ...]
     snapshots_taken: int
     snapshots_reused: int
     snapshots_evicted: int
@@ -47,16 +66,19 @@ class CacheStats:
     snapshots_skipped_not_admitted: int
     snapshots_skipped_history: int
     pages_evicted: int
+    window_pages_evicted: int
     copied_states: int
     copied_bytes: int
+    transfers: tuple[Transfers, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGroupUsage:
-    """Slots of one layer group on the GPU tier. `num_slots` is None where the quota is unlimited."""
+    """Slots of one layer group in one tier. `num_slots` is None where the quota is unlimited."""
 
     layer_group: int
     kind: str
+    tier: str
     slot_bytes: int
     num_slots: int | None
     used_slots: int
@@ -66,35 +88,33 @@ class LayerGroupUsage:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUsage:
-    """Memory by layer group."""
+    """Memory by tier and layer group."""
 
-    groups: tuple[LayerGroupUsage, ...]
+    tiers: tuple[tuple[LayerGroupUsage, ...], ...]
+
+    @property
+    def groups(self) -> tuple[LayerGroupUsage, ...]:
+        """The layer groups on the GPU."""
+        return self.tiers[0]
 
     @property
     def used_bytes(self) -> int:
+        """Bytes in use on the GPU."""
         return sum(group.used_slots * group.slot_bytes for group in self.groups)
 
 
 class Counters:
-    """The counts that the sequences of a manager write as they go."""
+    """The counts that the sequences of a manager write as they go. `copied`: slots by (layer group, source tier)."""
 
     __slots__ = (
-        "attention_tokens",
-        "copied_states",
-        "lookup_tokens",
-        "lookups",
-        "snapshots_reused",
-        "snapshots_skipped_crossed",
-        "snapshots_skipped_history",
-        "snapshots_skipped_no_room",
-        "snapshots_skipped_not_admitted",
-        "snapshots_taken",
-        "tree_tokens",
-        "usable_tokens",
-    )
+        "attention_tokens", "copied", "copied_states", "lookup_tokens", "lookups", "snapshots_reused",
+        "snapshots_skipped_crossed", "snapshots_skipped_history", "snapshots_skipped_no_room",
+        "snapshots_skipped_not_admitted", "snapshots_taken", "tree_tokens", "usable_tokens", "usable_tokens_below",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, num_tiers: int) -> None:
         self.attention_tokens = 0
+        self.copied: defaultdict[tuple[int, int], int] = defaultdict(int)
         self.copied_states = 0
         self.lookup_tokens = 0
         self.lookups = 0
@@ -106,3 +126,4 @@ class Counters:
         self.snapshots_taken = 0
         self.tree_tokens = 0
         self.usable_tokens = 0
+        self.usable_tokens_below = [0] * (num_tiers - 1)  # the tiers below the GPU

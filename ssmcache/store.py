@@ -1,358 +1,349 @@
-"""The reusable blocks: the tree together with the slots that its pages and snapshots lie in.
+"""The reusable blocks: who holds which path, what a touch stamps, and the room that all of it needs.
 
-Everything that changes the tree goes through here, so that the counts (cached, locked, free) and the eviction queues
-always say the truth. A slot is *cached* while the tree owns it, *private* while a sequence does.
+A slot is *cached* while the tree owns it or a suspended sequence has parked it, *private* while an ACTIVE sequence does.
 """
 
 from __future__ import annotations
 
-from ssmcache.eviction import EvictionQueue
-from ssmcache.keys import Int64Array, KeyKind, ReuseScope
-from ssmcache.pools import IntArray, PagePool, SlotArray, StatePool
-from ssmcache.recency import Clock
+from collections.abc import Sequence
+from typing import Any
+
+from ssmcache.events import EventLog
+from ssmcache.layout import LayerGroup, LayerGroupKind
+from ssmcache.match import Found, Partial
+from ssmcache.memory.base import GPU_TIER, Memory
+from ssmcache.pages import PageTiers
+from ssmcache.pools import IntArray, PagePool, SlotPool, StatePool
+from ssmcache.segments import DEFAULT_RANK, PageSegment
 from ssmcache.snapshots import SnapshotStore
-from ssmcache.tree import PageSegment, Root, Run
+from ssmcache.sparse import Pin
+from ssmcache.structure import TreeStructure
+from ssmcache.tiers import Tiers
+from ssmcache.tree import Root, Run
+from ssmcache.windows import Window, WindowStore
+
+Pins = list[tuple[WindowStore, int, Pin]]  # with the block of each
 
 
 class PathHolder:
     """A sequence as far as the tree knows it: it holds the path of `cursor`, down to and with that run.
 
-    Softly (`soft`) from creation to its first resume, together with the snapshot in `source_slot` (-1: none) that it
-    would start from: such a hold is dropped when room is short and nothing else is left to go, and `cursor` is the
-    root from then on. Locked (`locked`) from its first resume to its end.
+    Softly (`soft`) from creation to its first resume, together with the snapshot `source` that it would start from, the
+    window pages `pins` that it needs, and the block `partial` that it would copy: such a hold is dropped when room is
+    short and nothing else is left to go, and `cursor` is the root from then on. Locked (`locked`) from its first resume
+    to its end, or merely held (`idle`, too) while it is suspended.
     """
 
-    __slots__ = ("cursor", "locked", "root", "soft", "source_slot")
+    __slots__ = ("cursor", "idle", "locked", "partial", "pins", "root", "soft", "source")
 
     def __init__(self, root: Root) -> None:
         self.root = root
         self.cursor: Run = root
-        self.source_slot = -1
+        self.source: Pin | None = None
+        self.pins: Pins = []
+        self.partial: Partial | None = None
         self.soft = False
         self.locked = False
+        self.idle = False
 
 
-class BlockStore:
-    """Tree, pools and queues of one manager with one GPU tier.
+SoftHold = tuple[Run, Pin | None, Pins, Partial | None]
+
+
+class BlockStore(TreeStructure):
+    """Tree, pools and queues of one manager.
 
     Args:
-        page_pool: slots of the attention layer group, None for a model without attention.
-        snapshot_pool: slots of the SSM layer group, None for a model without SSM layers.
+        groups: the layer groups, and `pools` their pools by tier, in the same order.
+        tokens_per_block: for the windows among them.
     """
 
-    def __init__(self, page_pool: PagePool | None, snapshot_pool: StatePool | None) -> None:
-        self.roots: dict[ReuseScope, Root] = {}
-        self.page_pool = page_pool
-        self.page_queue = EvictionQueue()
-        self.snapshots = None if snapshot_pool is None else SnapshotStore(snapshot_pool)
-        self.clock = Clock()
-        self.version = 0  # changes whenever a match could
-        self.num_cached_pages = 0
-        self.num_locked_pages = 0  # cached pages on the path of a resumed sequence
+    def __init__(
+        self,
+        groups: Sequence[LayerGroup],
+        pools: Sequence[Sequence[SlotPool]],  # type: ignore[type-arg]  # of pages or states, as the group says
+        memory: Memory,
+        tokens_per_block: int,
+        events: EventLog | None,
+    ) -> None:
+        super().__init__(events)
+        self.tokens_per_block = tokens_per_block
+        self.pages = None
+        self.snapshots = None
+        windows: list[WindowStore] = []
+        for index, (group, tiers) in enumerate(zip(groups, pools, strict=True)):
+            pages = [pool for pool in tiers if isinstance(pool, PagePool)]
+            states = [pool for pool in tiers if isinstance(pool, StatePool)]
+            if group.kind is LayerGroupKind.ATTENTION:
+                self.pages = PageTiers(self, index, pages, memory)
+            elif group.kind is LayerGroupKind.SSM:
+                self.snapshots = SnapshotStore(self, index, states, memory)
+            else:
+                assert group.window_size is not None
+                window = Window(group.window_size, group.num_sink_tokens, tokens_per_block)
+                windows.append(WindowStore(self, index, states, memory, window))
+        self.windows = tuple(windows)
+        groups_there = (self.pages, *windows, self.snapshots)
+        self._all_tiers = tuple(tiers for tiers in groups_there if tiers is not None)
+        self.has_tiers = len(pools[0]) > 1
         self.soft_holders: dict[PathHolder, None] = {}  # oldest first
-        self.num_evicted_pages = 0
-        self._num_segments = 0
 
-    # -- scopes ------------------------------------------------------------------------------------------------------
+    # -- soft holds --------------------------------------------------------------------------------------------------
 
-    def enter_scope(self, scope: ReuseScope, kind: KeyKind) -> Root:
-        """The root of a scope, for one more open sequence. Errors: ValueError if the scope has another kind of keys."""
-        root = self.roots.get(scope)
-        if root is None:
-            root = self.roots[scope] = Root(kind, scope)
-        elif root.kind is not kind and root.kind != kind:
-            raise ValueError(f"input_tokens in {scope}: expected {root.kind}, as before in this scope, got {kind}")
-        root.num_sequences += 1
-        return root
-
-    def leave_scope(self, root: Root) -> None:
-        root.num_sequences -= 1
-        if not root.children:
-            self._settle_leaf(root)
-
-    # -- structure ---------------------------------------------------------------------------------------------------
-
-    def split(self, run: Run, at: int) -> Run:
-        """Cut a run before block `at`; returns the new upper part, which everybody who holds the run holds too."""
-        parent = run.parent
-        assert parent is not None
-        assert run.start < at < run.end
-        upper = Run(parent, run.kind, run.edge, run.start, at, run.split_keys(at))
-        upper.holds = run.holds
-        upper.children[run.edge] = run
-        parent.children[upper.edge] = upper
-        run.parent = upper
-        if run.pages is not None:
-            upper.pages = run.pages.split_upper(upper, at, self._serial())
-        if run.snapshots:
-            assert self.snapshots is not None
-            self.snapshots.split(run, upper, at)
-        return upper
-
-    def append(self, run: Run, keys: Int64Array, num_blocks: int, slots: SlotArray | None) -> Run:
-        """Continue the path of `run`, locked by the caller, with new blocks and the caller's pages; returns the new
-        deepest run, locked too.
-
-        A run that ends the tree and is held by the caller alone grows in place, so that decoding does not leave one
-        run a block.
+    def hold_softly(self, holder: PathHolder, found: Found) -> SoftHold | None:
+        """Hold what a look-up found until others need the room. Takes the place of a soft hold that the holder has,
+        which is returned: the caller ends it, or takes it up again.
         """
-        self.version += 1
-        if run.holds == 1 and not run.soft_holds and not run.children:
-            run.append_keys(keys, num_blocks)
-            if slots is not None:
-                assert run.pages is not None
-                run.pages.extend(slots)
-        else:
-            start = run.end
-            child = Run(run, run.kind, run.kind.edge_key(keys, 0), start, start + num_blocks, keys)
-            child.holds = 1
-            run.children[child.edge] = child
-            if slots is not None:
-                child.pages = PageSegment(child, 0, self._serial(), start, slots)
-            run = child
-        if slots is not None:
-            self.num_cached_pages += num_blocks
-            self.num_locked_pages += num_blocks
-        return run
-
-    def _absorb_parent(self, run: Run) -> None:
-        """Join a run with the one above it, of which it is the only child. The lower one keeps its identity."""
-        parent = run.parent
-        assert parent is not None
-        grandparent = parent.parent
-        assert grandparent is not None
-        run.prepend_keys(parent)
-        if run.pages is not None:
-            assert parent.pages is not None
-            run.pages.prepend(parent.pages.slots)
-        if parent.snapshots:
+        old = (holder.cursor, holder.source, holder.pins, holder.partial) if holder.soft else None
+        source = None
+        if found.snapshot is not None:  # before a split moves it to another segment
             assert self.snapshots is not None
-            self.snapshots.move_all(parent, run)
-        run.edge = parent.edge
-        run.parent = grandparent
-        grandparent.children[run.edge] = run
-        if parent.pages is not None:
-            self.page_queue.retire(parent.pages)
-
-    def _drop_tail(self, run: Run, num_blocks: int) -> None:
-        """Take the last blocks of an unheld leaf out of the tree, with all that lies on them."""
-        self.version += 1
-        new_end = run.end - num_blocks
-        pages = run.pages
-        if pages is not None:
-            assert self.page_pool is not None
-            self.page_pool.give_back(pages.drop_tail(num_blocks))
-            self.num_cached_pages -= num_blocks
-        if run.snapshots:
-            assert self.snapshots is not None
-            self.snapshots.drop_from(run, new_end)
-        run.end = new_end
-        if new_end > run.start:
-            self._settle_leaf(run)
-            return
-        parent = run.parent
-        assert parent is not None
-        del parent.children[run.edge]
-        if pages is not None:
-            self.page_queue.retire(pages)
-        self._settle_leaf(parent)
-
-    def _settle_leaf(self, run: Run) -> None:
-        """If the run is now an unheld leaf, its tail may go: by eviction, or at once if nothing lies on it."""
-        if run.children or run.holds or run.soft_holds:
-            return
-        if run.pages is not None:
-            self.page_queue.put(run.pages)
-        elif isinstance(run, Root):
-            if not run.num_sequences:
-                del self.roots[run.scope]
-        else:
-            needed = max((segment.ordinals[-1] + 1 for segment in run.snapshots), default=run.start)
-            if needed < run.end:
-                self._drop_tail(run, run.end - needed)
-
-    # -- holding and touching ----------------------------------------------------------------------------------------
-
-    def hold_softly(self, holder: PathHolder, run: Run, depth: int, source_slot: int) -> None:
-        """Hold the first `depth` blocks of the path of `run`, and a snapshot (-1: none), until others need the room.
-
-        Takes the place of a soft hold that the holder has; the old one goes last, since the new path may depend on it.
-        """
-        old = (holder.cursor, holder.source_slot) if holder.soft else None
+            segment, position = found.snapshot
+            source = self.snapshots.pin(segment.tier, segment.slots[position])
+            self.snapshots.count_pin(source, soft=1)
+        run, depth = found.run, found.depth
+        while depth <= run.start and run.parent is not None:
+            run = run.parent
         if depth < run.end:
             run = self.split(run, depth)
+        partial = found.partial
+        if partial is not None:
+            if partial.block + 1 < partial.run.end:
+                partial = partial._replace(run=self.split(partial.run, partial.block + 1))
+            partial.run.soft_holds += 1
         run.soft_holds += 1
-        if source_slot >= 0:
-            assert self.snapshots is not None
-            self.snapshots.hold_source(source_slot)
-        holder.cursor, holder.source_slot, holder.soft = run, source_slot, True
+        pins = self._pin_windows(run if partial is None else partial.run, found) if self.windows else []
+        holder.cursor, holder.source, holder.pins, holder.partial = run, source, pins, partial
+        holder.soft = True
         self.soft_holders[holder] = None
-        if old is not None:
-            self._end_soft_hold(*old)
+        return old
+
+    def _pin_windows(self, deepest: Run, found: Found) -> Pins:
+        pins: Pins = []
+        num_blocks = found.depth + (found.partial is not None)
+        for store in self.windows:
+            places = store.find(deepest, 0, num_blocks)
+            for block in store.window.needed_blocks(found.reuse.usable_tokens, num_blocks):
+                segment, position = places[block]
+                pin = store.pin(segment.tier, segment.slots[position])
+                store.count_pin(pin, soft=1)
+                pins.append((store, block, pin))
+        return pins
+
+    def take_up_again(self, holder: PathHolder, old: SoftHold | None) -> None:
+        """Put the soft hold back that `hold_softly` returned; the present one ends."""
+        if old is None:
+            self.drop_soft_hold(holder)
+            return
+        new = holder.cursor, holder.source, holder.pins, holder.partial
+        holder.cursor, holder.source, holder.pins, holder.partial = old
+        self.end_soft_hold(new)
 
     def drop_soft_hold(self, holder: PathHolder) -> None:
         """Let go without a touch: the path is as old as it was."""
         del self.soft_holders[holder]
-        old = holder.cursor, holder.source_slot
-        holder.cursor, holder.source_slot, holder.soft = holder.root, -1, False
-        self._end_soft_hold(*old)
+        old = holder.cursor, holder.source, holder.pins, holder.partial
+        holder.cursor, holder.source, holder.pins, holder.partial = holder.root, None, [], None
+        holder.soft = False
+        self.end_soft_hold(old)
 
-    def _end_soft_hold(self, run: Run, source_slot: int) -> None:
+    def end_soft_hold(self, hold: SoftHold) -> None:
+        run, source, pins, partial = hold
         run.soft_holds -= 1
-        if source_slot >= 0:
+        if source is not None:
             assert self.snapshots is not None
-            self.snapshots.release_source(source_slot)
-        self._settle_leaf(run)
+            self.snapshots.count_pin(source, soft=-1)
+        for store, _, pin in pins:
+            store.count_pin(pin, soft=-1)
+        if partial is not None:
+            partial.run.soft_holds -= 1
+            self.settle_leaf(partial.run)
+        self.settle_leaf(run)
 
-    def _drop_newest_soft_hold(self) -> None:
+    def drop_newest_soft_hold(self) -> None:
         """Make room: whoever was created last runs last, so it loses its match first."""
         assert self.soft_holders, "room was promised that does not exist"
         self.drop_soft_hold(next(reversed(self.soft_holders)))
 
+    def drop_soft_holds_of(self, run: Run) -> None:
+        for holder in [holder for holder in self.soft_holders if run in (holder.cursor, _partial_run(holder))]:
+            self.drop_soft_hold(holder)
+
+    # -- locks -------------------------------------------------------------------------------------------------------
+
     def lock(self, holder: PathHolder) -> None:
-        """Turn a soft hold into a lock of the whole path. The source stays held until the caller releases it."""
+        """Turn a soft hold into a lock of the whole path. The caller ends the soft hold of source and partial block,
+        and locks the pins.
+        """
         run = holder.cursor
         del self.soft_holders[holder]
         run.soft_holds -= 1
         holder.soft, holder.locked = False, True
         while run.parent is not None:
-            if not run.holds and run.pages is not None:
-                self.num_locked_pages += run.end - run.start
-            run.holds += 1
+            self.lock_child(run)
+            run = run.parent
+
+    def unlock(self, holder: PathHolder) -> None:
+        """Undo `lock`: the hold is soft again, and nothing was touched."""
+        run = holder.cursor
+        holder.soft, holder.locked = True, False
+        self.soft_holders[holder] = None
+        run.soft_holds += 1
+        while run.parent is not None:
+            self._release(run)
+            self.settle_leaf(run)
             run = run.parent
 
     def lock_child(self, child: Run) -> None:
         """Hold one more run, below a path that the caller has locked."""
-        if not child.holds and child.pages is not None:
-            self.num_locked_pages += child.end - child.start
+        pages = child.pages
+        if pages is not None and child.holds == child.idle_holds:
+            assert self.pages is not None
+            num_blocks = child.end - child.start
+            self.pages.locked[pages.tier] += num_blocks
+            if child.holds:
+                self.pages.held[pages.tier] -= num_blocks
         child.holds += 1
 
-    def touch(self, cursor: Run) -> None:
-        """Stamp every page and snapshot of the path, the deepest as the oldest."""
-        stamp = self.clock.touch(cursor.end)
-        run = cursor
+    def _release(self, run: Run) -> None:
+        """One holder of a run less, which was not suspended."""
+        run.holds -= 1
+        pages = run.pages
+        if pages is not None and run.holds == run.idle_holds:
+            assert self.pages is not None
+            num_blocks = run.end - run.start
+            self.pages.locked[pages.tier] -= num_blocks
+            if run.holds:
+                self.pages.held[pages.tier] += num_blocks
+
+    def set_idle(self, holder: PathHolder, idle: bool) -> None:
+        """The holder is suspended: what it alone locks is merely held from now on; or the other way round."""
+        holder.idle = idle
+        change = 1 if idle else -1
+        for run in list(holder.cursor.path()):
+            was_locked = run.holds > run.idle_holds
+            run.idle_holds += change
+            is_locked = run.holds > run.idle_holds
+            if run.pages is not None and was_locked != is_locked:
+                assert self.pages is not None
+                num_blocks = run.end - run.start
+                self.pages.locked[run.pages.tier] += num_blocks if is_locked else -num_blocks
+                self.pages.held[run.pages.tier] -= num_blocks if is_locked else -num_blocks
+                self.settle_leaf(run)
+
+    def forget_holds(self, run: Run, holds: int, idle_holds: int) -> None:
+        """Take so many holders off a path, which have lost what is below it."""
+        for above in list(run.path()):
+            was_locked, was_held = above.holds > above.idle_holds, above.holds > 0
+            above.holds -= holds
+            above.idle_holds -= idle_holds
+            if above.pages is not None:
+                assert self.pages is not None
+                tier, num_blocks = above.pages.tier, above.end - above.start
+                is_locked, is_held = above.holds > above.idle_holds, above.holds > 0
+                self.pages.locked[tier] += num_blocks * (is_locked - was_locked)
+                self.pages.held[tier] += num_blocks * ((is_held and not is_locked) - (was_held and not was_locked))
+            self.settle_leaf(above)
+
+    def lifts(self, cursor: Run, tier: int = GPU_TIER) -> list[PageSegment]:
+        """The pages of a path that lie below a tier, from the top of the path down."""
+        found: list[PageSegment] = []
+        for run in cursor.path():
+            if run.pages is None or run.pages.tier <= tier:
+                break  # above it nothing lies deeper
+            found.append(run.pages)
+        return found[::-1]
+
+    # -- touches -----------------------------------------------------------------------------------------------------
+
+    def touch(self, holder: PathHolder, num_private: int) -> int:
+        """Stamp every page and snapshot of the path, the deepest as the oldest; returns the stamp, which has room for
+        so many private blocks below.
+        """
+        run = holder.cursor
+        stamp = self.clock.touch(run.end + num_private + 1)
         while run.parent is not None:
             self._stamp(run, stamp)
             run = run.parent
+        if self.windows:
+            self._touch_windows(holder.cursor, stamp)
+        return stamp
 
-    def touch_and_release(self, holder: PathHolder) -> None:
-        """Touch the path and give the lock back; neighbours that nothing keeps apart any more become one run."""
+    def touch_and_release(self, holder: PathHolder, leaf: Run | None = None) -> None:
+        """Touch the path, and a partial block below it, and give the lock back; neighbours that nothing keeps apart any
+        more become one run.
+        """
         run = cursor = holder.cursor
         stamp = self.clock.touch(cursor.end)
         below: Run | None = None
+        if holder.idle:
+            self.set_idle(holder, False)
         while run.parent is not None:
             parent = run.parent
-            run.holds -= 1
-            if not run.holds:
-                if run.pages is not None:
-                    self.num_locked_pages -= run.end - run.start
-                if below is not None and len(run.children) == 1 and not run.soft_holds:
-                    self._absorb_parent(below)
+            self._release(run)
+            if not run.holds and below is not None and len(run.children) == 1 and not run.soft_holds:
+                if self.can_absorb(below):
+                    self.absorb_parent(below)
                     run = below
             if below is not None and run is not below:
                 self._stamp(below, stamp)
+                self._settle_in_tier(below)
             below = run
             run = parent
         if below is not None:
             self._stamp(below, stamp)
+            self._settle_in_tier(below)
         holder.locked = False
-        self._settle_leaf(cursor)
+        if leaf is not None:
+            assert leaf.pages is not None
+            leaf.pages.stamp = stamp
+            self.settle_leaf(leaf)
+        if self.windows:
+            self._touch_windows(cursor if leaf is None else leaf, stamp)
+        self.settle_leaf(cursor)
+
+    def _settle_in_tier(self, run: Run) -> None:
+        """With tiers a run may be the last of its tier although others lie below it."""
+        if self.has_tiers:
+            self.settle_leaf(run)
 
     def _stamp(self, run: Run, stamp: int) -> None:
         if run.pages is not None:
             run.pages.stamp = stamp
-        if run.snapshots:
-            if len(run.snapshots) > 1:
-                assert self.snapshots is not None
-                self.snapshots.join(run)
-            run.snapshots[0].stamp = stamp
+        if run.items and self.snapshots is not None:
+            self.snapshots.stamp(run, stamp)
 
-    # -- room --------------------------------------------------------------------------------------------------------
+    def _touch_windows(self, cursor: Run, stamp: int) -> None:
+        """Stamp what a sequence needs that goes on at the end of the path, in hybrids also at its snapshots."""
+        block = self.tokens_per_block
+        ends = [cursor.start * block + cursor.num_tokens if cursor.num_tokens else cursor.end * block]
+        if self.snapshots is not None:
+            ends += [(ordinal + 1) * block for ordinal in self.snapshots.ordinals_on(cursor, 0)]
+        for store in self.windows:
+            store.touch(cursor, stamp, ends)
 
-    @property
-    def num_evictable_pages(self) -> int:
-        return self.num_cached_pages - self.num_locked_pages
+    # -- taking ------------------------------------------------------------------------------------------------------
 
-    def take_pages(self, count: int) -> SlotArray:
-        """`count` slots for pages, [count] int32; evicts what is needed. The caller has checked free + evictable."""
-        pool = self.page_pool
-        assert pool is not None
-        short = count - (pool.capacity - pool.used)
-        while short > 0:
-            segment = self.page_queue.oldest()
-            if segment is None:
-                self._drop_newest_soft_hold()
-                continue
-            run = segment.run
-            assert run is not None
-            num_blocks = min(short, run.end - run.start)
-            self._drop_tail(run, num_blocks)
-            self.num_evicted_pages += num_blocks
-            short -= num_blocks
-        return pool.take(count)
-
-    def take_states(self, count: int, own: Run | None) -> IntArray:
-        """`count` slots for states; evicts the oldest snapshots, none of the path of `own`, which is locked, and none
-        that is held as a source. The caller has checked that so many can be had.
-        """
-        snapshots = self.snapshots
-        assert snapshots is not None
-        short = count - snapshots.pool.free
-        if short > 0:
-            self.version += 1
-            while True:
-                short, losers = snapshots.evict(short, own)
-                for run in losers:
-                    if run.pages is None:
-                        self._settle_leaf(run)
-                if short == 0:
-                    break
-                self._drop_newest_soft_hold()
-        return snapshots.pool.take(count)
-
-    def take_state(self, own: Run | None) -> int:
-        """`take_states` for one."""
-        assert self.snapshots is not None
-        pool = self.snapshots.pool
-        return pool.take_one() if pool.used < pool.capacity else self.take_states(1, own)[0]
-
-    def add_snapshots(self, cursor: Run, ordinals: IntArray, slots: IntArray) -> None:
+    def add_snapshots(self, cursor: Run, ordinals: IntArray, slots: IntArray, rank: int = DEFAULT_RANK) -> None:
         """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each."""
         assert self.snapshots is not None
         self.version += 1
-        self.snapshots.add(cursor, ordinals, slots, self.clock.touch(cursor.end))
+        self.snapshots.add(cursor, ordinals, slots, self.clock.touch(cursor.end), rank)
+        if self.events is not None:
+            self.events.added(cursor, self.snapshots.layer_group, ordinals)
 
-    def take_over_snapshot(self, cursor: Run, slot: int) -> None:
-        """Take a snapshot of the locked path of `cursor` out of the tree; its slot becomes the caller's."""
-        assert self.snapshots is not None
-        self.version += 1
-        self.snapshots.take_over(cursor, slot)
-
-    def all_runs(self) -> list[Run]:
-        """Every run of every scope, parents before their children."""
-        runs: list[Run] = []
-        for root in self.roots.values():
-            stack = list(root.children.values())
-            while stack:
-                run = stack.pop()
-                runs.append(run)
-                stack.extend(run.children.values())
-        return runs
+    def all_tiers(self) -> tuple[Tiers[Any, Any], ...]:
+        """Every layer group, in order."""
+        return self._all_tiers
 
     def clear(self) -> None:
         """Take every block out of the tree. No sequence is open."""
-        runs = self.all_runs()
-        for run in runs:
-            if run.pages is not None:
-                assert self.page_pool is not None
-                self.page_pool.give_back(run.pages.slots)
-        if self.snapshots is not None:
-            self.snapshots.clear(runs)
-        self.page_queue = EvictionQueue()
-        self.num_cached_pages = 0
-        self.roots.clear()
+        for root in list(self.roots.values()):
+            for child in list(root.children.values()):
+                self.drop_subtree(child, child.start)
+        assert not self.roots, "a scope without a sequence has lost all blocks"
         self.version += 1
 
-    def _serial(self) -> int:
-        self._num_segments += 1
-        return self._num_segments
+
+def _partial_run(holder: PathHolder) -> Run | None:
+    return None if holder.partial is None else holder.partial.run

@@ -1,0 +1,152 @@
+"""Putting the blocks of a sequence into the tree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ssmcache.keys import Int64Array
+from ssmcache.match import match_partial
+from ssmcache.memory.base import GPU_TIER
+from ssmcache.pools import SlotArray
+from ssmcache.priority import Priority
+from ssmcache.segments import DEFAULT_RANK, rank_of
+from ssmcache.tree import Run
+
+if TYPE_CHECKING:
+    from ssmcache.sequence import KVCache
+    from ssmcache.store import BlockStore
+
+
+def commit_blocks(sequence: KVCache, keys: Int64Array, base: int, first: int, last: int) -> None:
+    """Put the blocks `first`..`last - 1` of a sequence into the tree; `keys` start from block `base`.
+
+    Where a block is there already its page replaces the private one; on a tier below the GPU the private one, which is
+    a copy, replaces it.
+    """
+    store, kind = sequence.store, sequence.kind
+    cursor = sequence.cursor
+    start = position = cursor.end
+    if position > first:
+        _check_shared(sequence, keys, base, first, min(position, last))
+    while position < last:
+        child = cursor.children.get(kind.edge_key(keys, position - base))
+        if child is None:
+            break
+        comparable = min(child.end, last) - position
+        num_blocks = kind.common_blocks(child.key_buffer, 0, keys, position - base, comparable)
+        position += num_blocks
+        if position < child.end:
+            child = store.split(child, position)
+        if store.pages is not None:
+            rebase(store, child, sequence.take_own_pages(num_blocks))
+        store.lock_child(child)
+        cursor = child
+    if position < last:
+        width = kind.width
+        for end, rank in _stretches(sequence, position, last):
+            count = end - position
+            pages = None if store.pages is None else sequence.take_own_pages(count)
+            part = keys[(position - base) * width : (end - base) * width]
+            cursor = store.append(cursor, part, count, pages, rank)
+            position = end
+    sequence.cursor = cursor
+    if sequence.priority is not None:
+        raise_priorities(store, cursor, start, sequence.priority)
+    for window in sequence.windows:
+        window.commit(cursor, start, last)
+
+
+def rebase(store: BlockStore, run: Run, own: SlotArray) -> None:
+    """A run was computed again, below a path on the GPU: one set of its pages stays, on the GPU."""
+    tiers, pages = store.pages, run.pages
+    assert tiers is not None
+    assert pages is not None
+    if pages.tier == GPU_TIER:
+        tiers.pools[GPU_TIER].give_back(own)
+        return
+    tier, num_blocks = pages.tier, len(own)
+    tiers.pools[tier].give_back(tiers.settle(pages, GPU_TIER, own))
+    tiers.cached[tier] -= num_blocks
+    tiers.cached[GPU_TIER] += num_blocks
+
+
+def _check_shared(sequence: KVCache, keys: Int64Array, base: int, first: int, last: int) -> None:
+    """The shared pages of blocks `first`..`last - 1` must be those of the committed tokens."""
+    run, kind = sequence.cursor, sequence.kind
+    while run.end > first and run.parent is not None:
+        begin, end = max(first, run.start), min(last, run.end)
+        if begin < end:
+            equal = kind.common_blocks(run.key_buffer, begin - run.start, keys, begin - base, end - begin)
+            if equal < end - begin:
+                raise ValueError(
+                    f"commit: expected the tokens that the sequence was created with, up to token "
+                    f"{sequence.num_attention_tokens}, got others"
+                )
+            if kind.prefix_unique:
+                break  # equal here means equal above
+        run = run.parent
+
+
+def _stretches(sequence: KVCache, first: int, last: int) -> list[tuple[int, int]]:
+    """Neighbouring blocks of equal priority: (end, rank) of each stretch."""
+    if sequence.priority is None or sequence.store.pages is None:
+        return [(last, DEFAULT_RANK)]
+    group = sequence.store.pages.layer_group
+    ranks = [rank_of(sequence.priority(group, block)) for block in range(first, last)]
+    ends = [first + index for index in range(1, len(ranks)) if ranks[index] != ranks[index - 1]]
+    return [(end, ranks[end - 1 - first]) for end in [*ends, last]]
+
+
+def raise_priorities(store: BlockStore, cursor: Run, first: int, priority: Priority) -> None:
+    """Blocks of the path from `first` on keep the highest priority that they were given."""
+    run: Run = cursor
+    while run.parent is not None and run.end > first:
+        above = run.parent
+        if store.pages is not None and run.pages is not None:
+            _raise_pages(store, run, priority)
+        run = above
+    for sparse in store.sparse_stores():
+        for holder in list(cursor.path()):
+            for segment in list(sparse.on(holder)):
+                sparse.raise_rank(segment, priority, first)
+
+
+def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
+    """Give the blocks of a run, which may be cut for it, their priority."""
+    assert store.pages is not None
+    group = store.pages.layer_group
+    while True:
+        pages = run.pages
+        assert pages is not None
+        ranks = [max(pages.rank, rank_of(priority(group, block))) for block in range(run.start, run.end)]
+        first_equal = len(ranks) - 1
+        while first_equal > 0 and ranks[first_equal - 1] == ranks[-1]:
+            first_equal -= 1
+        if first_equal == 0:
+            pages.rank = ranks[-1]
+            return
+        # the lower part keeps its identity, as a holder of this run expects
+        run = store.split(run, run.start + first_equal)
+        pages.rank = ranks[-1]
+
+
+def commit_tail(sequence: KVCache) -> Run | None:
+    """Offer the last, partial block of a sequence that closes as a leaf, unless a block that begins with the same
+    tokens is there. Returns its run.
+    """
+    store, tail, cursor = sequence.store, sequence.pending, sequence.cursor
+    block = cursor.end
+    if not tail.size or store.pages is None or block * sequence.kind.width > sequence.num_committed_tokens:
+        return None
+    known = match_partial(cursor, block, tail)
+    if known is not None:
+        if known.num_tokens == tail.size:
+            return None
+        shorter = known.run
+        if shorter.num_tokens == known.num_tokens and not (shorter.holds or shorter.soft_holds):
+            store.drop_tail(shorter, 1)
+    rank = DEFAULT_RANK if sequence.priority is None else rank_of(sequence.priority(store.pages.layer_group, block))
+    leaf = store.add_leaf(cursor, tail, sequence.take_own_pages(1), rank)
+    for window in sequence.windows:
+        window.add_leaf(leaf)
+    return leaf

@@ -1,0 +1,97 @@
+"""Moving what lies in the last slots of a pool to the front, so that the pool can shrink."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssmcache.memory.base import GPU_TIER, SlotMoves
+from ssmcache.segments import Segment, SparseSegment
+from ssmcache.sparse import SparseStore
+from ssmcache.tiers import Tiers
+
+if TYPE_CHECKING:
+    from ssmcache.manager import KVCacheManager
+
+
+def compact(manager: KVCacheManager, num_slots: Mapping[int, Sequence[int]]) -> None:
+    """Make everything in some tiers lie in the first slots of its pool, so many for each layer group. No sequence is
+    ACTIVE, and no more slots are in use than that.
+
+    Errors: TransferError; nothing has changed for the layer group at fault then.
+    """
+    for tier, limits in num_slots.items():
+        for tiers, limit in zip(manager.store.all_tiers(), limits, strict=True):
+            _compact_pool(manager, tiers, tier, limit)
+
+
+def _compact_pool(manager: KVCacheManager, tiers: Tiers[Any, Any], tier: int, limit: int) -> None:
+    segments = [segment for segment in _segments(manager, tiers) if segment.tier == tier]
+    in_use = [slot for segment in segments for slot in tiers.slots_of(segment).tolist()]
+    if tier == GPU_TIER:
+        in_use += _private_slots(manager, tiers)
+    table = tiers.pools[tier].plan_compaction(limit, in_use)
+    if table:
+        moves = SlotMoves(tiers.layer_group, tier, list(table), tier, list(table.values()))
+        manager.memory.copy(moves, None)
+        for segment in segments:
+            _renumber(tiers, segment, table)
+        if tier == GPU_TIER:
+            _renumber_private(manager, tiers, table)
+    tiers.pools[tier].compact(limit, [table.get(slot, slot) for slot in in_use])
+
+
+def _segments(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> Iterator[Segment]:
+    """All segments of a layer group: in the tree, lost, and parked."""
+    for run in manager.store.all_runs():
+        if tiers is manager.store.pages:
+            if run.pages is not None:
+                yield run.pages
+        else:
+            yield from (segment for segment in run.items if segment.store is tiers)
+    for sequence in manager.open_sequences:
+        if sequence.parked is not None:
+            for segment in sequence.parked.contents():
+                store = segment.store if isinstance(segment, SparseSegment) else manager.store.pages
+                if store is tiers:
+                    yield segment
+
+
+def _private_slots(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> list[int]:
+    slots: list[int] = []
+    for sequence in manager.open_sequences:
+        if tiers is manager.store.pages:
+            slots += sequence.own_pages.tolist()
+        elif tiers is manager.store.snapshots:
+            slots += [] if sequence.states is None else sequence.states.slots()
+        else:
+            slots += [slot for window in sequence.windows if window.store is tiers for slot in window.own.values()]
+    return slots
+
+
+def _renumber(tiers: Tiers[Any, Any], segment: Segment, table: dict[int, int]) -> None:
+    if isinstance(segment, SparseSegment):
+        assert isinstance(tiers, SparseStore)
+        tiers.renumber(segment, table)
+    else:
+        old = tiers.slots_of(segment)  # type: ignore[arg-type]
+        segment.renumber(_mapped(old, table))  # type: ignore[attr-defined]
+
+
+def _mapped(slots: Any, table: dict[int, int]) -> Any:
+    return np.array([table.get(slot, slot) for slot in slots.tolist()], dtype=np.int32)
+
+
+def _renumber_private(manager: KVCacheManager, tiers: Tiers[Any, Any], table: dict[int, int]) -> None:
+    for sequence in manager.open_sequences:
+        if tiers is manager.store.pages:
+            sequence.own_pages = _mapped(sequence.own_pages, table)
+        elif tiers is manager.store.snapshots:
+            if sequence.states is not None:
+                sequence.states.live_slot = table.get(sequence.states.live_slot, sequence.states.live_slot)
+        else:
+            for window in sequence.windows:
+                if window.store is tiers:
+                    window.own = {block: table.get(slot, slot) for block, slot in window.own.items()}

@@ -1,0 +1,126 @@
+"""What happened to the reusable blocks, for whoever mirrors the cache: a router, a log, a test."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from hashlib import sha256
+
+from ssmcache.keys import ReuseScope
+from ssmcache.memory.base import GPU_TIER
+from ssmcache.tree import Root, Run
+
+
+class EventKind(Enum):
+    STORED = "stored"
+    REMOVED = "removed"
+    MOVED = "moved"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvent:
+    """Blocks of one path that a layer group got, lost or moved.
+
+    Attributes:
+        id: grows by one with each event; a gap says that the buffer was too short and events were dropped.
+        digests: the blocks: SHA-256 over the scope and all tokens up to the end of the block, chained block by block.
+        parents: for each block, the digest of the block before it; that of the scope for the first.
+        tier, source_tier: indices of tiers; where the slots lie now (for REMOVED: lay), and where a move came from.
+    """
+
+    id: int
+    kind: EventKind
+    layer_group: int
+    scope: ReuseScope
+    digests: tuple[bytes, ...]
+    parents: tuple[bytes, ...]
+    tier: int
+    source_tier: int | None = None
+
+
+class EventLog:
+    """The last `capacity` events.
+
+    A set of (layer group, digest) to which STORED adds and from which REMOVED takes is what the cache has; a block can
+    be matched if its layer groups have what the rules of matching ask for.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._events: deque[CacheEvent] = deque(maxlen=capacity)
+        self._next_id = 0
+
+    def take(self) -> list[CacheEvent]:
+        """The events since the last call, oldest first; the log is empty then."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def stored(self, run: Run, num_blocks: int, layer_group: int | None) -> None:
+        """The last blocks of a run are new in the tree, with pages of a layer group (None: without)."""
+        width = run.kind.width
+        digest = self._digest_before(run, run.end - num_blocks)
+        digests = []
+        for block in range(run.end - num_blocks - run.start, run.end - run.start):
+            digest = sha256(digest + run.keys[block * width : (block + 1) * width].tobytes()).digest()
+            digests.append(digest)
+        run.digests += tuple(digests)
+        if layer_group is not None:
+            self._add(EventKind.STORED, layer_group, run, range(run.end - num_blocks, run.end), GPU_TIER)
+
+    def added(self, cursor: Run, layer_group: int, ordinals: Iterable[int]) -> None:
+        """Blocks of the path of `cursor`, ascending, got slots of a layer group."""
+        left = list(ordinals)
+        for run in cursor.path():
+            here = [ordinal for ordinal in left if ordinal >= run.start]
+            if here:
+                self._add(EventKind.STORED, layer_group, run, here, GPU_TIER)
+                left = left[: -len(here)]
+
+    def removed(self, layer_group: int, tier: int, run: Run, ordinals: Iterable[int]) -> None:
+        self._add(EventKind.REMOVED, layer_group, run, ordinals, tier)
+
+    def moved(self, layer_group: int, source_tier: int, tier: int, run: Run, ordinals: Iterable[int]) -> None:
+        self._add(EventKind.MOVED, layer_group, run, ordinals, tier, source_tier)
+
+    def _add(
+        self, kind: EventKind, layer_group: int, run: Run, ordinals: Iterable[int], tier: int,
+        source_tier: int | None = None,
+    ) -> None:  # fmt: skip
+        blocks = list(ordinals)
+        if not run.digests or not blocks:
+            return  # parked by a suspended sequence: not in the tree
+        digests = tuple(run.digests[block - run.start] for block in blocks)
+        parents = tuple(self._digest_before(run, block) for block in blocks)
+        scope = _root_of(run).scope
+        self._events.append(CacheEvent(self._next_id, kind, layer_group, scope, digests, parents, tier, source_tier))
+        self._next_id += 1
+
+    def _digest_before(self, run: Run, block: int) -> bytes:
+        if block > run.start:
+            return run.digests[block - run.start - 1]
+        assert run.parent is not None
+        if run.parent.digests:
+            return run.parent.digests[-1]
+        return sha256(repr(_root_of(run).scope).encode()).digest()
+
+
+def _root_of(run: Run) -> Root:
+    root = run
+    while root.parent is not None:
+        root = root.parent
+    assert isinstance(root, Root)
+    return root
+
+
+def matchable(events: Iterable[CacheEvent]) -> Iterator[tuple[int, bytes]]:
+    """(layer group, digest) of what there is after all events of a cache, from the first on."""
+    there: dict[tuple[int, bytes], None] = {}
+    for event in events:
+        for digest in event.digests:
+            if event.kind is EventKind.STORED:
+                there[event.layer_group, digest] = None
+            elif event.kind is EventKind.REMOVED:
+                there.pop((event.layer_group, digest), None)
+    return iter(there)

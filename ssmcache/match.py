@@ -1,0 +1,175 @@
+"""What the tree knows of a prompt, and how much of that can be used: walk the keys, then cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ssmcache.keys import Int64Array
+from ssmcache.segments import SparseSegment
+from ssmcache.stats import ReuseMatch
+from ssmcache.tree import Root, Run
+from ssmcache.windows import WindowStore
+
+if TYPE_CHECKING:
+    from ssmcache.structure import TreeStructure
+
+
+class Partial(NamedTuple):
+    """A block of `run` whose first `num_tokens` tokens go on from the full blocks of a match."""
+
+    run: Run
+    block: int
+    num_tokens: int
+
+
+class Found(NamedTuple):
+    """The result of a look-up.
+
+    Attributes:
+        run, depth: the path to take up, and its length in blocks: what can be used, and the pages beyond that.
+        reuse: lengths in tokens.
+        snapshot: (segment, position) of the state to start from.
+        partial: the block that a last, partly matching block is copied from.
+    """
+
+    run: Run
+    depth: int
+    reuse: ReuseMatch
+    snapshot: tuple[SparseSegment, int] | None
+    partial: Partial | None
+
+
+def match_blocks(root: Root, keys: Int64Array, num_blocks: int) -> tuple[Run, int]:
+    """Longest known prefix of `num_blocks` blocks: (run that holds its last block, its length in blocks).
+
+    Pure. Cost: one dictionary look-up and at most one vectorised comparison a run.
+    """
+    run: Run = root
+    depth = 0
+    kind = root.kind
+    while depth < num_blocks:
+        child = run.children.get(kind.edge_key(keys, depth))
+        if child is None:
+            break
+        run = child
+        length = run.end - run.start
+        comparable = num_blocks - depth
+        if comparable > length:
+            comparable = length
+        common = kind.common_blocks(run.key_buffer, 0, keys, depth, comparable)
+        depth += common
+        if common < length:
+            break
+    return run, depth
+
+
+def match_partial(run: Run, depth: int, tail: Int64Array) -> Partial | None:
+    """The block after `depth` blocks of the path of `run` that has most tokens in common with `tail`, the next tokens
+    of a prompt, at most one block of them.
+
+    Cost: O(tokens of a block), times the number of children where the path ends with its run.
+    """
+    if not tail.size:
+        return None
+    if depth < run.end:
+        candidates = [(run, depth)]
+    else:
+        first = tail.item(0)
+        candidates = [(child, child.start) for child in run.children.values() if child.key_buffer.item(0) == first]
+    best: Partial | None = None
+    for candidate, block in candidates:
+        start = (block - candidate.start) * candidate.kind.width
+        known = candidate.keys[start : start + tail.size]
+        common = common_prefix(known, tail)
+        if common and (best is None or common > best.num_tokens):
+            best = Partial(candidate, block, common)
+    return best
+
+
+def find(
+    structure: TreeStructure, root: Root, keys: Int64Array, num_blocks: int, num_tokens: int, partly: bool, adopt: bool
+) -> Found:
+    """Look a prompt up. Pure.
+
+    Args:
+        keys, num_blocks: keys of so many blocks; one more may be known than the tokens fill.
+        num_tokens: tokens that may be skipped.
+        partly: whether the last block may match in part; `keys` are tokens then.
+        adopt: whether to take up pages beyond what can be used.
+    """
+    width = root.kind.width
+    run, depth = match_blocks(root, keys, num_blocks)
+    snapshots = structure.snapshots
+    if not partly and not structure.windows:
+        # one more block may be known than the tokens fill: it can be adopted, but not skipped
+        block = structure.tokens_per_block
+        usable = found = min(depth, num_tokens // block)
+        snapshot = None
+        if snapshots is not None:
+            usable, segment, position = snapshots.deepest(run, found)
+            snapshot = None if segment is None else (segment, position)
+        if not adopt:
+            depth = usable
+        return Found(run, depth, ReuseMatch(found * block, found * block, usable * block), snapshot, None)
+    block = structure.tokens_per_block
+    partial = match_partial(run, depth, keys[depth * width : (depth + 1) * width]) if partly else None
+    deepest = run if partial is None else partial.run
+    tree = min(depth, num_tokens // block) * block if partial is None else depth * block + partial.num_tokens
+    cut = _Cut(structure, deepest)
+    attention = cut.longest(tree, with_states=False)
+    usable = cut.longest(attention, with_states=True)
+    if usable < tree:
+        partial = None
+    snapshot = None
+    if snapshots is not None:
+        _, segment, position = snapshots.deepest(run, usable // block)
+        snapshot = None if segment is None else (segment, position)
+    if partial is None:
+        depth = cut.adopted(usable // block, depth) if adopt else usable // block
+    return Found(run, depth, ReuseMatch(tree, attention, usable), snapshot, partial)
+
+
+class _Cut:
+    """How far a path can be used, given the pages of sliding windows and the snapshots on it."""
+
+    def __init__(self, structure: TreeStructure, run: Run) -> None:
+        self._structure = structure
+        self._run = run
+        self._present: list[tuple[WindowStore, set[int]]] = [
+            (store, store.ordinals_on(run, 0)) for store in structure.windows
+        ]
+
+    def longest(self, length: int, with_states: bool) -> int:
+        """The greatest length, in tokens, of at most `length` at which everything that is needed exists.
+
+        Each life cycle cuts to the greatest length that it allows itself, until none does: a length that is cut off
+        is allowed by none of the shorter ones' rules either, so the fixed point is the greatest.
+        """
+        block = self._structure.tokens_per_block
+        snapshots = self._structure.snapshots if with_states else None
+        while True:
+            before = length
+            if snapshots is not None:
+                length = snapshots.deepest(self._run, length // block)[0] * block
+            for store, present in self._present:
+                for needed in store.window.needed_blocks(length, -(-length // block)):
+                    if needed not in present:
+                        # a length between there and here needs this page too: a window only moves forward
+                        length = needed * block
+                        break
+            if length == before:
+                return length
+
+    def adopted(self, usable: int, depth: int) -> int:
+        """Blocks, at most `depth`, up to which every life cycle of attention has a page beyond the usable ones."""
+        adopted = usable
+        while adopted < depth and all(adopted in present for _, present in self._present):
+            adopted += 1
+        return adopted
+
+
+def common_prefix(left: Int64Array, right: Int64Array) -> int:
+    """Number of leading equal elements."""
+    size = min(left.size, right.size)
+    differs = left[:size] != right[:size]
+    return int(differs.argmax()) if differs.any() else size

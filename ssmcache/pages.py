@@ -1,0 +1,153 @@
+"""The pages of full attention in the tree: a page for every block, victims from the tails of leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ssmcache.memory.base import Memory
+from ssmcache.pools import PagePool, SlotArray
+from ssmcache.segments import PageSegment
+from ssmcache.tiers import Tiers
+from ssmcache.tree import Run
+
+if TYPE_CHECKING:
+    from ssmcache.store import BlockStore
+
+
+class PageTiers(Tiers[PageSegment, SlotArray]):
+    """Pages by tier. Along every path they lie in the same tier or further down, since what goes from a tier is always
+    the deepest of its pages, and what comes up comes with all that is above it.
+
+    Attributes: `locked` and `held`, cached pages by tier that an ACTIVE sequence needs, or only suspended ones.
+    """
+
+    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[PagePool], memory: Memory) -> None:
+        super().__init__(layer_group, pools, memory)
+        self.locked = [0] * len(pools)
+        self.held = [0] * len(pools)
+        self._store = store
+
+    def num_droppable(self, tier: int) -> int:
+        return self.cached[tier] - self.locked[tier] - self.held[tier]
+
+    def num_held(self, tier: int) -> int:
+        return self.held[tier]
+
+    def new_segment(self, run: Run, stamp: int, rank: int, tier: int, slots: SlotArray) -> PageSegment:
+        return PageSegment(run, stamp, rank, self.serial(), tier, tier < self.last_tier, run.start, slots)
+
+    # -- going -------------------------------------------------------------------------------------------------------
+
+    def drop(self, tier: int, count: int) -> None:
+        queue = self.queues[tier]
+        passed_over: list[PageSegment] = []
+        while count > 0:
+            segment = queue.oldest()
+            if segment is None:
+                for kept in passed_over:
+                    queue.put(kept)
+                passed_over.clear()
+                self._store.drop_newest_soft_hold()
+                continue
+            assert isinstance(segment, PageSegment)
+            run = segment.run
+            assert run is not None
+            if tier < self.last_tier and (run.children or run.holds or run.soft_holds):
+                queue.take_out(segment)
+                passed_over.append(segment)
+                continue
+            num_blocks = min(count, run.end - run.start)
+            self._store.drop_tail(run, num_blocks)
+            self.num_evicted += num_blocks
+            count -= num_blocks
+        for kept in passed_over:
+            queue.put(kept)
+
+    def select(self, tier: int, count: int) -> list[PageSegment]:
+        queue = self.queues[tier]
+        selected: list[PageSegment] = []
+        while count > 0:
+            segment = queue.oldest()
+            assert isinstance(segment, PageSegment), "room was promised that does not exist"
+            run = segment.run
+            assert run is not None
+            queue.take_out(segment)
+            if run.end - run.start > count:
+                self._store.split(run, run.end - count)
+            count -= run.end - run.start
+            selected.append(segment)
+            parent = run.parent
+            if parent is not None and parent.pages is not None:
+                parent.warm_children -= 1
+                self._store.settle_leaf(parent)
+        return selected
+
+    def unselect(self, segment: PageSegment) -> None:
+        run = segment.run
+        assert run is not None
+        parent = run.parent
+        if parent is not None and parent.pages is not None:
+            parent.warm_children += 1
+        self.queues[segment.tier].put(segment)
+
+    # -- moving ------------------------------------------------------------------------------------------------------
+
+    def slots_of(self, segment: PageSegment) -> SlotArray:
+        return segment.slots
+
+    def cut(self, segment: PageSegment, count: int, selected: bool) -> tuple[PageSegment, PageSegment]:
+        run = segment.run
+        assert run is not None
+        upper = self._store.split(run, run.end - count if selected else run.start + count)
+        assert upper.pages is not None
+        if not selected:
+            return upper.pages, segment
+        upper.warm_children = 0  # the lower part is on its way already
+        return segment, upper.pages
+
+    def settle(self, segment: PageSegment, tier: int, slots: SlotArray) -> SlotArray:
+        run, old_tier = segment.run, segment.tier
+        assert run is not None
+        old_slots = segment.slots
+        num_blocks = segment.count
+        self.queues[old_tier].retire(segment)
+        run.pages = self.new_segment(run, segment.stamp, segment.rank, tier, slots)
+        if self._store.events is not None:
+            self._store.events.moved(self.layer_group, old_tier, tier, run, range(run.start, run.end))
+        if run.holds > run.idle_holds:
+            self.locked[old_tier] -= num_blocks
+            self.locked[tier] += num_blocks
+        elif run.holds:
+            self.held[old_tier] -= num_blocks
+            self.held[tier] += num_blocks
+        if tier > old_tier:
+            run.warm_children = sum(_tier_of(child) == tier for child in run.children.values())
+            if len(run.children) == 1:
+                (child,) = run.children.values()
+                if self._store.can_absorb(child) and _tail_of_one_touch(run, child):
+                    self._store.absorb_parent(child)
+                    run = child
+        else:
+            run.warm_children = 0
+            parent = run.parent
+            if parent is not None and _tier_of(parent) == tier:
+                parent.warm_children += 1
+        self._store.settle_leaf(run)
+        return old_slots
+
+    def lose(self, segment: PageSegment, index: int) -> None:
+        assert segment.run is not None
+        self._store.lose(segment.run, segment.run.start + index)
+
+
+def _tier_of(run: Run) -> int:
+    return -1 if run.pages is None else run.pages.tier
+
+
+def _tail_of_one_touch(run: Run, child: Run) -> bool:
+    """Whether a run and its only child were one before some of it moved."""
+    assert run.pages is not None
+    assert child.pages is not None
+    same_holders = run.holds == child.holds and run.idle_holds == child.idle_holds and not run.soft_holds
+    return same_holders and run.pages.stamp == child.pages.stamp

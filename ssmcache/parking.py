@@ -1,0 +1,131 @@
+"""Where the private pages and states of a suspended sequence are, so that they can move to a tier below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssmcache.keys import KeyKind, ReuseScope
+from ssmcache.memory.base import GPU_TIER
+from ssmcache.pools import NO_SLOTS
+from ssmcache.segments import DEFAULT_RANK, PageSegment
+from ssmcache.sparse import Pin
+from ssmcache.structure import runs_below
+from ssmcache.tree import Root, Run
+
+if TYPE_CHECKING:
+    from ssmcache.sequence import KVCache
+
+_KIND = KeyKind(1, prefix_unique=True)
+_PAGES, _STATES = 0, 1
+
+
+class Parked:
+    """A tree of its own: the private pages hang below its root as runs, held by their sequence alone, and on one more
+    run lies what only some blocks have. So eviction treats them like everything else that is held.
+    """
+
+    def __init__(self, sequence: KVCache, stamp: int) -> None:
+        self.root = Root(_KIND, ReuseScope())
+        self._store = sequence.store
+        self._sequence = sequence
+        start = sequence.cursor.end
+        self._pins: list[Pin] = []
+        self._num_pages = sequence.num_own_pages
+        if self._num_pages:
+            self._park_pages(start, stamp)
+        self.states = Run(self.root, _KIND, _STATES, start, start + self._num_pages, np.empty(0, dtype=np.int64))
+        self.states.holds = self.states.idle_holds = 1
+        for window in sequence.windows:
+            self._pins += window.store.park(self.states, window.own.keys(), window.own.values(), stamp)
+            window.own = {}
+        if sequence.states is not None:
+            assert self._store.snapshots is not None
+            live = sequence.states.give_up_live()
+            self._pins += self._store.snapshots.park(self.states, (start + self._num_pages,), (live,), stamp)
+
+    def _park_pages(self, start: int, stamp: int) -> None:
+        tiers, count = self._store.pages, self._num_pages
+        assert tiers is not None
+        keys = np.zeros(count, dtype=np.int64)
+        run = self.root.children[_PAGES] = Run(self.root, _KIND, _PAGES, start, start + count, keys)
+        run.holds = run.idle_holds = 1
+        run.pages = tiers.new_segment(run, stamp, DEFAULT_RANK, GPU_TIER, self._sequence.take_own_pages(count))
+        tiers.cached[GPU_TIER] += count
+        tiers.held[GPU_TIER] += count
+        self._store.settle_leaf(run)
+
+    def page_runs(self) -> list[Run]:
+        """From the top down."""
+        return runs_below(self.root)
+
+    def is_lost(self) -> bool:
+        return self.root.lost or any(pin.slot < 0 for pin in self._pins)
+
+    def num_gpu_pages(self) -> int:
+        segments = (run.pages for run in self.page_runs())
+        return sum(segment.count for segment in segments if segment is not None and segment.tier == GPU_TIER)
+
+    def num_gpu_slots(self, store: object) -> int:
+        return sum(len(segment.slots) for segment in self.states.items if segment.store is store and not segment.tier)
+
+    def set_idle(self, idle: bool) -> None:
+        """Let it move, or keep it where it is and whence it is brought up."""
+        change = 1 if idle else -1
+        for run in self.page_runs():
+            assert run.pages is not None
+            assert self._store.pages is not None
+            run.idle_holds += change
+            self._store.pages.held[run.pages.tier] += change * run.pages.count
+            self._store.pages.locked[run.pages.tier] -= change * run.pages.count
+            self._store.settle_leaf(run)
+        for segment in self.states.items:
+            for pin in segment.store.pins_of(segment):
+                segment.store.count_pin(pin, held=change, locked=-change)
+
+    def page_lifts(self, tier: int) -> list[PageSegment]:
+        return [run.pages for run in self.page_runs() if run.pages is not None and run.pages.tier > tier]
+
+    def pins(self) -> set[Pin]:
+        return set(self._pins)
+
+    def unpark(self) -> None:
+        """Give all back to its sequence; it is on the GPU, and locked."""
+        store, sequence = self._store, self._sequence
+        tiers = store.pages
+        slots = []
+        for run in self.page_runs():
+            assert tiers is not None
+            assert run.pages is not None
+            slots.append(run.pages.slots)
+            tiers.locked[GPU_TIER] -= run.pages.count
+            tiers.cached[GPU_TIER] -= run.pages.count
+            tiers.queues[GPU_TIER].retire(run.pages)
+        sequence.own_pages = np.concatenate(slots) if slots else NO_SLOTS
+        for window in sequence.windows:
+            window.own = window.store.unpark(self.states)
+        if sequence.states is not None:
+            assert store.snapshots is not None
+            (sequence.states.live_slot,) = store.snapshots.unpark(self.states).values()
+
+    def discard(self) -> None:
+        """Free everything, in whatever tier it is; it is idle."""
+        tiers = self._store.pages
+        for run in self.page_runs():
+            assert tiers is not None
+            pages = run.pages
+            assert pages is not None
+            count = pages.count
+            tiers.pools[pages.tier].give_back(pages.drop_tail(count))
+            tiers.held[pages.tier] -= count
+            tiers.cached[pages.tier] -= count
+            tiers.queues[pages.tier].retire(pages)
+        for sparse in self._store.sparse_stores():
+            sparse.discard(self.states)
+
+    def contents(self) -> Iterator[Any]:
+        """Every segment, for checks."""
+        yield from (run.pages for run in self.page_runs())
+        yield from self.states.items

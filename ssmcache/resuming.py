@@ -1,0 +1,279 @@
+"""Making a sequence ACTIVE: what it needs is brought up to the GPU and locked, or nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ssmcache.committing import raise_priorities
+from ssmcache.keys import Int64Array
+from ssmcache.memory.base import GPU_TIER, SlotMoves, TransferError
+from ssmcache.parking import Parked
+from ssmcache.sparse import Pin, SparseStore
+from ssmcache.stats import Shortage
+from ssmcache.store import SoftHold
+from ssmcache.tiers import Tiers
+
+if TYPE_CHECKING:
+    from ssmcache.sequence import KVCache
+
+
+class _Need(NamedTuple):
+    """What is needed of one layer group: segments to be brought up, and free slots beside them."""
+
+    tiers: Tiers[Any, Any]
+    lifts: list[Any]
+    beside: int
+
+    def shortage(self, sequence: KVCache, tier: int) -> Shortage | None:
+        leaving = [0] * len(self.tiers.pools)
+        for segment in self.lifts:
+            leaving[segment.tier] += len(self.tiers.slots_of(segment))
+        needed = sum(leaving) + self.beside
+        if not needed or self.tiers.obtainable(tier, leaving) >= needed:
+            return None
+        return sequence.manager.shortage("slots", self.tiers, needed, tier)
+
+
+def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_tokens: int) -> Shortage | None:
+    """Lock what was found, start the live state, and copy a block that matches in part.
+
+    If the tree has changed since creation the prompt is looked up again; a refusal leaves the old match as it was.
+    """
+    manager, store, states = sequence.manager, sequence.store, sequence.states
+    shortage = manager.gate(sequence) if manager.num_active else None
+    if shortage is not None:
+        return shortage
+    current = sequence.soft and sequence.version == store.version
+    found = None if current else manager.find(sequence.root, keys, num_blocks, num_tokens, sequence.adopt)
+    old = None if found is None else store.hold_softly(sequence, found)
+    match = sequence.reuse_match if found is None else found.reuse
+    store.lock(sequence)
+    _lock_windows(sequence, match.usable_tokens)
+    if store.has_tiers:
+        sequence.usable_tokens_by_tier = _usable_tokens_by_tier(sequence, match.usable_tokens)
+    try:
+        needs = _needs_of_first(sequence)
+        shortage = next(filter(None, (need.shortage(sequence, GPU_TIER) for need in needs)), None)
+        if shortage is None and states is not None:
+            own = 1 + (old is not None and old[1] is sequence.source)
+            shortage = states.shortage_of_live_state(sequence.source, own)
+        if shortage is None:
+            for need in needs:
+                need.tiers.bring(need.lifts, GPU_TIER, need.beside, sequence.stream)
+            if states is not None:
+                states.start(sequence.cursor, sequence.source)
+                sequence.source = None
+    except TransferError as error:
+        shortage = transfer_shortage(sequence, error)
+    if shortage is None and sequence.partial is not None:
+        shortage = _copy_partial(sequence)
+    if shortage is not None:
+        _undo_lock(sequence, found is not None, old)
+        return shortage
+    if old is not None:
+        store.end_soft_hold(old)
+    if found is not None:
+        sequence.apply(found)
+    if sequence.priority is not None:
+        raise_priorities(store, sequence.cursor, 0, sequence.priority)
+    return None
+
+
+def _lock_windows(sequence: KVCache, usable_tokens: int) -> None:
+    end = sequence.cursor.end
+    num_blocks = end + (sequence.partial is not None)
+    for window in sequence.windows:
+        pins = {block: pin for store, block, pin in sequence.pins if store is window.store and block < end}
+        window.lock(pins, usable_tokens, num_blocks)
+
+
+def _undo_lock(sequence: KVCache, is_new: bool, old: SoftHold | None) -> None:
+    store = sequence.store
+    for window in sequence.windows:
+        window.unlock_softly()
+    store.unlock(sequence)
+    if is_new:
+        store.take_up_again(sequence, old)
+    store.free_lost()
+
+
+def _needs_of_first(sequence: KVCache) -> list[_Need]:
+    """What a first resume needs beside the live state."""
+    store = sequence.store
+    beside = int(sequence.partial is not None)
+    if not store.has_tiers and not beside:
+        return []
+    needs: list[_Need] = []
+    if store.pages is not None:
+        needs.append(_Need(store.pages, store.lifts(sequence.cursor), beside))
+    for window in sequence.windows:
+        lifts = window.store.lifts(sequence.cursor.path(), set(window.pins.values()), GPU_TIER)
+        needs.append(_Need(window.store, lifts, beside))
+    return needs
+
+
+def _usable_tokens_by_tier(sequence: KVCache, usable_tokens: int) -> tuple[int, ...]:
+    """Where the pages of the reused tokens lie; without attention, where the state does."""
+    store, partial = sequence.store, sequence.partial
+    block = store.tokens_per_block
+    tokens = [0] * len(sequence.manager.tier_names)
+    if store.pages is None:
+        tokens[0 if sequence.source is None else sequence.source.tier] = usable_tokens
+        return tuple(tokens)
+    for run in sequence.cursor.path():
+        assert run.pages is not None
+        tokens[run.pages.tier] += max(0, min(run.end * block, usable_tokens) - run.start * block)
+    if partial is not None and partial.run.pages is not None:
+        tokens[partial.run.pages.tier] += partial.num_tokens
+    return tuple(tokens)
+
+
+def _copy_partial(sequence: KVCache) -> Shortage | None:
+    """Queue the copies of a block that matches in part into private pages, from the tiers where it lies."""
+    manager, store, partial = sequence.manager, sequence.store, sequence.partial
+    assert partial is not None
+    copies: list[tuple[Tiers[Any, Any], int, int]] = []
+    if store.pages is not None:
+        pages = partial.run.pages
+        assert pages is not None
+        copies.append((store.pages, pages.tier, int(pages.slots[partial.block - partial.run.start])))
+    copies += [(sparse, pin.tier, pin.slot) for sparse, block, pin in sequence.pins if block == partial.block]
+    taken: list[tuple[Tiers[Any, Any], Any]] = []
+    try:
+        for tiers, tier, slot in copies:
+            slots = tiers.take(1, sequence.stream)
+            taken.append((tiers, slots))
+            manager.copy(SlotMoves(tiers.layer_group, tier, (slot,), GPU_TIER, slots), sequence.stream)
+    except TransferError as error:
+        for tiers, slots in taken:
+            tiers.pools[GPU_TIER].give_back(slots)
+        if error.lost:
+            store.lose(partial.run, partial.block)
+        if sequence.states is not None:
+            sequence.states.close()
+        return transfer_shortage(sequence, error)
+    for tiers, slots in taken:
+        if tiers is store.pages:
+            sequence.own_pages = slots
+        for window in sequence.windows:
+            if window.store is tiers:
+                window.own[partial.block] = slots[0]
+    for sparse, block, pin in sequence.pins:
+        if block == partial.block:
+            sparse.count_pin(pin, soft=-1)
+    partial.run.soft_holds -= 1
+    sequence.partial = None
+    store.settle_leaf(partial.run)
+    return None
+
+
+def resume_again(sequence: KVCache) -> Shortage | None:
+    """Bring back what a suspended sequence holds, and lock it."""
+    manager, store, parked = sequence.manager, sequence.store, sequence.parked
+    if is_lost(sequence):
+        return Shortage("lost", 0, manager.tier_names[-1], 0, 0, 0, 0)
+    shortage = manager.gate(sequence)
+    if shortage is not None or parked is None:
+        return shortage
+    shortage = _with_locks(sequence, parked, lambda: _bring_up(sequence, parked, GPU_TIER))
+    if shortage is None:
+        parked.unpark()
+        sequence.parked = None
+    return shortage
+
+
+def _with_locks(sequence: KVCache, parked: Parked, bring_up: Callable[[], Shortage | None]) -> Shortage | None:
+    """Protect what a suspended sequence holds while it is brought up; a shortage makes it idle again."""
+    _set_idle(sequence, parked, False)
+    try:
+        shortage = bring_up()
+    except TransferError as error:
+        shortage = transfer_shortage(sequence, error)
+    if shortage is not None:
+        _set_idle(sequence, parked, True)
+    return shortage
+
+
+def _set_idle(sequence: KVCache, parked: Parked, idle: bool) -> None:
+    sequence.store.set_idle(sequence, idle)
+    parked.set_idle(idle)
+    for window in sequence.windows:
+        window.set_idle(idle)
+
+
+def _bring_up(sequence: KVCache, parked: Parked | None, tier: int) -> Shortage | None:
+    """Bring a sequence's pages and states up to a tier; it protects them."""
+    store = sequence.store
+    needs: list[_Need] = []
+    runs = list(sequence.cursor.path())
+    own_pins: set[Pin] = set() if parked is None else parked.pins()
+    if parked is not None:
+        runs.append(parked.states)
+    if store.pages is not None:
+        lifts = store.lifts(sequence.cursor, tier) + ([] if parked is None else parked.page_lifts(tier))
+        needs.append(_Need(store.pages, lifts, 0))
+    for window in sequence.windows:
+        pins = own_pins.union(window.pins.values(), (pin for _, _, pin in sequence.pins))
+        needs.append(_Need(window.store, window.store.lifts(runs, pins, tier), 0))
+    if store.snapshots is not None:
+        pins = own_pins if sequence.source is None else own_pins | {sequence.source}
+        needs.append(_Need(store.snapshots, store.snapshots.lifts(runs, pins, tier), 0))
+    shortage = next(filter(None, (need.shortage(sequence, tier) for need in needs)), None)
+    if shortage is None:
+        for need in needs:
+            need.tiers.bring(need.lifts, tier, 0, sequence.stream)
+    return shortage
+
+
+def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
+    """Bring what a sequence that is not ACTIVE holds up to a tier."""
+    store, parked = sequence.store, sequence.parked
+    if parked is not None:
+        if is_lost(sequence):
+            return Shortage("lost", 0, sequence.manager.tier_names[-1], 0, 0, 0, 0)
+        return _with_locks(sequence, parked, lambda: _bring_up(sequence, parked, tier))
+    if not sequence.soft:
+        return None
+    pins: list[tuple[SparseStore, Pin]] = [(sparse, pin) for sparse, _, pin in sequence.pins]
+    if sequence.source is not None and store.snapshots is not None:
+        pins.append((store.snapshots, sequence.source))
+    store.lock(sequence)
+    for sparse, pin in pins:
+        sparse.count_pin(pin, locked=1)
+    try:
+        return _bring_up(sequence, None, tier)
+    except TransferError as error:
+        return transfer_shortage(sequence, error)
+    finally:
+        for sparse, pin in pins:
+            sparse.count_pin(pin, locked=-1)
+        store.unlock(sequence)
+
+
+def suspend(sequence: KVCache) -> None:
+    """Touch the path; with tiers below, let everything that the sequence has move there."""
+    store = sequence.store
+    stamp = store.touch(sequence, sequence.num_own_pages)
+    if store.has_tiers:
+        store.set_idle(sequence, True)
+        for window in sequence.windows:
+            window.set_idle(True)
+        sequence.parked = Parked(sequence, stamp)
+
+
+def is_lost(sequence: KVCache) -> bool:
+    """Whether a page or state of a suspended sequence could not be read back."""
+    if sequence.parked is None:
+        return False
+    root = sequence.cursor
+    while root.parent is not None:
+        root = root.parent
+    lost = root is not sequence.root
+    return lost or sequence.parked.is_lost() or any(window.is_lost() for window in sequence.windows)
+
+
+def transfer_shortage(sequence: KVCache, error: TransferError) -> Shortage:
+    """A failed move as a reason."""
+    name = sequence.manager.tier_names[error.tier]
+    return Shortage("lost" if error.lost else "io", 0, name, 0, 0, 0, 0)

@@ -1,0 +1,169 @@
+"""The pages of one sliding window life cycle that one sequence needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ssmcache.memory.base import GPU_TIER
+from ssmcache.pools import SlotArray, int_array
+from ssmcache.priority import Priority
+from ssmcache.segments import DEFAULT_RANK, rank_of
+from ssmcache.sparse import Pin
+from ssmcache.tree import Run
+from ssmcache.windows import WindowStore
+
+
+class SequenceWindow:
+    """`own`: private pages by block, of blocks that are not in the tree. `pins`: pages of the tree that the sequence
+    needs, by block, locked while it is ACTIVE. Pages leave both when their block goes stale.
+    """
+
+    __slots__ = ("_priority", "_shape", "_stamp", "own", "pins", "store")
+
+    def __init__(self, store: WindowStore, priority: Priority | None) -> None:
+        self.store = store
+        self.own: dict[int, int] = {}
+        self.pins: dict[int, Pin] = {}
+        self._priority = priority
+        self._stamp = 0  # of the pages that are committed until the next suspend
+        self._shape = (0, 0, 0)  # number of blocks, and the stale range, that the pages are there for
+
+    # -- lengths -----------------------------------------------------------------------------------------------------
+
+    def _shape_for(self, history_length: int, num_blocks: int) -> tuple[int, int, int]:
+        first, end = self.store.window.stale_blocks(history_length)
+        return num_blocks, first, end
+
+    def missing(self, history_length: int, num_blocks: int) -> int:
+        """Slots that must be obtained for these lengths, counting those that go stale as free already."""
+        if self._shape_for(history_length, num_blocks) == self._shape:
+            return 0
+        needed = set(self.store.window.needed_blocks(history_length, num_blocks))
+        missing = len(needed - self.own.keys() - self.pins.keys())
+        freed = len(self.own.keys() - needed)
+        freed += sum(pin.locked == 1 and not pin.held for block, pin in self.pins.items() if block not in needed)
+        return missing - freed
+
+    def resize(self, history_length: int, num_blocks: int, stream: Any) -> None:
+        """Take the pages that are missing and give up those that are stale. The caller has checked `missing`.
+
+        Errors: TransferError; the stale ones are given up then all the same.
+        """
+        shape = self._shape_for(history_length, num_blocks)
+        if shape == self._shape:
+            return
+        needed = self.store.window.needed_blocks(history_length, num_blocks)
+        self._drop_all_but(set(needed))
+        missing = [block for block in needed if block not in self.own and block not in self.pins]
+        if missing:
+            self.own.update(zip(missing, self.store.take(len(missing), stream), strict=True))
+        self._shape = shape
+
+    def forget_stale(self, cursor: Run, history_length: int, num_blocks: int) -> None:
+        """Give up what went stale; nothing new is needed."""
+        shape = self._shape_for(history_length, num_blocks)
+        if shape != self._shape:
+            self._drop_all_but(set(self.store.window.needed_blocks(history_length, num_blocks)))
+            self._shape = shape
+            self.store.release(cursor, 0, cursor.end)
+
+    def _drop_all_but(self, needed: set[int]) -> None:
+        stale = [block for block in self.own if block not in needed]
+        if stale:
+            self.store.pools[GPU_TIER].give_back(int_array(self.own.pop(block) for block in stale))
+        for block in [block for block in self.pins if block not in needed]:
+            self.store.count_pin(self.pins.pop(block), locked=-1)
+
+    # -- status ------------------------------------------------------------------------------------------------------
+
+    def lock(self, pins: dict[int, Pin], history_length: int, num_blocks: int) -> None:
+        """The first resume: the pins that were soft are locks from now on."""
+        self.pins = pins
+        self._stamp = self.store.stamp_of_activity()
+        for pin in pins.values():
+            self.store.count_pin(pin, locked=1, soft=-1)
+        self._shape = self._shape_for(history_length, num_blocks)
+
+    def unlock_softly(self) -> dict[int, Pin]:
+        """Undo `lock`."""
+        for pin in self.pins.values():
+            self.store.count_pin(pin, locked=-1, soft=1)
+        pins, self.pins = self.pins, {}
+        return pins
+
+    def set_idle(self, idle: bool) -> None:
+        """The sequence is suspended: its pages may move; or the other way round."""
+        change = 1 if idle else -1
+        for pin in self.pins.values():
+            self.store.count_pin(pin, held=change, locked=-change)
+        if not idle:
+            self._stamp = self.store.stamp_of_activity()
+
+    def is_lost(self) -> bool:
+        return any(pin.slot < 0 for pin in self.pins.values())
+
+    def close(self, idle: bool) -> None:
+        """Give everything up; private pages are still on the GPU, or were parked before."""
+        if self.own:
+            self.store.pools[GPU_TIER].give_back(int_array(self.own.values()))
+            self.own = {}
+        for pin in self.pins.values():
+            self.store.count_pin(pin, held=-1 if idle else 0, locked=0 if idle else -1)
+        self.pins = {}
+
+    # -- committing --------------------------------------------------------------------------------------------------
+
+    def commit(self, cursor: Run, first: int, last: int) -> None:
+        """The blocks `first`..`last - 1` are on the path of `cursor` now: give their private pages to the tree, or
+        take those that are there already.
+        """
+        blocks = sorted(block for block in self.own if first <= block < last)
+        if not blocks:
+            return
+        there = self.store.find(cursor, first, last)
+        self._add(cursor, [block for block in blocks if block not in there])
+        for block in blocks:
+            if block not in there:
+                continue
+            segment, position = there[block]
+            slot = segment.slots[position]
+            pin = self.store.pin(segment.tier, slot)
+            own = self.own.pop(block)
+            if segment.tier == GPU_TIER:
+                self.store.pools[GPU_TIER].give_back_one(own)
+            else:  # keep the copy on the GPU
+                self.store.replace(segment, position, own)
+                there = self.store.find(cursor, first, last)
+            self.pins[block] = pin
+            self.store.count_pin(pin, locked=1)
+
+    def _add(self, cursor: Run, blocks: list[int]) -> None:
+        by_rank: dict[int, list[int]] = {}
+        for block in blocks:
+            by_rank.setdefault(self._rank(block), []).append(block)
+        for rank, same in by_rank.items():
+            slots = int_array(self.own.pop(block) for block in same)
+            self.store.add(cursor, int_array(same), slots, self._stamp, rank)
+            self.store.merge_new(cursor, same[0])
+            for block, slot in zip(same, slots.tolist(), strict=True):
+                self.pins[block] = pin = self.store.pin(GPU_TIER, slot)
+                self.store.count_pin(pin, locked=1)
+
+    def _rank(self, block: int) -> int:
+        return DEFAULT_RANK if self._priority is None else rank_of(self._priority(self.store.layer_group, block))
+
+    def add_leaf(self, leaf: Run) -> None:
+        """Give the private page of a partial block to the tree."""
+        slot = self.own.pop(leaf.start)
+        self.store.add(leaf, int_array((leaf.start,)), int_array((slot,)), self._stamp, self._rank(leaf.start))
+
+    # -- what kernels read -------------------------------------------------------------------------------------------
+
+    def fill(self, row: SlotArray, num_blocks: int) -> None:
+        """Write the slots of the blocks into a row, which is -1 elsewhere."""
+        for block, pin in self.pins.items():
+            if block < num_blocks and pin.tier == GPU_TIER:
+                row[block] = pin.slot
+        for block, slot in self.own.items():
+            if block < num_blocks:
+                row[block] = slot

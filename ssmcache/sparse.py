@@ -1,0 +1,496 @@
+"""Slots that only some blocks of the tree have: snapshots of SSM states, and the pages of sliding windows.
+
+Unlike a page of full attention, such a slot may go while a sequence goes on below it. What somebody depends on is pinned
+slot by slot.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ssmcache.memory.base import GPU_TIER, Memory
+from ssmcache.pools import IntArray, StatePool, int_array
+from ssmcache.priority import Priority
+from ssmcache.segments import DEFAULT_RANK, SparseSegment, rank_of
+from ssmcache.tiers import Tiers
+from ssmcache.tree import Run
+
+if TYPE_CHECKING:
+    from ssmcache.store import BlockStore
+
+
+class Pin:
+    """One slot that sequences depend on, wherever it moves: `soft` of them were created only, `held` are suspended,
+    `locked` are ACTIVE and need it on the GPU. `slot` is -1 once it was lost.
+    """
+
+    __slots__ = ("held", "locked", "slot", "soft", "tier")
+
+    def __init__(self, tier: int, slot: int) -> None:
+        self.tier, self.slot = tier, slot
+        self.soft = self.held = self.locked = 0
+
+
+class SparseStore(Tiers[SparseSegment, IntArray]):
+    """The slots of one layer group that lie on blocks of the tree, or are parked by a suspended sequence."""
+
+    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Memory) -> None:
+        super().__init__(layer_group, pools, memory)
+        self._store = store
+        self._pins: list[dict[int, Pin]] = [{} for _ in pools]
+        self._locked = [0] * len(pools)
+        self._held = [0] * len(pools)
+        self._own: Run | None = None
+        self._own_runs: set[Run] = set()
+
+    # -- pins --------------------------------------------------------------------------------------------------------
+
+    def pin(self, tier: int, slot: int) -> Pin:
+        """The pin of a slot, for the caller to count on with `count_pin`."""
+        pins = self._pins[tier]
+        pin = pins.get(slot)
+        if pin is None:
+            pin = pins[slot] = Pin(tier, slot)
+        return pin
+
+    def count_pin(self, pin: Pin, soft: int = 0, held: int = 0, locked: int = 0) -> None:
+        """Add to the counts of a pin; without counts it is gone."""
+        if pin.slot < 0:
+            return
+        self._count_class(pin, -1)
+        pin.soft += soft
+        pin.held += held
+        pin.locked += locked
+        self._count_class(pin, 1)
+        if not (pin.soft or pin.held or pin.locked):
+            del self._pins[pin.tier][pin.slot]
+
+    def _count_class(self, pin: Pin, change: int) -> None:
+        if pin.locked:
+            self._locked[pin.tier] += change
+        elif pin.held:
+            self._held[pin.tier] += change
+
+    def _move_pin(self, tier: int, slot: int, new_tier: int, new_slot: int) -> None:
+        pin = self._pins[tier].pop(slot, None)
+        if pin is not None:
+            self._count_class(pin, -1)
+            pin.tier, pin.slot = new_tier, new_slot
+            self._count_class(pin, 1)
+            self._pins[new_tier][new_slot] = pin
+
+    def _break_pin(self, tier: int, slot: int) -> None:
+        """The slot leaves the tree, whoever depends on it."""
+        pin = self._pins[tier].pop(slot, None)
+        if pin is not None:
+            self._count_class(pin, -1)
+            pin.slot = -1
+
+    def soft_pins_of_others(self, tier: int, slot: int, own: int) -> int:
+        """Sequences, less `own` of them, that were created and want to start from a slot."""
+        pin = self._pins[tier].get(slot)
+        return 0 if pin is None else pin.soft - own
+
+    def pins_of(self, segment: SparseSegment) -> list[Pin]:
+        """The pins of the slots of a segment."""
+        pins = self._pins[segment.tier]
+        return [pins[slot] for slot in segment.slots if slot in pins]
+
+    def all_pins(self) -> list[Pin]:
+        """Every pin, for checks."""
+        return [pin for pins in self._pins for pin in pins.values()]
+
+    # -- room --------------------------------------------------------------------------------------------------------
+
+    def num_droppable(self, tier: int) -> int:
+        return self.cached[tier] - self._held[tier] - self._locked[tier] - self._num_own(tier)
+
+    def num_held(self, tier: int) -> int:
+        return self._held[tier]
+
+    def protect(self, own: Run | None) -> None:
+        """From now on nothing goes from the path of `own`, which is locked, until `protect(None)`."""
+        self._own = own
+        self._own_runs = set()
+
+    def _num_own(self, tier: int) -> int:
+        if self._own is None:
+            return 0
+        pins = self._pins[tier]
+        own = (segment for run in self._own.path() for segment in self.on(run) if segment.tier == tier)
+        return sum(1 for segment in own for slot in segment.slots if slot not in pins)
+
+    def _is_own(self, run: Run) -> bool:
+        if self._own is None or not run.holds:
+            return False
+        if not self._own_runs:
+            self._own_runs = set(self._own.path())
+        return run in self._own_runs
+
+    # -- going -------------------------------------------------------------------------------------------------------
+
+    def drop(self, tier: int, count: int) -> None:
+        queue, kept = self.queues[tier], self._pins[tier]
+        passed_over: list[SparseSegment] = []
+        losers: list[tuple[Run, int]] = []
+        while count > 0:
+            segment = queue.oldest()
+            if segment is None:
+                self._put_back(passed_over)
+                self._store.drop_newest_soft_hold()
+                continue
+            assert isinstance(segment, SparseSegment)
+            run = segment.run
+            assert run is not None
+            if self._is_own(run):
+                queue.take_out(segment)
+                passed_over.append(segment)
+                continue
+            ordinals, slots = segment.take_oldest(count, kept)
+            if slots:
+                count -= len(slots)
+                self.give_back(tier, slots)
+                self._note_evicted(run, tier, ordinals, slots)
+                losers.append((run, ordinals[0]))
+            if not segment.slots:
+                self._drop_empty(run)
+            elif count > 0:  # what is left of it is pinned
+                queue.take_out(segment)
+                passed_over.append(segment)
+        self._put_back(passed_over)
+        self._settle_losers(losers)
+
+    def _put_back(self, passed_over: list[SparseSegment]) -> None:
+        """Enter segments again that could not go just now. What is all locked comes back with `release`."""
+        for segment in passed_over:
+            if segment.run is not None and not self._all_locked(segment):
+                self.queues[segment.tier].put(segment)
+        passed_over.clear()
+
+    def _all_locked(self, segment: SparseSegment) -> bool:
+        if not self._locked[segment.tier]:
+            return False
+        pins = self._pins[segment.tier]
+        return all(slot in pins and pins[slot].locked for slot in segment.slots)
+
+    def _note_evicted(self, run: Run, tier: int, ordinals: IntArray, slots: IntArray) -> None:
+        self.num_evicted += len(ordinals)
+        self._store.version += 1
+        if self._store.events is not None:
+            self._store.events.removed(self.layer_group, tier, run, ordinals)
+
+    def _settle_losers(self, losers: list[tuple[Run, int]]) -> None:
+        """Runs that lost slots, and the first block of each that did: without pages a block may have nothing left."""
+        for run, _ in losers:
+            if run.pages is None and run.end > run.start:
+                self._store.settle_leaf(run)
+
+    def give_back(self, tier: int, slots: IntArray) -> None:
+        """Slots of the tree go back to the pool of their tier."""
+        self.pools[tier].give_back(slots)
+        self.cached[tier] -= len(slots)
+
+    def select(self, tier: int, count: int) -> list[SparseSegment]:
+        queue = self.queues[tier]
+        locked = {slot for slot, pin in self._pins[tier].items() if pin.locked} if self._locked[tier] else frozenset()
+        selected: list[SparseSegment] = []
+        passed_over: list[SparseSegment] = []
+        while count > 0:
+            segment = queue.oldest()
+            assert isinstance(segment, SparseSegment), "room was promised that does not exist"
+            run = segment.run
+            assert run is not None
+            queue.take_out(segment)
+            if self._is_own(run):
+                passed_over.append(segment)
+                continue
+            if count >= len(segment.slots) and not locked:
+                victim = segment
+            else:
+                ordinals, slots = segment.take_oldest(count, locked)
+                (passed_over.append if segment.slots else self._leave_out)(segment)
+                if not slots:
+                    continue
+                victim = self._new(run, segment.stamp, segment.rank, tier, ordinals, slots)
+            selected.append(victim)
+            count -= len(victim.slots)
+        self._put_back(passed_over)
+        return selected
+
+    def _leave_out(self, segment: SparseSegment) -> None:
+        assert segment.run is not None
+        self._drop_empty(segment.run)
+
+    def unselect(self, segment: SparseSegment) -> None:
+        self.queues[segment.tier].put(segment)
+
+    # -- moving ------------------------------------------------------------------------------------------------------
+
+    def slots_of(self, segment: SparseSegment) -> IntArray:
+        return segment.slots
+
+    def cut(self, segment: SparseSegment, count: int, selected: bool) -> tuple[SparseSegment, SparseSegment]:
+        assert segment.run is not None
+        ordinals, slots = segment.take(list(range(count)))
+        first = self._new(segment.run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
+        if not selected:
+            self.queues[segment.tier].put(first)
+        return first, segment
+
+    def settle(self, segment: SparseSegment, tier: int, slots: IntArray) -> IntArray:
+        run, old_tier, old_slots = segment.run, segment.tier, segment.slots
+        assert run is not None
+        self._follow(old_tier, old_slots, tier, slots)
+        run.items = tuple(other for other in run.items if other is not segment)
+        self.queues[old_tier].retire(segment)
+        moved = self._new(run, segment.stamp, segment.rank, tier, segment.ordinals, slots)
+        self.queues[tier].put(moved)
+        if self._store.events is not None:
+            self._store.events.moved(self.layer_group, old_tier, tier, run, segment.ordinals)
+        for other in self.on(run):
+            if other is not moved and (other.tier, other.stamp, other.rank) == (tier, moved.stamp, moved.rank):
+                self._merge(run, other, moved)
+                break
+        return old_slots
+
+    def _merge(self, run: Run, left: SparseSegment, right: SparseSegment) -> SparseSegment:
+        """One segment of two with equal times. The one with the deeper tail stays, so that none gets older."""
+        kept, other = (left, right) if left.tail > right.tail else (right, left)
+        if other.tail < kept.ordinals[0]:  # the usual case, O(1) for each of the deeper ones
+            other.ordinals += kept.ordinals
+            other.slots += kept.slots
+            kept.ordinals, kept.slots = other.ordinals, other.slots
+        else:
+            kept.absorb(other)
+        if other.queued:
+            self.queues[kept.tier].put(kept)
+        self.queues[kept.tier].retire(other)
+        run.items = tuple(segment for segment in run.items if segment is not other)
+        return kept
+
+    def _follow(self, old_tier: int, old_slots: IntArray, tier: int, slots: IntArray) -> None:
+        """What is known of the old slots is known of the new ones from now on."""
+        if self._pins[old_tier]:
+            for slot, new_slot in zip(old_slots, slots, strict=True):
+                self._move_pin(old_tier, slot, tier, new_slot)
+
+    def lose(self, segment: SparseSegment, index: int) -> None:
+        run, tier = segment.run, segment.tier
+        assert run is not None
+        self._store.version += 1
+        ordinals, slots = segment.take([index])
+        self._break_pin(tier, slots[0])
+        self.give_back(tier, slots)
+        self._forgotten(tier, slots)
+        if not segment.slots:
+            self._drop_empty(run)
+        self._settle_losers([(run, ordinals[0])])
+
+    def _forgotten(self, tier: int, slots: Sequence[int]) -> None:
+        """These slots left the tree."""
+
+    # -- following the tree ------------------------------------------------------------------------------------------
+
+    def _new(self, run: Run, stamp: int, rank: int, tier: int, ordinals: IntArray, slots: IntArray) -> SparseSegment:
+        segment = SparseSegment(self, run, stamp, rank, self.serial(), tier, ordinals, slots)
+        run.items += (segment,)
+        return segment
+
+    def on(self, run: Run) -> Iterator[SparseSegment]:
+        """The segments of this layer group on a run."""
+        return (segment for segment in run.items if segment.store is self)
+
+    def drop_from(self, run: Run, segment: SparseSegment, new_end: int) -> None:
+        """The blocks from `new_end` on leave the tree: so does what the segment has there."""
+        if segment.ordinals[-1] < new_end:
+            return
+        tier = segment.tier
+        ordinals = segment.ordinals[bisect_left(segment.ordinals, new_end) :]
+        slots = segment.drop_tail(new_end)
+        if self._pins[tier]:
+            for slot in slots:
+                self._break_pin(tier, slot)
+        self.give_back(tier, slots)
+        self._note_evicted(run, tier, ordinals, slots)
+        if not segment.slots:
+            self._drop_empty(run)
+
+    def _drop_empty(self, run: Run) -> None:
+        for segment in run.items:
+            if not segment.slots:
+                segment.store.queues[segment.tier].retire(segment)
+                run.items = tuple(segment for segment in run.items if segment.slots)
+
+    # -- adding and finding ------------------------------------------------------------------------------------------
+
+    def find(self, cursor: Run, first: int, end: int) -> dict[int, tuple[SparseSegment, int]]:
+        """Where the slots of blocks `first`..`end - 1` of a path are: block -> (segment, position in it)."""
+        found: dict[int, tuple[SparseSegment, int]] = {}
+        run = cursor
+        while run.end > first and run.parent is not None:
+            if run.start < end:
+                for segment in self.on(run):
+                    for index, ordinal in enumerate(segment.ordinals):
+                        if first <= ordinal < end:
+                            found[ordinal] = segment, index
+            run = run.parent
+        return found
+
+    def ordinals_on(self, cursor: Run, from_block: int) -> set[int]:
+        """Blocks from `from_block` on, on the path of `cursor`, that have a slot."""
+        found: set[int] = set()
+        run = cursor
+        while run.end > from_block and run.parent is not None:
+            for segment in run.items:
+                if segment.store is self and segment.ordinals[-1] >= from_block:
+                    found.update(ordinal for ordinal in segment.ordinals if ordinal >= from_block)
+            run = run.parent
+        return found
+
+    def add(self, cursor: Run, ordinals: IntArray, slots: IntArray, stamp: int, rank: int = DEFAULT_RANK) -> None:
+        """Attach GPU slots to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each.
+        The arrays become the tree's.
+        """
+        end = len(ordinals)
+        run: Run | None = cursor
+        queue = self.queues[GPU_TIER]
+        while end > 0:
+            assert run is not None
+            begin = end if ordinals[0] < run.start else 0
+            while begin > 0 and ordinals[begin - 1] >= run.start:
+                begin -= 1
+            if begin < end:
+                if begin > 0 or end < len(ordinals):
+                    segment = self._new(run, stamp, rank, GPU_TIER, ordinals[begin:end], slots[begin:end])
+                else:
+                    segment = self._new(run, stamp, rank, GPU_TIER, ordinals, slots)
+                queue.put(segment)
+                end = begin
+            run = run.parent
+        self.cached[GPU_TIER] += len(slots)
+
+    def take_one(self, stream: Any) -> int:
+        """`take` for one."""
+        pool = self.pools[GPU_TIER]
+        assert isinstance(pool, StatePool)
+        return pool.take_one() if pool.used < pool.capacity else self.take(1, stream)[0]
+
+    def _place_of(self, cursor: Run, tier: int, slot: int) -> tuple[SparseSegment, int]:
+        for run in cursor.path():
+            for segment in self.on(run):
+                if segment.tier == tier and slot in segment.slots:
+                    return segment, segment.slots.index(slot)
+        raise AssertionError(f"slot {slot} of tier {tier} is not on this path")
+
+    def take_over(self, cursor: Run, tier: int, slot: int) -> None:
+        """Take a slot out of the tree; it becomes the caller's."""
+        segment, index = self._place_of(cursor, tier, slot)
+        run = segment.run
+        assert run is not None
+        ordinals, slots = segment.take([index])
+        self._break_pin(tier, slot)
+        self.cached[tier] -= 1
+        self._forgotten(tier, slots)
+        if self._store.events is not None:
+            self._store.events.removed(self.layer_group, tier, run, ordinals)
+        if not segment.slots:
+            self._drop_empty(run)
+
+    def raise_rank(self, segment: SparseSegment, priority: Priority, first: int) -> None:
+        """Slots of blocks from `first` on keep the highest priority that they were given."""
+        run = segment.run
+        assert run is not None
+        by_rank: dict[int, list[int]] = {}
+        for index, ordinal in enumerate(segment.ordinals):
+            rank = rank_of(priority(self.layer_group, ordinal)) if ordinal >= first else 0
+            if rank > segment.rank:
+                by_rank.setdefault(rank, []).append(index)
+        old = list(zip(segment.ordinals, segment.slots, strict=True))
+        for rank, indices in by_rank.items():
+            part = self._new(
+                run, segment.stamp, rank, segment.tier, int_array(old[index][0] for index in indices),
+                int_array(old[index][1] for index in indices),
+            )  # fmt: skip
+            self.queues[segment.tier].put(part)
+        raised = sorted(index for indices in by_rank.values() for index in indices)
+        segment.take(raised)
+        if not segment.slots:
+            self._drop_empty(run)
+
+    def renumber(self, segment: SparseSegment, table: dict[int, int]) -> None:
+        """The pool was compacted: what is in slots that `table` names is in others of the same tier."""
+        for index, slot in enumerate(segment.slots):
+            if slot in table:
+                segment.slots[index] = table[slot]
+                self._follow(segment.tier, int_array((slot,)), segment.tier, int_array((table[slot],)))
+
+    def replace(self, segment: SparseSegment, index: int, slot: int) -> None:
+        """The copy of a slot that the caller has on the GPU takes its place; the old slot, of a tier below, is free."""
+        run = segment.run
+        assert run is not None
+        tier = segment.tier
+        ordinals, slots = segment.take([index])
+        self._follow(tier, slots, GPU_TIER, int_array((slot,)))
+        self.give_back(tier, slots)
+        if not segment.slots:
+            self._drop_empty(run)
+        self.queues[GPU_TIER].put(self._new(run, segment.stamp, segment.rank, GPU_TIER, ordinals, int_array((slot,))))
+        self.cached[GPU_TIER] += 1
+        if self._store.events is not None:
+            self._store.events.moved(self.layer_group, tier, GPU_TIER, run, ordinals)
+
+    def lose_slot(self, cursor: Run, tier: int, slot: int) -> None:
+        """`lose` for a slot of the path of `cursor`."""
+        self.lose(*self._place_of(cursor, tier, slot))
+
+    def park(self, run: Run, ordinals: Iterable[int], slots: Iterable[int], stamp: int) -> list[Pin]:
+        """Private GPU slots of a sequence that suspends, on a run of its own: from now on they may move."""
+        segment = self._new(run, stamp, DEFAULT_RANK, GPU_TIER, int_array(ordinals), int_array(slots))
+        pins = [self.pin(GPU_TIER, slot) for slot in segment.slots]
+        for pin in pins:
+            self.count_pin(pin, held=1)
+        self.cached[GPU_TIER] += len(pins)
+        self.queues[GPU_TIER].put(segment)
+        return pins
+
+    def lifts(self, runs: Iterable[Run], wanted: Container[Pin | None], tier: int) -> list[SparseSegment]:
+        """The pinned slots on some runs that lie below a tier, as segments of their own."""
+        found: list[SparseSegment] = []
+        for run in runs:
+            for segment in list(self.on(run)):
+                pins = self._pins[segment.tier]
+                if segment.tier <= tier or not pins:
+                    continue
+                indices = [index for index, slot in enumerate(segment.slots) if pins.get(slot) in wanted]
+                if len(indices) == len(segment.slots):
+                    found.append(segment)
+                elif indices:
+                    ordinals, slots = segment.take(indices)
+                    part = self._new(run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
+                    self.queues[segment.tier].put(part)
+                    found.append(part)
+        return found
+
+    def unpark(self, run: Run) -> dict[int, int]:
+        """Take all slots of a parked run out of it: {block: slot of the tier that they lie in}."""
+        taken: dict[int, int] = {}
+        for segment in list(self.on(run)):
+            taken.update(zip(segment.ordinals, segment.slots, strict=True))
+            for slot in segment.slots:
+                self._break_pin(segment.tier, slot)
+            self.cached[segment.tier] -= len(segment.slots)
+            self.queues[segment.tier].retire(segment)
+        run.items = tuple(segment for segment in run.items if segment.store is not self)
+        return taken
+
+    def discard(self, run: Run) -> None:
+        """Free all slots of a parked run, in whatever tier."""
+        for segment in list(self.on(run)):
+            tier, slots = segment.tier, segment.slots
+            for slot in slots:
+                self._break_pin(tier, slot)
+            self.give_back(tier, slots)
+            self.queues[tier].retire(segment)
+        run.items = tuple(segment for segment in run.items if segment.store is not self)

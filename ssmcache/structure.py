@@ -1,0 +1,291 @@
+"""The tree together with what lies on it: every change of its shape, with the counts that follow."""
+
+from __future__ import annotations
+
+from ssmcache.events import EventLog
+from ssmcache.keys import Int64Array, KeyKind, ReuseScope
+from ssmcache.memory.base import GPU_TIER
+from ssmcache.pages import PageTiers
+from ssmcache.pools import SlotArray
+from ssmcache.recency import Clock
+from ssmcache.segments import PageSegment
+from ssmcache.snapshots import SnapshotStore
+from ssmcache.sparse import SparseStore
+from ssmcache.tree import Root, Run
+from ssmcache.windows import WindowStore
+
+
+class TreeStructure:
+    """Roots, runs and the layer groups that have slots on them. `version` changes whenever a match could."""
+
+    pages: PageTiers | None
+    snapshots: SnapshotStore | None
+    windows: tuple[WindowStore, ...]
+
+    def __init__(self, events: EventLog | None) -> None:
+        self.roots: dict[ReuseScope, Root] = {}
+        self.clock = Clock()
+        self.version = 0
+        self.events = events
+        self.lost_roots: list[Root] = []
+
+    # -- scopes ------------------------------------------------------------------------------------------------------
+
+    def enter_scope(self, scope: ReuseScope, kind: KeyKind) -> Root:
+        """The root of a scope, for one more open sequence. Errors: ValueError if the scope has another kind of keys."""
+        root = self.roots.get(scope)
+        if root is None:
+            root = self.roots[scope] = Root(kind, scope)
+        elif root.kind is not kind and root.kind != kind:
+            raise ValueError(f"input_tokens in {scope}: expected {root.kind}, as before in this scope, got {kind}")
+        root.num_sequences += 1
+        return root
+
+    def leave_scope(self, root: Root) -> None:
+        root.num_sequences -= 1
+        if not root.children:
+            self.settle_leaf(root)
+
+    # -- shape -------------------------------------------------------------------------------------------------------
+
+    def split(self, run: Run, at: int) -> Run:
+        """Cut a run before block `at`; returns the new upper part, which everybody who holds the run holds too."""
+        parent = run.parent
+        assert parent is not None
+        assert run.start < at < run.end
+        upper = Run(parent, run.kind, run.edge, run.start, at, run.split_keys(at))
+        upper.holds, upper.idle_holds = run.holds, run.idle_holds
+        upper.children[run.edge] = run
+        parent.children[upper.edge] = upper
+        run.parent = upper
+        if run.pages is not None:
+            assert self.pages is not None
+            upper.pages = run.pages.split_upper(upper, at, self.pages.serial())
+            upper.warm_children = 1
+        if run.digests:
+            count = at - upper.start
+            upper.digests, run.digests = run.digests[:count], run.digests[count:]
+        for segment in run.items:
+            store = segment.store
+            above = segment.split_upper(upper, at, store.serial())
+            if above is not None:
+                upper.items += (above,)
+                store.queues[above.tier].put(above)
+                if not segment.slots:
+                    store.queues[segment.tier].retire(segment)
+                    run.items = tuple(other for other in run.items if other is not segment)
+        return upper
+
+    def append(self, run: Run, keys: Int64Array, num_blocks: int, slots: SlotArray | None, rank: int) -> Run:
+        """Continue the path of `run`, locked by the caller, with new blocks and the caller's pages, which are on the
+        GPU; returns the new deepest run, locked too.
+
+        A run that ends the tree and is held by the caller alone grows in place, so that decoding does not leave one
+        run a block.
+        """
+        self.version += 1
+        pages = run.pages
+        alone = run.holds == 1 and not run.soft_holds and not run.children
+        if alone and (pages is None or pages.rank == rank):
+            run.append_keys(keys, num_blocks)
+            if slots is not None:
+                assert pages is not None
+                pages.extend(slots)
+        else:
+            start = run.end
+            child = Run(run, run.kind, run.kind.edge_key(keys, 0), start, start + num_blocks, keys)
+            child.holds = 1
+            run.children[child.edge] = child
+            if slots is not None:
+                self._give_pages(child, slots, rank)
+            run = child
+        if slots is not None:
+            assert self.pages is not None
+            self.pages.cached[GPU_TIER] += num_blocks
+            self.pages.locked[GPU_TIER] += num_blocks
+        if self.events is not None:
+            self.events.stored(run, num_blocks, None if self.pages is None else self.pages.layer_group)
+        return run
+
+    def _give_pages(self, run: Run, slots: SlotArray, rank: int) -> None:
+        """Put GPU pages on a run without pages, whose parent, if it has pages, has them on the GPU."""
+        assert self.pages is not None
+        run.pages = self.pages.new_segment(run, 0, rank, GPU_TIER, slots)
+        assert run.parent is not None
+        if run.parent.pages is not None:
+            run.parent.warm_children += 1
+
+    def add_leaf(self, run: Run, keys: Int64Array, slots: SlotArray, rank: int) -> Run:
+        """A partial block below `run`, held by nobody, with the tokens `keys` and one page; returns its run."""
+        assert self.pages is not None
+        self.version += 1
+        leaf = Run(run, run.kind, keys.tobytes(), run.end, run.end + 1, keys)
+        leaf.num_tokens = keys.size
+        run.children[leaf.edge] = leaf
+        self._give_pages(leaf, slots, rank)
+        self.pages.cached[GPU_TIER] += 1
+        return leaf
+
+    def can_absorb(self, run: Run) -> bool:
+        """Whether a run and the one above it, of which it is the only child, could be one but for their holders and
+        times.
+        """
+        parent = run.parent
+        if parent is None or parent.parent is None or run.num_tokens:
+            return False
+        above, below = parent.pages, run.pages
+        if above is None or below is None:
+            return above is below
+        return above.tier == below.tier and above.rank == below.rank
+
+    def absorb_parent(self, run: Run) -> None:
+        """Join a run with the one above it, of which it is the only child. The lower one keeps its identity."""
+        parent = run.parent
+        assert parent is not None
+        grandparent = parent.parent
+        assert grandparent is not None
+        run.prepend_keys(parent)
+        if run.pages is not None:
+            assert parent.pages is not None
+            run.pages.prepend(parent.pages.slots)
+        if parent.items:
+            for segment in parent.items:
+                segment.run = run
+            run.items = parent.items + run.items
+        run.digests = parent.digests + run.digests
+        run.edge = parent.edge
+        run.parent = grandparent
+        grandparent.children[run.edge] = run
+        if parent.pages is not None:
+            assert self.pages is not None
+            self.pages.queues[parent.pages.tier].retire(parent.pages)
+
+    # -- leaving -----------------------------------------------------------------------------------------------------
+
+    def drop_tail(self, run: Run, num_blocks: int) -> None:
+        """Take the last blocks of a leaf that nobody holds out of the tree, with all that lies on them."""
+        self.version += 1
+        new_end = run.end - num_blocks
+        pages = run.pages
+        if pages is not None:
+            if self.events is not None:
+                assert self.pages is not None
+                self.events.removed(self.pages.layer_group, pages.tier, run, range(new_end, run.end))
+            self._free_tail(pages, num_blocks)
+        for segment in run.items:
+            segment.store.drop_from(run, segment, new_end)
+        run.end = new_end
+        run.digests = run.digests[: new_end - run.start]
+        if new_end > run.start:
+            self.settle_leaf(run)
+            return
+        parent = run.parent
+        assert parent is not None
+        del parent.children[run.edge]
+        if pages is not None:
+            assert self.pages is not None
+            self.pages.queues[pages.tier].retire(pages)
+            if parent.pages is not None and parent.pages.tier == pages.tier:
+                parent.warm_children -= 1
+        self.settle_leaf(parent)
+
+    def _free_tail(self, pages: PageSegment, num_blocks: int) -> None:
+        tiers = self.pages
+        assert tiers is not None
+        tiers.pools[pages.tier].give_back(pages.drop_tail(num_blocks))
+        tiers.cached[pages.tier] -= num_blocks
+
+    def settle_leaf(self, run: Run) -> None:
+        """If the tail of the run may go now, by eviction, say so; drop what nothing lies on any more."""
+        pages = run.pages
+        if pages is not None:
+            if not pages.queued and pages.may_go():
+                assert self.pages is not None
+                self.pages.queues[pages.tier].put(pages)
+        elif run.children or run.holds or run.soft_holds:
+            return
+        elif isinstance(run, Root):
+            if not run.num_sequences and self.roots.get(run.scope) is run:
+                del self.roots[run.scope]
+        else:
+            needed = max((segment.ordinals[-1] + 1 for segment in run.items), default=run.start)
+            if needed < run.end:
+                self.drop_tail(run, run.end - needed)
+
+    def drop_subtree(self, run: Run, block: int) -> None:
+        """Take the blocks of a run from `block` on, and all below them, out of the tree. No resumed sequence holds
+        them; who was created only loses its match.
+        """
+        for child in list(run.children.values()):
+            self.drop_subtree(child, child.start)
+        while run.soft_holds:
+            self.drop_soft_holds_of(run)
+        if run.end > max(block, run.start):
+            self.drop_tail(run, run.end - max(block, run.start))
+
+    def drop_soft_holds_of(self, run: Run) -> None:
+        raise NotImplementedError
+
+    def lose(self, run: Run, block: int) -> None:
+        """The page of a block cannot be read any more: it and all below it can never be used again.
+
+        Whoever holds some of that, and is not ACTIVE, finds itself below a root that is lost, and holds nothing else.
+        """
+        self.version += 1
+        parent = run.parent
+        assert parent is not None
+        if run.start < block:
+            parent = self.split(run, block)
+        root = parent
+        while root.parent is not None:
+            root = root.parent
+        assert isinstance(root, Root)
+        if self.roots.get(root.scope) is not root:
+            root.lost = True  # out of the tree already, or the pages that a suspended sequence parked
+            return
+        lost_root = Root(run.kind, root.scope)
+        lost_root.lost = True
+        for below in (run, *runs_below(run)):
+            while below.soft_holds:
+                self.drop_soft_holds_of(below)
+        self.forget_holds(parent, run.holds, run.idle_holds)
+        del parent.children[run.edge]
+        if parent.pages is not None and run.pages is not None and parent.pages.tier == run.pages.tier:
+            parent.warm_children -= 1
+        run.parent = lost_root
+        lost_root.children[run.edge] = run
+        self.lost_roots.append(lost_root)
+        self.settle_leaf(parent)
+        self.free_lost()
+
+    def forget_holds(self, run: Run, holds: int, idle_holds: int) -> None:
+        raise NotImplementedError
+
+    def free_lost(self) -> None:
+        """Drop what is lost and held by nobody."""
+        for root in self.lost_roots:
+            for run in reversed(runs_below(root)):
+                if not (run.children or run.holds or run.soft_holds) and run.end > run.start:
+                    self.drop_tail(run, run.end - run.start)
+        self.lost_roots = [root for root in self.lost_roots if root.children]
+
+    def all_runs(self) -> list[Run]:
+        """Every run of every scope, parents before their children."""
+        runs: list[Run] = []
+        for root in (*self.roots.values(), *self.lost_roots):
+            runs += runs_below(root)
+        return runs
+
+    def sparse_stores(self) -> tuple[SparseStore, ...]:
+        return self.windows if self.snapshots is None else (*self.windows, self.snapshots)
+
+
+def runs_below(root: Run) -> list[Run]:
+    """Every run below one, parents before their children."""
+    runs: list[Run] = []
+    stack = list(root.children.values())
+    while stack:
+        run = stack.pop()
+        runs.append(run)
+        stack.extend(run.children.values())
+    return runs

@@ -1,0 +1,214 @@
+"""Slots of one layer group in all tiers: how much room can be had, what has to go for it, and the moves.
+
+Tiers are exclusive. Room is found from the top down: a victim of one tier moves to the next, which makes room for it in
+the same way, and the last tier drops. What a suspended sequence holds may move but not go, so where the tiers below are
+full of such slots, others are dropped instead, oldest first.
+
+Moves are planned on net counts: a slot that is left by a page on its way up is free for a victim on its way down. The
+tiers below the GPU have a few slots beside their capacity (`SlotPool.staging`), so that nothing is ever overwritten
+before it was copied; a batch that needs more than those is done in rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+from ssmcache.eviction import EvictionQueue
+from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves, TransferError
+from ssmcache.pools import IntArray, SlotArray, SlotPool
+from ssmcache.segments import Segment
+
+S = TypeVar("S", bound=Segment)
+Slots = TypeVar("Slots", SlotArray, IntArray)
+
+
+class Tiers(Generic[S, Slots]):
+    """One layer group. What its slots are, pages or states, and who may go, is said by the class below.
+
+    Attributes, each by tier: `pools`; `queues` of segments; `cached`, the slots of segments, in the tree or parked by a
+    suspended sequence (other used slots of the GPU are private to ACTIVE ones); `moved`, slots moved from tier to tier.
+    """
+
+    def __init__(self, layer_group: int, pools: Sequence[SlotPool[Slots]], memory: Memory) -> None:
+        self.layer_group = layer_group
+        self.pools = tuple(pools)
+        self.last_tier = len(pools) - 1
+        self.queues = [EvictionQueue() for _ in pools]
+        self.cached = [0] * len(pools)
+        self.moved = [[0] * len(pools) for _ in pools]
+        self.num_evicted = 0  # slots dropped by want of room
+        self._memory = memory
+        self._none_leaving = (0,) * len(pools)
+        self._num_segments = 0
+
+    def serial(self) -> int:
+        self._num_segments += 1
+        return self._num_segments
+
+    # -- said by the kind of slots -----------------------------------------------------------------------------------
+
+    def num_droppable(self, tier: int) -> int:
+        """Slots of segments that nobody open depends on, soft holds aside."""
+        raise NotImplementedError
+
+    def num_held(self, tier: int) -> int:
+        """Slots that suspended sequences hold: they may move down but not go."""
+        raise NotImplementedError
+
+    def drop(self, tier: int, count: int) -> None:
+        """Free the `count` oldest droppable slots of a tier."""
+        raise NotImplementedError
+
+    def select(self, tier: int, count: int) -> list[S]:
+        """Take the `count` oldest slots that may move out of the queue of a tier, as segments of their own."""
+        raise NotImplementedError
+
+    def unselect(self, segment: S) -> None:
+        """Undo `select` for a segment that could not be moved."""
+        raise NotImplementedError
+
+    def cut(self, segment: S, count: int, selected: bool) -> tuple[S, S]:
+        """A segment as two, the one with `count` of its slots first: the lower part if the segment was selected to
+        move down, the upper part if it moves up.
+        """
+        raise NotImplementedError
+
+    def slots_of(self, segment: S) -> Slots:
+        raise NotImplementedError
+
+    def settle(self, segment: S, tier: int, slots: Slots) -> Slots:
+        """The segment lies in `slots` of `tier` now; returns the slots that it leaves."""
+        raise NotImplementedError
+
+    def lose(self, segment: S, index: int) -> None:
+        """Slot number `index` of a segment cannot be read any more."""
+        raise NotImplementedError
+
+    # -- room --------------------------------------------------------------------------------------------------------
+
+    def obtainable(self, tier: int = GPU_TIER, leaving: Sequence[int] | None = None) -> int:
+        """Slots of a tier that can be had by moving and dropping. `leaving`: by tier, slots about to move up."""
+        pool = self.pools[tier]
+        room = pool.capacity - pool.used + self.num_droppable(tier)
+        if leaving is not None:
+            room += leaving[tier]
+        if tier < self.last_tier:
+            held = self.num_held(tier)
+            if held:
+                room += min(held, self.obtainable(tier + 1, leaving))
+        return room
+
+    def take(self, count: int, stream: Any) -> Slots:
+        """`count` slots of the GPU for new content; what is in the way goes. The caller has checked `obtainable`.
+
+        Errors: TransferError; no slot was taken then.
+        """
+        pool = self.pools[GPU_TIER]
+        if count > pool.capacity - pool.used:
+            if self.last_tier == GPU_TIER:
+                self.drop(GPU_TIER, count - (pool.capacity - pool.used))
+            else:
+                self.bring([], GPU_TIER, count, stream)
+        return pool.take(count)
+
+    def bring(self, lifts: list[S], tier: int, beside: int, stream: Any) -> None:
+        """Move segments up to a tier and leave `beside` more of its slots free; what is in the way goes. The segments
+        come from the top of a path down. The caller has checked `obtainable`, and protects them by a lock.
+
+        Errors: TransferError. Every page is in one place then, and those that were lost are out of the tree.
+        """
+        leaving = list(self._none_leaving)
+        for segment in lifts:
+            leaving[segment.tier] += len(self.slots_of(segment))
+        downs: list[list[S]] = [[] for _ in self.pools]
+        self._choose(tier, beside + sum(leaving), leaving, downs)
+        try:
+            self._relocate(downs, list(lifts), tier, stream)
+        except TransferError as error:
+            for segments in downs:
+                for segment in segments:
+                    self.unselect(segment)
+            if not error.lost:  # what lies there can still be read, but nothing more fits
+                pool = self.pools[error.tier]
+                pool.capacity = min(pool.capacity, pool.used)
+            raise
+
+    def _choose(self, tier: int, count: int, leaving: list[int], downs: list[list[S]]) -> None:
+        """Decide what goes so that `count` slots of a tier are free once everything has moved."""
+        pool = self.pools[tier]
+        short = count - (pool.capacity - pool.used) - leaving[tier]
+        if short <= 0:
+            return
+        if tier == self.last_tier:
+            self.drop(tier, short)
+            return
+        room_below = min(short, self.obtainable(tier + 1, leaving))
+        self._choose(tier + 1, room_below, leaving, downs)
+        if short > room_below:
+            self.drop(tier, short - room_below)
+        downs[tier] = self.select(tier, room_below)
+
+    def _relocate(self, downs: list[list[S]], lifts: list[S], target: int, stream: Any) -> None:
+        """Carry the moves out, and take what is done out of the lists. Each round gets further: what is above its
+        capacity by staging has a move to come.
+        """
+        while lifts or any(downs):
+            num_moved = 0
+            for tier in reversed(range(self.last_tier)):  # the lowest first, since a failed write spoils least there
+                num_moved += self._move(downs[tier], tier + 1, stream)
+            num_moved += self._move(lifts, target, stream)
+            assert num_moved, "moves were planned that have no room"
+
+    def _move(self, segments: list[S], tier: int, stream: Any) -> int:
+        """Move as many slots as there is room for, from the front of the list; returns their number."""
+        pool = self.pools[tier]
+        num_moved = 0
+        while segments and pool.physically_free:
+            source_tier = segments[0].tier
+            batch: list[S] = []
+            room = pool.physically_free
+            while segments and room and segments[0].tier == source_tier:
+                segment = segments.pop(0)
+                count = len(self.slots_of(segment))
+                if count > room:
+                    segment, rest = self.cut(segment, room, tier > source_tier)
+                    segments.insert(0, rest)
+                    count = room
+                batch.append(segment)
+                room -= count
+            num_moved += self._move_batch(batch, source_tier, tier, stream)
+        return num_moved
+
+    def _move_batch(self, batch: list[S], source_tier: int, tier: int, stream: Any) -> int:
+        sources = [slot for segment in batch for slot in self.slots_of(segment).tolist()]
+        pool = self.pools[tier]
+        destinations = pool.take(len(sources))
+        try:
+            self._memory.copy(SlotMoves(self.layer_group, source_tier, sources, tier, destinations), stream)
+        except TransferError as error:
+            pool.give_back(destinations)
+            position = 0
+            # deeper ones first: losing a page also takes what is below it out of reach
+            lost = set(error.lost)
+            places = []
+            for segment in batch:
+                for index in range(len(self.slots_of(segment))):
+                    if position in lost:
+                        places.append((segment, index))
+                    position += 1
+            if tier > source_tier:
+                for segment in batch:
+                    self.unselect(segment)
+            for segment, index in reversed(places):
+                self.lose(segment, index)
+            raise
+        first = 0
+        for segment in batch:
+            end = first + len(self.slots_of(segment))
+            self.pools[source_tier].give_back(self.settle(segment, tier, destinations[first:end]))
+            first = end
+        self.cached[source_tier] -= len(sources)
+        self.cached[tier] += len(sources)
+        self.moved[source_tier][tier] += len(sources)
+        return len(sources)

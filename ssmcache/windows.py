@@ -1,0 +1,113 @@
+"""Sliding windows with sinks: which blocks a sequence needs, and the pages of them in the tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ssmcache.memory.base import Memory
+from ssmcache.pools import StatePool
+from ssmcache.segments import SparseSegment
+from ssmcache.sparse import SparseStore
+from ssmcache.tree import Run
+
+if TYPE_CHECKING:
+    from ssmcache.store import BlockStore
+
+_MAX_BLOCKS = 1 << 24
+
+
+class Window:
+    """The shape of a sliding window life cycle: `size` tokens are seen, and the first `num_sink_tokens` always.
+
+    A query at position h sees the keys of the positions above h - `size`, itself included.
+    """
+
+    __slots__ = ("num_sink_blocks", "size", "tokens_per_block")
+
+    def __init__(self, size: int, num_sink_tokens: int, tokens_per_block: int) -> None:
+        self.size = size
+        self.tokens_per_block = tokens_per_block
+        self.num_sink_blocks = -(-num_sink_tokens // tokens_per_block)
+
+    def stale_blocks(self, history_length: int) -> tuple[int, int]:
+        """Blocks [first, end) that nobody needs once `history_length` tokens are computed, [min(S, ceil(h/B)),
+        max(first, floor((h + 1 - W)/B))).
+        """
+        block = self.tokens_per_block
+        first = min(self.num_sink_blocks, -(-history_length // block))
+        return first, max(first, (history_length + 1 - self.size) // block)
+
+    def needed_blocks(self, history_length: int, num_blocks: int) -> list[int]:
+        """Of `num_blocks` blocks, those that are not stale."""
+        first, end = self.stale_blocks(history_length)
+        return [*range(min(first, num_blocks)), *range(end, num_blocks)]
+
+    def num_needed(self, history_length: int, num_blocks: int) -> int:
+        """Length of `needed_blocks`."""
+        first, end = self.stale_blocks(history_length)
+        return min(first, num_blocks) + max(0, num_blocks - end)
+
+
+class WindowStore(SparseStore):
+    """Pages of one sliding window life cycle. A path touch reaches only those that the end of the path needs."""
+
+    def __init__(
+        self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Memory, window: Window
+    ) -> None:
+        super().__init__(store, layer_group, pools, memory)
+        self.window = window
+
+    def _settle_losers(self, losers: list[tuple[Run, int]]) -> None:
+        # without a sink page nothing from its block on can be used any more
+        for run, block in losers:
+            if block < self.window.num_sink_blocks and run.start <= block < run.end:
+                self._store.drop_subtree(run, block)
+        super()._settle_losers(losers)
+
+    def stamp_of_activity(self) -> int:
+        """A time for all pages that a sequence commits before it is suspended or closed: with one for each block
+        they would stay segments of their own.
+        """
+        return self._store.clock.touch(_MAX_BLOCKS)
+
+    def merge_new(self, cursor: Run, block: int) -> None:
+        """Join what was just added to the path of `cursor` from `block` on with its like."""
+        run = cursor
+        while run.end > block and run.parent is not None:
+            self._join(run)
+            run = run.parent
+
+    def touch(self, cursor: Run, stamp: int, ends: Sequence[int]) -> None:
+        """Stamp the pages that a sequence needs which goes on at one of `ends` (tokens) of the path of `cursor`."""
+        needed: set[int] = set()
+        for end in ends:
+            needed.update(self.window.needed_blocks(end, -(-end // self.window.tokens_per_block)))
+        run = cursor
+        while run.parent is not None:
+            for segment in list(self.on(run)):
+                indices = [index for index, ordinal in enumerate(segment.ordinals) if ordinal in needed]
+                if len(indices) == len(segment.ordinals):
+                    segment.stamp = stamp
+                elif indices:
+                    ordinals, slots = segment.take(indices)
+                    touched = self._new(run, stamp, segment.rank, segment.tier, ordinals, slots)
+                    self.queues[segment.tier].put(touched)
+            self._join(run)
+            run = run.parent
+
+    def _join(self, run: Run) -> None:
+        """Make one segment of those that were stamped together."""
+        kept: dict[tuple[int, int, int], SparseSegment] = {}
+        for segment in list(self.on(run)):
+            same = (segment.tier, segment.stamp, segment.rank)
+            kept[same] = self._merge(run, kept[same], segment) if same in kept else segment
+
+    def release(self, cursor: Run, first: int, end: int) -> None:
+        """Nobody may need pages of blocks `first`..`end - 1` any more: let those that were left out come up again."""
+        run = cursor
+        while run.end > first and run.parent is not None:
+            if run.start < end:
+                for segment in self.on(run):
+                    self.queues[segment.tier].put(segment)
+            run = run.parent
