@@ -34,7 +34,7 @@ def checked_slots(moves: SlotMoves, num_source_slots: int, num_destination_slots
         ("destination", destinations, num_destination_slots),
     ):
         low, high = int(slots.min()), int(slots.max())
-        _expect(0 <= low and high < limit, moves, f"{what} slots {low}..{high} in a pool of {limit}")
+        _expect(low >= 0 and high < limit, moves, f"{what} slots {low}..{high} in a pool of {limit}")
     _expect(np.unique(destinations).size == count, moves, "a destination comes twice")
     if moves.source_tier == moves.destination_tier:
         _expect(not np.isin(destinations, sources).any(), moves, "a destination is a source as well")

@@ -58,7 +58,7 @@ class DiskTier:
         self._pools: list[_FilePool] = []
         try:
             for num_bytes in slot_bytes:
-                file = tempfile.TemporaryFile(buffering=0, prefix="ssmcache-", dir=path)
+                file = tempfile.TemporaryFile(buffering=0, prefix="ssmcache-", dir=path)  # noqa: SIM115 -- until `close`
                 self._pools.append(_FilePool(file, num_bytes))
         except OSError as error:
             self.close()
