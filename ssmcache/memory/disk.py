@@ -116,10 +116,6 @@ class DiskTier:
             self.load(layer_group, sources, lambda positions, rows: pool.write(destinations[positions], rows))
             pool.sync()
 
-    @property
-    def bytes_in_use(self) -> int:
-        return sum(pool.num_slots * pool.slot_bytes for pool in self._pools)
-
     def close(self) -> None:
         """Free the files. Safe to call twice."""
         for pool in self._pools:
