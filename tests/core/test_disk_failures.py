@@ -220,6 +220,27 @@ def test_exactly_the_slots_on_bad_sectors_are_lost(
     cache.memory.close()
 
 
+def test_a_batch_that_lost_a_slot_writes_no_more_and_still_tells_all_that_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_module, "MAX_STAGING_BYTES", SLOT)
+    cache = Cache(tmp_path)
+    cache.store(list(range(20)))
+    real = os.preadv
+
+    def bad_sectors(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset // SLOT in (1, 3):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", bad_sectors)
+    fail_after("pwrite", 1, errno.EIO, monkeypatch)  # slot 0 can be written, slots 2 and 4 could not
+    with pytest.raises(TransferError) as caught:
+        cache.copy(DISK, [0, 1, 2, 3, 4], DISK, [30, 31, 32, 33, 34])
+    assert caught.value.lost == (1, 3)
+    cache.memory.close()
+
+
 def test_an_error_that_passes_loses_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.store(list(range(6)))
     real, failures = os.preadv, iter([True])

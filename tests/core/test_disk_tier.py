@@ -144,9 +144,12 @@ def test_when_the_second_file_cannot_be_made_the_first_goes(tmp_path: Path, monk
 
     monkeypatch.setattr(tempfile, "TemporaryFile", make)
     assert len(open_files(tmp_path)) == 1
-    with pytest.raises(ValueError, match="Too many open files"):
+    with pytest.raises(ValueError, match="Too many open files") as caught:
         DiskTier(1, str(tmp_path), [SLOT, SLOT], np.empty(SLOT, dtype=np.uint8))
     assert open_files(tmp_path) == []
+    assert (
+        caught.value.__traceback__ is not None
+    )  # and with it the tier is alive: no garbage collection closed the file
 
 
 def test_opening_failing_and_closing_a_hundred_times_leaks_no_descriptor(

@@ -96,5 +96,6 @@ def test_a_large_batch_needs_no_memory_beside_the_pools_but_one_piece(
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 8.5 * MIB
+    # the disk's staging buffer is there from the start
+    assert peak < (0.5 if DISK in (source, destination) else 8.5) * MIB
     memory.close()

@@ -94,6 +94,11 @@ def test_an_idle_channel_does_not_save_time_up(copy: Copy, memory: SimulatedMemo
     assert copy(GPU, HOST, stream="b") == 52
 
 
+def test_an_empty_batch_does_not_wait_for_its_channel(copy: Copy) -> None:
+    copy(GPU, HOST, 5, stream="a")
+    assert copy(GPU, HOST, 0, stream="b") == 0
+
+
 def test_a_stream_waits_for_events_that_are_ahead_of_it(copy: Copy, memory: SimulatedMemory) -> None:
     copy(GPU, DISK, stream="down")
     ahead = memory.record("down")
