@@ -33,9 +33,9 @@ def staging_bytes(slot_bytes: Sequence[int]) -> int:
 class DiskTier:
     """One file for each layer group in the directory `path`, of mode 0600.
 
-    The files have no name from the start (or lose it at once, where the file system cannot do that), so the system
-    frees them when this process ends in whatever way, no other process takes them for its own, and there is never
-    anything to clean up.
+    The files have no name from the start, so the system frees them when this process ends in whatever way, no other
+    process takes them for its own, and there is nothing to clean up. (Where the file system cannot do that they lose
+    their name at once; a process killed just in between leaves an empty file.)
 
     A write is on the disk when `store` or `move` returns: were it only in the system's cache, a later failure to write
     it out would turn up as a wrong page. Space is allocated before it is written. So a full or broken disk is a
