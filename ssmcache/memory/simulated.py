@@ -1,55 +1,177 @@
 """Memory without bytes: counts what would be moved, and when the move would be done."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
-# A device copy on one H100 moves 2.7 TB/s, bytes read plus bytes written (docs/measurements.md): 1.35 TB/s of payload.
-DEFAULT_COPY_BYTES_PER_SECOND = 1.35e12
+from ssmcache.config import CacheTierConfig, DiskCacheTierConfig, HostCacheTierConfig
+from ssmcache.memory.base import GPU_TIER, SlotMoves
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidths:
+    """What copies move, in bytes of payload a second each way. The defaults are ceilings measured on one H100.
+
+    Attributes:
+        gpu: within the GPU. 2.7 TB/s were measured, bytes read plus bytes written (docs/measurements.md): half of it.
+        host_link: GPU to host, host to GPU, and within the host, which the GPU does over the same link.
+        disk: to the disk and from it, whatever is at the other end: the link is no limit to it.
+    """
+
+    gpu: float = 1.35e12
+    host_link: float = 54.6e9
+    disk: float = 1.1e9
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"bandwidth {field.name}: expected positive bytes a second, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedSlots:
+    """How many slots were copied from one tier to another, and the bytes of them."""
+
+    num_slots: int
+    num_bytes: int
 
 
 @dataclass(slots=True)
-class _SimulatedPool:
-    slot_bytes: int
-    num_slots: int | None
+class _Channel:
+    """Carries one copy at a time."""
+
+    bytes_per_second: float
+    free_at_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Direction:
+    channel: _Channel
+    num_slots: int = 0
+    num_bytes: int = 0
+
+
+def _channel_name(source: CacheTierConfig, destination: CacheTierConfig) -> str:
+    # what goes to the disk shares its channel wherever it comes from, and likewise what comes from it
+    if isinstance(destination, DiskCacheTierConfig):
+        return "to disk"
+    if isinstance(source, DiskCacheTierConfig):
+        return "from disk"
+    return f"{type(source).__name__} to {type(destination).__name__}"
+
+
+def _bytes_per_second(bandwidths: Bandwidths, source: CacheTierConfig, destination: CacheTierConfig) -> float:
+    ends = {type(source), type(destination)}
+    if DiskCacheTierConfig in ends:
+        return bandwidths.disk
+    return bandwidths.host_link if HostCacheTierConfig in ends else bandwidths.gpu
 
 
 class SimulatedMemory:
-    """Counts bytes; copies complete at a virtual time, in seconds, one after the other on each stream.
+    """Counts the slots and bytes copied in each direction; copies take virtual time, in seconds.
 
-    Args:
-        copy_bytes_per_second: payload that a copy within the GPU moves in a second.
+    A copy begins when all that was queued on its stream is done and its channel is free, and keeps the channel to its
+    end. There is a channel within the GPU, one within the host, one each way between them, one to the disk and one from
+    it; a copy within the disk counts as one to it. An event is the virtual time at which it happens, so `record` tells
+    how far a stream is.
+
+    There is always enough of it, and the pools of the GPU may be unlimited. The slots of a batch are not looked at: a
+    memory with bytes checks them.
     """
 
-    def __init__(self, copy_bytes_per_second: float = DEFAULT_COPY_BYTES_PER_SECOND) -> None:
-        if not copy_bytes_per_second > 0:
-            raise ValueError(f"copy_bytes_per_second: expected a positive number, got {copy_bytes_per_second!r}")
-        self._bytes_per_second = copy_bytes_per_second
-        self._pools: dict[int, _SimulatedPool] = {}
+    def __init__(self, bandwidths: Bandwidths | None = None) -> None:
+        self._bandwidths = bandwidths or Bandwidths()
+        self._is_open = False
+        self._slot_bytes: tuple[int, ...] = ()
+        self._directions: list[list[_Direction]] = []
+        self._num_slots: list[tuple[int | None, ...]] = []
         self._stream_time_s: dict[Any, float] = {}
-        self.num_copied_slots = 0
-        self.num_copied_bytes = 0
 
-    def reserve(self, layer_group: int, slot_bytes: int, num_slots: int | None) -> None:
-        self._pools[layer_group] = _SimulatedPool(slot_bytes, num_slots)
+    def open(self, tiers: Sequence[CacheTierConfig], slot_bytes: Sequence[int]) -> None:
+        if self._directions:
+            raise RuntimeError("open: expected a memory that was never opened, got one that was")
+        channels: dict[str, _Channel] = {}
 
-    def copy(self, layer_group: int, sources: Sequence[int], destinations: Sequence[int], stream: Any) -> float:
-        """Queue a batch of copies on `stream`; the event is the virtual time of its end, in seconds."""
-        count = len(sources)
-        num_bytes = count * self._pools[layer_group].slot_bytes
-        self.num_copied_slots += count
-        self.num_copied_bytes += num_bytes
+        def direction(source: CacheTierConfig, destination: CacheTierConfig) -> _Direction:
+            channel = _Channel(_bytes_per_second(self._bandwidths, source, destination))
+            return _Direction(channels.setdefault(_channel_name(source, destination), channel))
+
+        self._slot_bytes = tuple(slot_bytes)
+        self._directions = [[direction(source, destination) for destination in tiers] for source in tiers]
+        self._num_slots = [(0,) * len(slot_bytes) for _ in tiers]
+        self._is_open = True
+
+    def grain(self, tier: int) -> int:
+        return 1
+
+    def resize(self, tier: int, num_slots: Sequence[int | None]) -> bool:
+        self._require_open("resize")
+        if tier != GPU_TIER and None in num_slots:
+            raise ValueError(f"slots of tier {tier}: expected a number, got None: only the GPU can be unlimited")
+        self._num_slots[tier] = tuple(num_slots)
+        return True
+
+    def copy(self, moves: SlotMoves, stream: Any) -> None:
+        # once a request in a replay: no calls, no arrays
+        if not self._is_open:
+            self._require_open("copy")
+        count = len(moves.sources)
+        if count != len(moves.destinations):
+            raise AssertionError(f"a batch of {count} sources and {len(moves.destinations)} destinations")
+        if count == 0:
+            return
+        num_bytes = count * self._slot_bytes[moves.layer_group]
+        direction = self._directions[moves.source_tier][moves.destination_tier]
+        direction.num_slots += count
+        direction.num_bytes += num_bytes
+        channel = direction.channel
         times = self._stream_time_s
-        times[stream] = end = times.get(stream, 0.0) + num_bytes / self._bytes_per_second
-        return end
+        start_s = times.get(stream, 0.0)
+        if channel.free_at_s > start_s:
+            start_s = channel.free_at_s
+        times[stream] = channel.free_at_s = start_s + num_bytes / channel.bytes_per_second
+
+    def record(self, stream: Any) -> float:
+        return self._stream_time_s.get(stream, 0.0)
 
     def wait(self, stream: Any, event: float) -> None:
         if event > self._stream_time_s.get(stream, 0.0):
             self._stream_time_s[stream] = event
 
+    def view(self, layer_group: int) -> None:
+        self._require_open("view")
+
+    def copied(self, source_tier: int, destination_tier: int) -> CopiedSlots:
+        """What was copied from a tier to a tier so far, also after `close`."""
+        direction = self._directions[source_tier][destination_tier]
+        return CopiedSlots(direction.num_slots, direction.num_bytes)
+
+    @property
+    def num_copied_slots(self) -> int:
+        """Of all directions together."""
+        return sum(self.copied(*pair).num_slots for pair in product(range(len(self._directions)), repeat=2))
+
+    @property
+    def num_copied_bytes(self) -> int:
+        """Of all directions together."""
+        return sum(self.copied(*pair).num_bytes for pair in product(range(len(self._directions)), repeat=2))
+
     @property
     def bytes_in_use(self) -> int:
-        return sum(pool.slot_bytes * pool.num_slots for pool in self._pools.values() if pool.num_slots is not None)
+        return sum(
+            count * slot_bytes
+            for counts in self._num_slots
+            for count, slot_bytes in zip(counts, self._slot_bytes, strict=True)
+            if count is not None
+        )
 
     def close(self) -> None:
-        self._pools.clear()
+        self._is_open = False
+        self._num_slots = []
+
+    def _require_open(self, call: str) -> None:
+        if not self._is_open:
+            raise RuntimeError(f"{call}: expected an open memory, got one that is not open")

@@ -66,7 +66,6 @@ def test_block_96_with_the_default_interval_is_refused_with_an_ssm_layer():
         (lambda: KVCacheDesc(0), "capacity of a KVCacheDesc"),
         (lambda: KVCacheDesc(5, 6), r"history_length of a KVCacheDesc: expected 0\.\.5, got 6"),
         (lambda: BatchDesc(()), "sequences of a BatchDesc: expected at least one"),
-        (lambda: SimulatedMemory(0), "copy_bytes_per_second: expected a positive number, got 0"),
     ],
 )
 def test_wrong_settings_are_refused(make, message):

@@ -11,7 +11,6 @@ from managers import STATE_BYTES, make_manager
 from ssmcache import BlockKeys
 from ssmcache.eviction import EvictionQueue
 from ssmcache.keys import KeyKind, ReuseScope
-from ssmcache.memory.simulated import SimulatedMemory
 from ssmcache.pools import PagePool, StatePool, int_array
 from ssmcache.tree import PageSegment, Root, Run
 
@@ -163,21 +162,6 @@ def test_block_keys_of_another_block_size_or_from_the_middle_are_refused():
         sequence.commit(BlockKeys([1, 2], 32, 70)[32:])
     with pytest.raises(ValueError, match="expected ready block keys, as at creation, got tokens"):
         sequence.commit([1, 2, 3])
-
-
-def test_simulated_copies_take_turns_on_a_stream_and_streams_wait_for_events():
-    memory = SimulatedMemory(copy_bytes_per_second=1000.0)
-    memory.reserve(0, 100, 10)
-    first = memory.copy(0, [0, 1], [2, 3], "a")
-    second = memory.copy(0, [4], [5], "a")
-    other = memory.copy(0, [4], [5], "b")
-    assert (first, second, other) == pytest.approx((0.2, 0.3, 0.1))
-    memory.wait("b", second)
-    assert memory.copy(0, [4], [5], "b") == pytest.approx(0.4)
-    memory.wait("b", first)
-    assert memory.copy(0, [4], [5], "b") == pytest.approx(0.5)
-    assert (memory.num_copied_slots, memory.num_copied_bytes) == (6, 600)
-    assert memory.bytes_in_use == 1000
 
 
 def test_the_manager_counts_the_bytes_of_the_states_that_it_copies():

@@ -1,0 +1,236 @@
+"""The disk as a tier: slots in files that nobody else can see, moved through a bounded staging buffer."""
+
+import errno
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ssmcache.memory.base import TransferError
+from ssmcache.memory.batches import SlotArray
+
+ByteArray: TypeAlias = npt.NDArray[np.uint8]
+
+MAX_STAGING_BYTES = 8 << 20
+ALLOCATION_BYTES = 64 << 20
+
+# What a file system says that cannot allocate ahead; then a full disk shows only at the writes.
+_CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+def staging_bytes(slot_bytes: Sequence[int]) -> int:
+    """Bytes that a staging buffer for these layer groups should have: bounded, but room for one slot of each."""
+    return max(MAX_STAGING_BYTES, *slot_bytes)
+
+
+class DiskTier:
+    """One file for each layer group in the directory `path`, of mode 0600.
+
+    The files have no name from the start, so the system frees them when this process ends in whatever way, no other
+    process takes them for its own, and there is nothing to clean up. (Where the file system cannot do that they lose
+    their name at once; a process killed just in between leaves an empty file.)
+
+    A write is on the disk when `store` or `move` returns: were it only in the system's cache, a later failure to write
+    it out would turn up as a wrong page. Space is allocated before it is written. So a full or broken disk is a
+    failed `store`, while the caller still has the bytes. Calls that a signal interrupts are taken up again (PEP 475).
+
+    Args:
+        tier: its index, for errors.
+        path: a directory.
+        slot_bytes: of each layer group.
+        staging: [at least `staging_bytes(slot_bytes)`] buffer that all transfers go through; the caller's own.
+
+    Slots are not checked: the caller has done so (`batches.checked_slots`).
+
+    Errors: ValueError for a directory in which no file can be made.
+    """
+
+    def __init__(self, tier: int, path: str, slot_bytes: Sequence[int], staging: ByteArray) -> None:
+        self._tier = tier
+        self._staging = staging
+        self._pools: list[_FilePool] = []
+        try:
+            for num_bytes in slot_bytes:
+                file = tempfile.TemporaryFile(buffering=0, prefix="ssmcache-", dir=path)  # noqa: SIM115 -- until `close`
+                self._pools.append(_FilePool(file, num_bytes))
+        except OSError as error:
+            self.close()
+            raise ValueError(
+                f"path of the disk tier: expected a directory to make files in, got {path!r}: {error.strerror}"
+            ) from error
+
+    def resize(self, num_slots: Sequence[int]) -> bool:
+        """Pools of so many slots; what lies in slots that remain stays. False, and nothing has changed, if the file
+        system has not the space. It is allocated later, as it is needed, and somebody else may have taken it by then.
+        """
+        sizes = [count * pool.slot_bytes for count, pool in zip(num_slots, self._pools, strict=True)]
+        growth = sum(sizes) - sum(pool.num_allocated_bytes for pool in self._pools)
+        if growth > 0 and growth > self._free_bytes():
+            return False
+        for pool, count in zip(self._pools, num_slots, strict=True):
+            pool.resize(count)
+        return True
+
+    def store(self, layer_group: int, slots: SlotArray, fill: Callable[[SlotArray, ByteArray], None]) -> None:
+        """Write slots, [n]. `fill(positions, rows)` is called for one piece of the batch after the other and must have
+        filled rows [k, slot_bytes] with what goes to `slots[positions]`, positions being [k], when it returns.
+
+        Errors: TransferError without lost positions; what lies in `slots` is undefined then.
+        """
+        pool = self._pools[layer_group]
+        with self._write_errors():
+            pool.allocate(slots)
+            for positions, rows in self._pieces(pool, slots):
+                fill(positions, rows)
+                pool.write(slots[positions], rows)
+            pool.sync()
+
+    def load(self, layer_group: int, slots: SlotArray, drain: Callable[[SlotArray, ByteArray], None]) -> None:
+        """Read slots, [n]. `drain(positions, rows)` is called for one piece of the batch after the other with what lies
+        in `slots[positions]`, and must be done with rows when it returns; not any more once something is lost.
+
+        Errors: TransferError with the positions of all slots that cannot be read.
+        """
+        pool = self._pools[layer_group]
+        lost: dict[int, str] = {}
+        for positions, rows in self._pieces(pool, slots):
+            lost.update((int(positions[row]), why) for row, why in pool.read(slots[positions], rows).items())
+            if not lost:
+                drain(positions, rows)
+        if lost:
+            reason = f"disk tier: cannot read {len(lost)} of {slots.size} slots: {next(iter(lost.values()))}"
+            raise TransferError(self._tier, sorted(lost), reason)
+
+    def move(self, layer_group: int, sources: SlotArray, destinations: SlotArray) -> None:
+        """Copy slots to other slots. Errors: as of `load` and `store`."""
+        pool = self._pools[layer_group]
+        with self._write_errors():
+            pool.allocate(destinations)
+            self.load(layer_group, sources, lambda positions, rows: pool.write(destinations[positions], rows))
+            pool.sync()
+
+    def close(self) -> None:
+        """Free the files. Safe to call twice."""
+        for pool in self._pools:
+            # nobody needs what is in the file; it is gone whatever its last write says
+            with suppress(OSError):
+                pool.file.close()
+        self._pools = []
+
+    def _free_bytes(self) -> float:
+        try:
+            space = os.fstatvfs(self._pools[0].file.fileno())
+        except OSError:
+            return 0
+        # some file systems tell nothing about their space
+        return space.f_bavail * space.f_frsize if space.f_blocks else float("inf")
+
+    def _pieces(self, pool: "_FilePool", slots: SlotArray) -> Iterator[tuple[SlotArray, ByteArray]]:
+        """Positions in the batch, in the order of the slots so that neighbours go together, and staging rows."""
+        order = np.argsort(slots)
+        num_rows = self._staging.size // pool.slot_bytes
+        staging = self._staging[: num_rows * pool.slot_bytes].reshape(num_rows, pool.slot_bytes)
+        for start in range(0, slots.size, num_rows):
+            positions = order[start : start + num_rows]
+            yield positions, staging[: positions.size]
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TransferError(self._tier, (), f"disk tier: cannot write: {error.strerror}") from error
+
+
+@dataclass(slots=True)
+class _FilePool:
+    """The slots of one layer group in one file. Slots are [n], rows [n, slot_bytes] and contiguous."""
+
+    file: io.FileIO
+    slot_bytes: int
+    num_slots: int = 0
+    num_allocated_bytes: int = 0
+
+    def resize(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        size = num_slots * self.slot_bytes
+        if self.num_allocated_bytes > size:
+            self._truncate(size)
+
+    def allocate(self, slots: SlotArray) -> None:
+        """Make sure of the space for these slots, and of some ahead. Errors: OSError."""
+        needed = (int(slots.max(initial=-1)) + 1) * self.slot_bytes
+        if needed <= self.num_allocated_bytes:
+            return
+        rounded = -(-needed // ALLOCATION_BYTES) * ALLOCATION_BYTES
+        size = min(rounded, self.num_slots * self.slot_bytes)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.file.fileno(), self.num_allocated_bytes, size - self.num_allocated_bytes)
+        except OSError as error:
+            if error.errno not in _CANNOT_ALLOCATE:
+                self._truncate(self.num_allocated_bytes)  # a part may have been allocated
+                raise
+        self.num_allocated_bytes = size
+
+    def write(self, slots: SlotArray, rows: ByteArray) -> None:
+        """Errors: OSError."""
+        for start, end in _neighbours(slots):
+            left, offset = rows[start:end].reshape(-1).data, int(slots[start]) * self.slot_bytes
+            while left:
+                count = os.pwrite(self.file.fileno(), left, offset)
+                if count == 0:
+                    raise OSError(errno.EIO, "nothing was written")
+                left, offset = left[count:], offset + count
+
+    def sync(self) -> None:
+        """Wait until the disk has what was written. Errors: OSError."""
+        os.fsync(self.file.fileno())
+
+    def read(self, slots: SlotArray, rows: ByteArray) -> dict[int, str]:
+        """Fill rows. Returns the rows that cannot be read, ascending, and why."""
+        lost: dict[int, str] = {}
+        for start, end in _neighbours(slots):
+            found = self._read_neighbours(int(slots[start]), rows[start:end].reshape(-1).data)
+            lost.update((start + row, why) for row, why in found.items())
+        return lost
+
+    def _read_neighbours(self, slot: int, buffer: memoryview) -> dict[int, str]:
+        """Fill a buffer from a slot on, in as few reads as it takes; after a failure slot by slot, to know which."""
+        lost: dict[int, str] = {}
+        done, base, one_by_one = 0, slot * self.slot_bytes, False
+        while done < len(buffer):
+            slot_end = (done // self.slot_bytes + 1) * self.slot_bytes
+            end = slot_end if one_by_one else len(buffer)
+            count, why = 0, "the file ends before it"
+            try:
+                count = os.preadv(self.file.fileno(), [buffer[done:end]], base + done)
+            except OSError as error:
+                why = str(error.strerror)
+            if count:
+                done += count
+            elif one_by_one:
+                lost[done // self.slot_bytes] = why
+                done = slot_end
+            else:
+                one_by_one = True
+        return lost
+
+    def _truncate(self, size: int) -> None:
+        """Give space back; if that fails it merely stays taken."""
+        with suppress(OSError):
+            os.ftruncate(self.file.fileno(), size)
+            self.num_allocated_bytes = size
+
+
+def _neighbours(slots: SlotArray) -> Iterator[tuple[int, int]]:
+    """Ranges of positions whose slots follow each other in the file."""
+    breaks = (np.flatnonzero(np.diff(slots) != 1) + 1).tolist()
+    return pairwise([0, *breaks, slots.size])
