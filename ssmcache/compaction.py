@@ -28,10 +28,10 @@ def compact(manager: KVCacheManager, num_slots: Mapping[int, Sequence[int]]) -> 
 
 
 def _compact_pool(manager: KVCacheManager, tiers: Tiers[Any, Any], tier: int, limit: int) -> None:
-    segments = [segment for segment in _segments(manager, tiers) if segment.tier == tier]
+    segments = [segment for segment in segments_of(manager, tiers) if segment.tier == tier]
     in_use = [slot for segment in segments for slot in tiers.slots_of(segment).tolist()]
     if tier == GPU_TIER:
-        in_use += _private_slots(manager, tiers)
+        in_use += private_slots(manager, tiers)
     table = tiers.pools[tier].plan_compaction(limit, in_use)
     if table:
         moves = SlotMoves(tiers.layer_group, tier, list(table), tier, list(table.values()))
@@ -43,7 +43,7 @@ def _compact_pool(manager: KVCacheManager, tiers: Tiers[Any, Any], tier: int, li
     tiers.pools[tier].compact(limit, [table.get(slot, slot) for slot in in_use])
 
 
-def _segments(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> Iterator[Segment]:
+def segments_of(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> Iterator[Any]:
     """All segments of a layer group: in the tree, lost, and parked."""
     for run in manager.store.all_runs():
         if tiers is manager.store.pages:
@@ -59,7 +59,8 @@ def _segments(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> Iterator[Segme
                     yield segment
 
 
-def _private_slots(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> list[int]:
+def private_slots(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> list[int]:
+    """GPU slots of a layer group that are a sequence's own, in none of the segments."""
     slots: list[int] = []
     for sequence in manager.open_sequences:
         if tiers is manager.store.pages:
@@ -76,7 +77,7 @@ def _renumber(tiers: Tiers[Any, Any], segment: Segment, table: dict[int, int]) -
         assert isinstance(tiers, SparseStore)
         tiers.renumber(segment, table)
     else:
-        old = tiers.slots_of(segment)  # type: ignore[arg-type]
+        old = tiers.slots_of(segment)
         segment.renumber(_mapped(old, table))  # type: ignore[attr-defined]
 
 

@@ -12,10 +12,11 @@ _MIN_DEAD = 64
 class EvictionQueue:
     """Segments that may go, the one with the lowest priority first, of equal ones the one with the oldest tail.
 
-    A touch or a higher priority only ever makes a segment younger, so nobody tells the queue of it: an entry remembers a time that its
-    segment had once, and when it comes up it is compared with the present one and sinks to where it belongs. Entries
-    of segments that may not go now are dropped when they come up; whoever makes a segment free to go puts it in again.
-    Entries of segments that left the tree are dropped when they come up, or all at once when they are the majority.
+    A touch or a higher priority only ever makes a segment younger, so nobody tells the queue of it: an entry remembers
+    a time that its segment had once, and when it comes up it is compared with the present one and sinks to where it
+    belongs. Entries of segments that may not go now are dropped when they come up; whoever makes a segment free to go
+    puts it in again. Entries of segments that left the tree are dropped when they come up, or all at once when they are
+    the majority.
 
     Cost: O(log n) once for each time a segment comes up; none for a touch.
     """

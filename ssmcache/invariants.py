@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ssmcache.pools import SlotPool
-from ssmcache.tree import Root, Run, Segment
+from ssmcache.compaction import private_slots, segments_of
+from ssmcache.memory.base import GPU_TIER
+from ssmcache.segments import Segment
+from ssmcache.sparse import Pin, SparseStore
+from ssmcache.tiers import Tiers
+from ssmcache.tree import Root, Run
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
@@ -22,113 +26,163 @@ def check_manager(manager: KVCacheManager) -> None:
     """Raise AssertionError with the first broken invariant."""
     store = manager.store
     runs = store.all_runs()
-    for root in store.roots.values():
+    for root in (*store.roots.values(), *store.lost_roots):
         _check_children(root)
     for run in runs:
-        _check_run(run, has_pages=store.page_pool is not None)
+        _check_run(run, has_pages=store.pages is not None)
     _check_holds(manager, runs)
-    _check_queues(manager, runs)
-    if store.page_pool is not None:
-        cached = [slot for run in runs if run.pages is not None for slot in run.pages.slots.tolist()]
-        private = [slot for sequence in manager.open_sequences for slot in sequence.private_pages()]
-        _check_slots("page", store.page_pool, cached, private)
-        _expect(len(cached) == store.num_cached_pages, f"{len(cached)} cached pages, counted {store.num_cached_pages}")
-        locked = sum(run.end - run.start for run in runs if run.holds)
-        _expect(locked == store.num_locked_pages, f"{locked} locked pages, counted {store.num_locked_pages}")
+    _check_pins(manager)
+    for tiers in store.all_tiers():
+        _check_slots(manager, tiers)
+        _check_queues(manager, tiers)
+    if store.pages is not None:
+        _check_page_counts(manager)
     if store.snapshots is not None:
-        cached = [slot for run in runs for segment in run.snapshots for slot in segment.slots]
-        private = [slot for sequence in manager.open_sequences for slot in sequence.private_states()]
-        _check_slots("state", store.snapshots.pool, cached, private)
-        counted = store.snapshots.num_cached
-        _expect(len(cached) == counted, f"{len(cached)} cached snapshots, counted {counted}")
-        _expect(store.snapshots.reused_slots() <= set(cached), "a slot that is no snapshot counts as a reused one")
-        _expect(set(store.snapshots.held_sources) <= set(cached), "a held source is no snapshot of the tree")
+        cached = {(segment.tier, slot) for segment in segments_of(manager, store.snapshots) for slot in segment.slots}
+        _expect(store.snapshots.reused_slots() <= cached, "a slot that is no snapshot counts as a reused one")
 
 
-def _check_slots(what: str, pool: SlotPool, cached: list[int], private: list[int]) -> None:
-    """Each slot ever used is exactly one of: in the tree, a sequence's own, free."""
-    everywhere = Counter(cached + private + pool.returned_slots())
-    twice = [slot for slot, count in everywhere.items() if count > 1]
-    _expect(not twice, f"{what} slots with two owners: {twice[:5]}")
-    ever_used = set(range(pool.num_ever_used))
-    _expect(set(everywhere) == ever_used, f"{what} slots lost or made up: {sorted(set(everywhere) ^ ever_used)[:5]}")
-    used = len(cached) + len(private)
-    _expect(used == pool.used, f"{used} {what} slots in use, counted {pool.used}")
-    _expect(pool.used <= pool.capacity, f"{pool.used} {what} slots in use of {pool.capacity}")
+def _check_slots(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> None:
+    """Each slot ever used is exactly one of: in the tree or parked, a sequence's own, free."""
+    for tier, pool in enumerate(tiers.pools):
+        name = f"layer group {tiers.layer_group}, tier {tier}"
+        segments = [segment for segment in segments_of(manager, tiers) if segment.tier == tier]
+        cached = [slot for segment in segments for slot in tiers.slots_of(segment).tolist()]
+        private = private_slots(manager, tiers) if tier == GPU_TIER else []
+        everywhere = Counter(cached + private + pool.returned_slots())
+        twice = [slot for slot, count in everywhere.items() if count > 1]
+        _expect(not twice, f"{name}: slots with two owners: {twice[:5]}")
+        ever_used = set(range(pool.num_ever_used))
+        _expect(set(everywhere) == ever_used, f"{name}: lost or made up: {sorted(set(everywhere) ^ ever_used)[:5]}")
+        used = len(cached) + len(private)
+        _expect(used == pool.used, f"{name}: {used} slots in use, counted {pool.used}")
+        _expect(pool.used <= pool.capacity, f"{name}: {pool.used} slots in use of {pool.capacity}")
+        _expect(len(cached) == tiers.cached[tier], f"{name}: {len(cached)} cached, counted {tiers.cached[tier]}")
+
+
+def _check_page_counts(manager: KVCacheManager) -> None:
+    pages = manager.store.pages
+    assert pages is not None
+    locked, held = [0] * len(pages.pools), [0] * len(pages.pools)
+    for segment in segments_of(manager, pages):
+        run = segment.run
+        _expect(run is not None and run.pages is segment, "a page segment without its run")
+        if run.holds > run.idle_holds:
+            locked[segment.tier] += segment.count
+        elif run.holds:
+            held[segment.tier] += segment.count
+    _expect(locked == pages.locked, f"{locked} locked pages by tier, counted {pages.locked}")
+    _expect(held == pages.held, f"{held} held pages by tier, counted {pages.held}")
 
 
 def _check_children(run: Run) -> None:
     for edge, child in run.children.items():
-        _expect(child.parent is run, f"run {child.start}..{child.end} does not know its parent")
-        _expect(child.edge == edge == child.kind.edge_key(child.keys, 0), f"run {child.start}..{child.end}: wrong edge")
-        _expect(child.start == run.end, f"run {child.start}..{child.end} below a run that ends at {run.end}")
+        name = f"run {child.start}..{child.end}"
+        _expect(child.parent is run, f"{name} does not know its parent")
+        if child.num_tokens:
+            _expect(not child.children and child.end == child.start + 1, f"{name} is partial, but not a single leaf")
+            _expect(child.edge == edge == child.keys.tobytes(), f"{name}: wrong edge")
+        else:
+            _expect(child.edge == edge == child.kind.edge_key(child.keys, 0), f"{name}: wrong edge")
+        _expect(child.start == run.end, f"{name} below a run that ends at {run.end}")
 
 
 def _check_run(run: Run, has_pages: bool) -> None:
     name = f"run {run.start}..{run.end}"
     _expect(run.end > run.start, f"{name} is empty")
-    _expect(run.keys.size == (run.end - run.start) * run.kind.width, f"{name} has {run.keys.size} keys")
+    num_keys = run.num_tokens or (run.end - run.start) * run.kind.width
+    _expect(run.keys.size == num_keys, f"{name} has {run.keys.size} keys, expected {num_keys}")
     _check_children(run)
     _expect((run.pages is not None) == has_pages, f"{name}: pages where none belong, or none where they do")
     if run.pages is not None:
-        _expect(run.pages.run is run, f"{name}: its pages belong to another run")
-        covered = (run.pages.start, run.pages.start + run.pages.count)
-        _expect(covered == (run.start, run.end), f"{name} has pages for {covered}")
-        if not run.holds:
-            for child in run.children.values():
-                below = child.pages
-                older = below is not None and below.stamp - child.start < run.pages.stamp - (run.end - 1)
-                _expect(older, f"{name} is older than its descendant")
-    ordinals: list[int] = []
-    for segment in run.snapshots:
-        _expect(segment.run is run, f"{name}: a snapshot segment belongs to another run")
-        _expect(len(segment.ordinals) == len(segment.slots) > 0, f"{name}: empty or uneven snapshot segment")
-        _expect(list(segment.ordinals) == sorted(segment.ordinals), f"{name}: snapshots out of order")
-        ordinals += segment.ordinals
-    _expect(len(set(ordinals)) == len(ordinals), f"{name}: two snapshots after one block")
-    _expect(all(run.start <= ordinal < run.end for ordinal in ordinals), f"{name}: snapshot outside the run")
+        _check_pages_of(run, name)
+    by_store: dict[SparseStore, list[int]] = {}
+    for segment in run.items:
+        _expect(segment.run is run, f"{name}: a sparse segment belongs to another run")
+        _expect(len(segment.ordinals) == len(segment.slots) > 0, f"{name}: empty or uneven sparse segment")
+        _expect(list(segment.ordinals) == sorted(segment.ordinals), f"{name}: slots out of order")
+        by_store.setdefault(segment.store, []).extend(segment.ordinals)
+    for ordinals in by_store.values():
+        _expect(len(set(ordinals)) == len(ordinals), f"{name}: two slots for one block")
+        _expect(all(run.start <= ordinal < run.end for ordinal in ordinals), f"{name}: a slot outside the run")
+
+
+def _check_pages_of(run: Run, name: str) -> None:
+    pages = run.pages
+    assert pages is not None
+    _expect(pages.run is run, f"{name}: its pages belong to another run")
+    covered = (pages.start, pages.start + pages.count)
+    _expect(covered == (run.start, run.end), f"{name} has pages for {covered}")
+    warm = 0
+    for child in run.children.values():
+        below = child.pages
+        assert below is not None
+        _expect(below.tier >= pages.tier, f"{name} lies in tier {pages.tier}, what is below it in {below.tier}")
+        warm += below.tier == pages.tier
+        older = below.stamp - child.start < pages.stamp - (run.end - 1)
+        _expect(older or run.holds > 0, f"{name} is older than its descendant")
+    _expect(run.warm_children == warm, f"{name} has {warm} children in its tier, counted {run.warm_children}")
 
 
 def _check_holds(manager: KVCacheManager, runs: list[Run]) -> None:
     holds: Counter[Run] = Counter()
+    idle_holds: Counter[Run] = Counter()
     soft_holds: Counter[Run] = Counter()
-    sources: Counter[int] = Counter()
     sequences: Counter[Root] = Counter()
     for sequence in manager.open_sequences:
         sequences[sequence.root] += 1
         if sequence.locked:
             holds.update(sequence.cursor.path())
+            if sequence.idle:
+                idle_holds.update(sequence.cursor.path())
         if sequence.soft:
             soft_holds[sequence.cursor] += 1
-            if sequence.source_slot >= 0:
-                sources[sequence.source_slot] += 1
+            if sequence.partial is not None:
+                soft_holds[sequence.partial.run] += 1
     for run in runs:
         name = f"run {run.start}..{run.end}"
         _expect(run.holds == holds[run], f"{name} is held {run.holds} times, by {holds[run]} sequences")
-        _expect(
-            run.soft_holds == soft_holds[run], f"{name}: {run.soft_holds} soft holds, by {soft_holds[run]} sequences"
-        )
+        _expect(run.idle_holds == idle_holds[run], f"{name}: {run.idle_holds} idle holds, by {idle_holds[run]}")
+        _expect(run.soft_holds == soft_holds[run], f"{name}: {run.soft_holds} soft holds, by {soft_holds[run]}")
     for root in manager.store.roots.values():
-        _expect(
-            root.num_sequences == sequences[root],
-            f"{root.scope}: {root.num_sequences} sequences, {sequences[root]} open",
-        )
-    if manager.store.snapshots is not None:
-        held = manager.store.snapshots.held_sources
-        _expect(held == dict(sources), f"held sources {held}, expected {dict(sources)}")
+        num_open = sequences[root]
+        _expect(root.num_sequences == num_open, f"{root.scope}: {root.num_sequences} sequences, {num_open} open")
 
 
-def _check_queues(manager: KVCacheManager, runs: list[Run]) -> None:
+def _check_pins(manager: KVCacheManager) -> None:
+    """Each pin is counted by exactly the sequences that have it."""
+    counts: dict[Pin, list[int]] = {}
+
+    def count(pin: Pin | None, place: int) -> None:
+        if pin is not None and pin.slot >= 0:
+            counts.setdefault(pin, [0, 0, 0])[place] += 1
+
+    for sequence in manager.open_sequences:
+        if sequence.soft:
+            count(sequence.source, 0)
+            for _, _, pin in sequence.pins:
+                count(pin, 0)
+        for window in sequence.windows:
+            for pin in window.pins.values():
+                count(pin, 1 if sequence.idle else 2)
+        if sequence.parked is not None:
+            for pin in sequence.parked.pins():
+                count(pin, 1)
+    for store in manager.store.sparse_stores():
+        places = {(segment.tier, slot) for segment in segments_of(manager, store) for slot in segment.slots}
+        for pin in store.all_pins():
+            _expect((pin.tier, pin.slot) in places, f"a pin of slot {pin.slot} of tier {pin.tier}, which has no block")
+            found = [pin.soft, pin.held, pin.locked]
+            _expect(found == counts.get(pin), f"a pin is counted {found} times, by {counts.get(pin)} sequences")
+            _expect(not pin.locked or pin.tier == GPU_TIER, f"a locked slot in tier {pin.tier}")
+
+
+def _check_queues(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> None:
     """What may go has one entry in its queue, and that is no younger than it is."""
-    store = manager.store
-    entries: Counter[Segment] = Counter(store.page_queue.segments())
-    if store.snapshots is not None:
-        entries.update(store.snapshots.queue.segments())
-    for run in runs:
-        segments: list[Segment] = list(run.snapshots)
-        if run.pages is not None:
-            segments.append(run.pages)
-        for segment in segments:
-            name = f"a segment of run {run.start}..{run.end}"
-            _expect(entries[segment] == segment.queued, f"{name}: {entries[segment]} entries, queued {segment.queued}")
-            _expect(segment.queued or not segment.may_go(), f"{name} may go, but is not in the queue")
+    entries = [Counter[Segment](queue.segments()) for queue in tiers.queues]
+    for segment in segments_of(manager, tiers):
+        name = f"a segment of layer group {tiers.layer_group} in tier {segment.tier}"
+        for tier, counted in enumerate(entries):
+            expected = int(segment.queued and tier == segment.tier)
+            _expect(counted[segment] == expected, f"{name}: {counted[segment]} entries in the queue of tier {tier}")
+        _expect(segment.queued or not tiers.must_be_queued(segment), f"{name} may go, but is not in the queue")

@@ -131,7 +131,7 @@ def split_tier(
     quota = -(-quota // grain) * grain
     floors = [floor_slots(group, config) if tier == 0 else 1 for group in groups]
     _check_floors(groups, floors, tier, quota, grain)
-    weights = [step_slots(group, step, config) * group.slot_bytes for group in groups]
+    weights: list[float] = [step_slots(group, step, config) * group.slot_bytes for group in groups]
     if config.ssm_fraction is not None:
         weights = _weights_with_fraction(groups, weights, config.ssm_fraction)
     at_floor: set[int] = set()
@@ -143,7 +143,7 @@ def split_tier(
         at_floor |= below
 
 
-def _weights_with_fraction(groups: Sequence[LayerGroup], weights: list[int], fraction: float) -> list[float]:
+def _weights_with_fraction(groups: Sequence[LayerGroup], weights: list[float], fraction: float) -> list[float]:
     others = sum(weight for group, weight in zip(groups, weights, strict=True) if group.kind is not LayerGroupKind.SSM)
     return [
         fraction if group.kind is LayerGroupKind.SSM else (1 - fraction) * weight / others

@@ -36,10 +36,10 @@ class KVCacheManager:
 
     Nothing raises for lack of memory: `resume` and `resize` of a sequence return False.
 
-    Threads: every public call of the manager and of its sequences holds one lock for as long as it runs, so calls from
-    several threads leave the state whole. No lock is held between calls: a probe may be out of date when it returns, and
-    each sequence belongs to one thread at a time. Copies are queued under the lock; a file of the disk tier may be read
-    or written under it, too.
+    Threads: every public call of the manager and of its sequences holds one lock for as long as it runs, so calls
+    from several threads leave the state whole. None is held between calls: a probe may be out of date when it returns,
+    and each sequence belongs to one thread at a time. Copies are queued under the lock; a file of the disk tier may be
+    read or written under it, too.
 
     Errors: ValueError when a quota is too small for the slots that each layer group needs, or the memory cannot play a
     tier.
@@ -277,8 +277,8 @@ class KVCacheManager:
 
     def resize_tier(self, tier: int, quota: int) -> bool:
         """Give a tier another quota, in bytes. Slots may move; what no longer fits moves down or goes, oldest first.
-        False, and nothing changed, if that is not possible. Errors: RuntimeError with an ACTIVE sequence; ValueError for
-        an unknown tier or a quota that is too small for one slot of each layer group, or for `constraints`.
+        False, and nothing changed, if that is not possible. Errors: RuntimeError with an ACTIVE sequence; ValueError
+        for an unknown tier or a quota that is too small for one slot of each layer group, or for `constraints`.
         """
         with self.lock:
             self._require_no_active_sequence("resize_tier")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssmcache.committing import raise_priorities
 from ssmcache.keys import Int64Array
+from ssmcache.match import Partial
 from ssmcache.memory.base import GPU_TIER, SlotMoves, TransferError
 from ssmcache.parking import Parked
 from ssmcache.sparse import Pin, SparseStore
 from ssmcache.stats import Shortage
-from ssmcache.store import SoftHold
 from ssmcache.tiers import Tiers
 
 if TYPE_CHECKING:
@@ -50,34 +50,47 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
     match = sequence.reuse_match if found is None else found.reuse
     store.lock(sequence)
     _lock_windows(sequence, match.usable_tokens)
-    if store.has_tiers:
-        sequence.usable_tokens_by_tier = _usable_tokens_by_tier(sequence, match.usable_tokens)
-    try:
-        needs = _needs_of_first(sequence)
-        shortage = next(filter(None, (need.shortage(sequence, GPU_TIER) for need in needs)), None)
-        if shortage is None and states is not None:
-            own = 1 + (old is not None and old[1] is sequence.source)
-            shortage = states.shortage_of_live_state(sequence.source, own)
-        if shortage is None:
-            for need in needs:
-                need.tiers.bring(need.lifts, GPU_TIER, need.beside, sequence.stream)
-            if states is not None:
-                states.start(sequence.cursor, sequence.source)
-                sequence.source = None
-    except TransferError as error:
-        shortage = transfer_shortage(sequence, error)
-    if shortage is None and sequence.partial is not None:
-        shortage = _copy_partial(sequence)
+    needs = _needs_of_first(sequence)
+    shortage = _shortage(sequence, needs, GPU_TIER)
+    if shortage is not None and _can_take_over(sequence):
+        needs[0] = needs[0]._replace(beside=0)
+        shortage = _shortage(sequence, needs, GPU_TIER)
+    if shortage is None and states is not None:
+        own = 1 + (old is not None and old[1] is sequence.source)
+        shortage = states.shortage_of_live_state(sequence.source, own)
     if shortage is not None:
-        _undo_lock(sequence, found is not None, old)
+        _undo_lock(sequence)
+        if found is not None:
+            store.take_up_again(sequence, old)
         return shortage
-    if old is not None:
-        store.end_soft_hold(old)
-    if found is not None:
+    if found is not None:  # from here on the old match is not needed, and its room is
+        if old is not None:
+            store.end_soft_hold(old)
         sequence.apply(found)
+    if store.has_tiers:
+        sequence.usable_tokens_by_tier = _usable_tokens_by_tier(sequence)
+    try:
+        for need in needs:
+            need.tiers.bring(need.lifts, GPU_TIER, need.beside, sequence.stream)
+        if states is not None:
+            states.start(sequence.cursor, sequence.source)
+            sequence.source = None
+        if sequence.partial is not None:
+            if needs[0].beside:
+                _copy_partial(sequence, sequence.partial)
+            else:
+                _take_over_partial(sequence, sequence.partial)
+    except TransferError as error:
+        _undo_lock(sequence)
+        store.free_lost()
+        return transfer_shortage(sequence, error)
     if sequence.priority is not None:
         raise_priorities(store, sequence.cursor, 0, sequence.priority)
     return None
+
+
+def _shortage(sequence: KVCache, needs: list[_Need], tier: int) -> Shortage | None:
+    return next(filter(None, (need.shortage(sequence, tier) for need in needs)), None)
 
 
 def _lock_windows(sequence: KVCache, usable_tokens: int) -> None:
@@ -86,16 +99,27 @@ def _lock_windows(sequence: KVCache, usable_tokens: int) -> None:
     for window in sequence.windows:
         pins = {block: pin for store, block, pin in sequence.pins if store is window.store and block < end}
         window.lock(pins, usable_tokens, num_blocks)
+    _protect_partial(sequence, True)
 
 
-def _undo_lock(sequence: KVCache, is_new: bool, old: SoftHold | None) -> None:
-    store = sequence.store
+def _protect_partial(sequence: KVCache, protected: bool) -> None:
+    """Keep the block that is about to be copied where it is, or let it go as before."""
+    if sequence.partial is None:
+        return
+    if protected:
+        sequence.store.lock_child(sequence.partial.run)
+    else:
+        sequence.store.release(sequence.partial.run)
+    for sparse, block, pin in sequence.pins:
+        if block == sequence.partial.block:
+            sparse.count_pin(pin, locked=1 if protected else -1)
+
+
+def _undo_lock(sequence: KVCache) -> None:
+    _protect_partial(sequence, False)
     for window in sequence.windows:
         window.unlock_softly()
-    store.unlock(sequence)
-    if is_new:
-        store.take_up_again(sequence, old)
-    store.free_lost()
+    sequence.store.unlock(sequence)
 
 
 def _needs_of_first(sequence: KVCache) -> list[_Need]:
@@ -113,9 +137,9 @@ def _needs_of_first(sequence: KVCache) -> list[_Need]:
     return needs
 
 
-def _usable_tokens_by_tier(sequence: KVCache, usable_tokens: int) -> tuple[int, ...]:
+def _usable_tokens_by_tier(sequence: KVCache) -> tuple[int, ...]:
     """Where the pages of the reused tokens lie; without attention, where the state does."""
-    store, partial = sequence.store, sequence.partial
+    store, partial, usable_tokens = sequence.store, sequence.partial, sequence.reuse_match.usable_tokens
     block = store.tokens_per_block
     tokens = [0] * len(sequence.manager.tier_names)
     if store.pages is None:
@@ -129,10 +153,12 @@ def _usable_tokens_by_tier(sequence: KVCache, usable_tokens: int) -> tuple[int, 
     return tuple(tokens)
 
 
-def _copy_partial(sequence: KVCache) -> Shortage | None:
-    """Queue the copies of a block that matches in part into private pages, from the tiers where it lies."""
-    manager, store, partial = sequence.manager, sequence.store, sequence.partial
-    assert partial is not None
+def _copy_partial(sequence: KVCache, partial: Partial) -> None:
+    """Queue the copies of a block that matches in part into private pages, from the tiers where it lies.
+
+    Errors: TransferError; nothing was taken then.
+    """
+    store = sequence.store
     copies: list[tuple[Tiers[Any, Any], int, int]] = []
     if store.pages is not None:
         pages = partial.run.pages
@@ -144,33 +170,52 @@ def _copy_partial(sequence: KVCache) -> Shortage | None:
         for tiers, tier, slot in copies:
             slots = tiers.take(1, sequence.stream)
             taken.append((tiers, slots))
-            manager.copy(SlotMoves(tiers.layer_group, tier, (slot,), GPU_TIER, slots), sequence.stream)
+            moves = SlotMoves(tiers.layer_group, tier, (slot,), GPU_TIER, slots.tolist())
+            sequence.manager.copy(moves, sequence.stream)
     except TransferError as error:
         for tiers, slots in taken:
             tiers.pools[GPU_TIER].give_back(slots)
         if error.lost:
             store.lose(partial.run, partial.block)
-        if sequence.states is not None:
-            sequence.states.close()
-        return transfer_shortage(sequence, error)
+        raise
     for tiers, slots in taken:
         if tiers is store.pages:
             sequence.own_pages = slots
         for window in sequence.windows:
             if window.store is tiers:
                 window.own[partial.block] = slots[0]
+    _end_partial(sequence, partial)
+
+
+def _end_partial(sequence: KVCache, partial: Partial) -> None:
+    _protect_partial(sequence, False)
     for sparse, block, pin in sequence.pins:
         if block == partial.block:
             sparse.count_pin(pin, soft=-1)
-    partial.run.soft_holds -= 1
     sequence.partial = None
-    store.settle_leaf(partial.run)
-    return None
+    partial.run.soft_holds -= 1
+    sequence.store.settle_leaf(partial.run)
+
+
+def _can_take_over(sequence: KVCache) -> bool:
+    """Whether the block that would be copied may become the sequence's own: nobody else has a use for it now."""
+    partial = sequence.partial
+    if partial is None or sequence.windows or partial.run.pages is None:
+        return False
+    run = partial.run
+    alone = run.holds == 1 and run.soft_holds == 1 and not run.children and run.end - run.start == 1
+    return alone and partial.run.pages.tier == GPU_TIER
+
+
+def _take_over_partial(sequence: KVCache, partial: Partial) -> None:
+    """There is no room for a copy: the page itself becomes the sequence's own."""
+    _end_partial(sequence, partial)
+    sequence.own_pages = sequence.store.take_over_leaf(partial.run)
 
 
 def resume_again(sequence: KVCache) -> Shortage | None:
     """Bring back what a suspended sequence holds, and lock it."""
-    manager, store, parked = sequence.manager, sequence.store, sequence.parked
+    manager, parked = sequence.manager, sequence.parked
     if is_lost(sequence):
         return Shortage("lost", 0, manager.tier_names[-1], 0, 0, 0, 0)
     shortage = manager.gate(sequence)
@@ -219,7 +264,7 @@ def _bring_up(sequence: KVCache, parked: Parked | None, tier: int) -> Shortage |
     if store.snapshots is not None:
         pins = own_pins if sequence.source is None else own_pins | {sequence.source}
         needs.append(_Need(store.snapshots, store.snapshots.lifts(runs, pins, tier), 0))
-    shortage = next(filter(None, (need.shortage(sequence, tier) for need in needs)), None)
+    shortage = _shortage(sequence, needs, tier)
     if shortage is None:
         for need in needs:
             need.tiers.bring(need.lifts, tier, 0, sequence.stream)

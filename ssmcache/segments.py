@@ -1,7 +1,7 @@
 """Segments: blocks of one run and one layer group that lie in one tier and were stamped by the same touch.
 
-Full attention has a page for every block of a run, in one segment (`PageSegment`). Sliding windows and SSM have slots for
-some blocks only, in a few segments (`SparseSegment`).
+Full attention has a page for every block of a run, in one segment (`PageSegment`). Sliding windows and SSM have slots
+for some blocks only, in a few segments (`SparseSegment`).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class SparseSegment(Segment):
         return dropped
 
     def take_oldest(self, count: int, kept: Container[int]) -> tuple[IntArray, IntArray]:
-        """Forget up to `count` slots that are not among `kept`, the deepest first: (their ordinals, ascending, slots)."""
+        """Forget up to `count` slots that are not among `kept`, the deepest first: (ordinals, ascending, slots)."""
         if not kept:
             first = max(0, len(self.slots) - count)
             taken = self.ordinals[first:], self.slots[first:]

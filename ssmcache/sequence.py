@@ -50,7 +50,8 @@ class KVCache(PathHolder):
     private, in `own_pages`. While the sequence is ACTIVE all of that is on the GPU and locked; while it is suspended it
     is held, but may move to the tiers below.
 
-    Each call takes the manager's lock: sequences of one manager may be used from several threads, one thread a sequence.
+    Each call takes the manager's lock: sequences of one manager may be used from several threads, each from one at a
+    time.
     """
 
     __slots__ = (

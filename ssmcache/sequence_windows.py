@@ -70,7 +70,7 @@ class SequenceWindow:
     def _drop_all_but(self, needed: set[int]) -> None:
         stale = [block for block in self.own if block not in needed]
         if stale:
-            self.store.pools[GPU_TIER].give_back(int_array(self.own.pop(block) for block in stale))
+            self.store.gpu_pool.give_back(int_array(self.own.pop(block) for block in stale))
         for block in [block for block in self.pins if block not in needed]:
             self.store.count_pin(self.pins.pop(block), locked=-1)
 
@@ -105,7 +105,7 @@ class SequenceWindow:
     def close(self, idle: bool) -> None:
         """Give everything up; private pages are still on the GPU, or were parked before."""
         if self.own:
-            self.store.pools[GPU_TIER].give_back(int_array(self.own.values()))
+            self.store.gpu_pool.give_back(int_array(self.own.values()))
             self.own = {}
         for pin in self.pins.values():
             self.store.count_pin(pin, held=-1 if idle else 0, locked=0 if idle else -1)
@@ -130,7 +130,7 @@ class SequenceWindow:
             pin = self.store.pin(segment.tier, slot)
             own = self.own.pop(block)
             if segment.tier == GPU_TIER:
-                self.store.pools[GPU_TIER].give_back_one(own)
+                self.store.gpu_pool.give_back_one(own)
             else:  # keep the copy on the GPU
                 self.store.replace(segment, position, own)
                 there = self.store.find(cursor, first, last)

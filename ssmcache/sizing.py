@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 AnyPool = PagePool | StatePool
 
-# beside its capacity a tier below the GPU has so many bytes for each layer group, in use while a batch of moves is under
-# way: enough for a copy to run at full speed, little beside any host memory
+# beside its capacity a tier below the GPU has so many bytes for each layer group, in use while a batch of moves is
+# under way: enough for a copy to run at full speed, little beside any host memory
 _STAGING_BYTES = 64 << 20
 _TOLERATED_RATIO = 1.25
 _TRAFFIC_SEQUENCES = 256

@@ -43,7 +43,6 @@ class SnapshotStore(SparseStore):
         super().add(cursor, ordinals, slots, stamp, rank)
 
     def _forgotten(self, tier: int, slots: Sequence[int]) -> int:
-        """Returns the number of those that somebody has started from."""
         flags = self._was_reused[tier]
         if not flags:
             return 0

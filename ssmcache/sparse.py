@@ -1,7 +1,7 @@
 """Slots that only some blocks of the tree have: snapshots of SSM states, and the pages of sliding windows.
 
-Unlike a page of full attention, such a slot may go while a sequence goes on below it. What somebody depends on is pinned
-slot by slot.
+Unlike a page of full attention, such a slot may go while a sequence goes on below it. What somebody depends on is
+pinned, slot by slot.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Memory) -> None:
         super().__init__(layer_group, pools, memory)
+        self.gpu_pool = pools[GPU_TIER]
         self._store = store
         self._pins: list[dict[int, Pin]] = [{} for _ in pools]
         self._locked = [0] * len(pools)
@@ -98,6 +99,10 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         pins = self._pins[segment.tier]
         return [pins[slot] for slot in segment.slots if slot in pins]
 
+    def num_locked_of(self, segment: SparseSegment) -> int:
+        """Slots of a segment that are locked."""
+        return sum(bool(pin.locked) for pin in self.pins_of(segment))
+
     def all_pins(self) -> list[Pin]:
         """Every pin, for checks."""
         return [pin for pins in self._pins for pin in pins.values()]
@@ -119,8 +124,14 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         if self._own is None:
             return 0
         pins = self._pins[tier]
-        own = (segment for run in self._own.path() for segment in self.on(run) if segment.tier == tier)
-        return sum(1 for segment in own for slot in segment.slots if slot not in pins)
+        own = [
+            slot
+            for run in self._own.path()
+            for segment in self.on(run)
+            if segment.tier == tier
+            for slot in segment.slots
+        ]
+        return len(own) - sum(bool(pins[slot].held or pins[slot].locked) for slot in own if slot in pins)
 
     def _is_own(self, run: Run) -> bool:
         if self._own is None or not run.holds:
@@ -163,17 +174,15 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         self._settle_losers(losers)
 
     def _put_back(self, passed_over: list[SparseSegment]) -> None:
-        """Enter segments again that could not go just now. What is all locked comes back with `release`."""
+        """Enter segments again that could not go just now."""
         for segment in passed_over:
-            if segment.run is not None and not self._all_locked(segment):
+            if segment.run is not None and not self._stays_out(segment):
                 self.queues[segment.tier].put(segment)
         passed_over.clear()
 
-    def _all_locked(self, segment: SparseSegment) -> bool:
-        if not self._locked[segment.tier]:
-            return False
-        pins = self._pins[segment.tier]
-        return all(slot in pins and pins[slot].locked for slot in segment.slots)
+    def _stays_out(self, segment: SparseSegment) -> bool:
+        """Whether a segment that could not go comes back to the queue by other means."""
+        return False
 
     def _note_evicted(self, run: Run, tier: int, ordinals: IntArray, slots: IntArray) -> None:
         self.num_evicted += len(ordinals)
@@ -225,6 +234,9 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def unselect(self, segment: SparseSegment) -> None:
         self.queues[segment.tier].put(segment)
+
+    def must_be_queued(self, segment: SparseSegment) -> bool:
+        return not self._stays_out(segment)
 
     # -- moving ------------------------------------------------------------------------------------------------------
 
@@ -288,8 +300,9 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
             self._drop_empty(run)
         self._settle_losers([(run, ordinals[0])])
 
-    def _forgotten(self, tier: int, slots: Sequence[int]) -> None:
-        """These slots left the tree."""
+    def _forgotten(self, tier: int, slots: Sequence[int]) -> int:
+        """These slots left the tree; returns how many of them somebody has made use of, as far as that is known."""
+        return 0
 
     # -- following the tree ------------------------------------------------------------------------------------------
 
@@ -373,8 +386,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def take_one(self, stream: Any) -> int:
         """`take` for one."""
-        pool = self.pools[GPU_TIER]
-        assert isinstance(pool, StatePool)
+        pool = self.gpu_pool
         return pool.take_one() if pool.used < pool.capacity else self.take(1, stream)[0]
 
     def _place_of(self, cursor: Run, tier: int, slot: int) -> tuple[SparseSegment, int]:

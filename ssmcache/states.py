@@ -47,7 +47,7 @@ class SequenceStates:
         holds softly so many times (0 or 1).
         """
         snapshots = self._snapshots
-        pool = snapshots.pools[GPU_TIER]
+        pool = snapshots.gpu_pool
         if pool.used < pool.capacity:
             return None
         room = snapshots.obtainable()
@@ -69,7 +69,7 @@ class SequenceStates:
         if source is None:
             self.live_slot = snapshots.take_one(self.stream)
             return
-        tier, pool = source.tier, snapshots.pools[GPU_TIER]
+        tier, pool = source.tier, snapshots.gpu_pool
         if tier == GPU_TIER and pool.used >= pool.capacity and snapshots.obtainable() <= 1:
             # the source is all there is: it becomes the live state itself
             self.live_slot = source.slot
@@ -85,7 +85,7 @@ class SequenceStates:
             try:
                 manager.copy_state(tier, source.slot, slot, self.stream)
             except TransferError as error:
-                snapshots.pools[GPU_TIER].give_back_one(slot)
+                snapshots.gpu_pool.give_back_one(slot)
                 if error.lost:
                     snapshots.lose_slot(cursor, tier, source.slot)
                 raise
@@ -109,7 +109,7 @@ class SequenceStates:
     def _take_beside(self, cursor: Run, count: int) -> IntArray:
         """Slots that were found to be obtainable beside the own path; none if a tier below failed."""
         snapshots = self._snapshots
-        pool = snapshots.pools[GPU_TIER]
+        pool = snapshots.gpu_pool
         if count <= pool.capacity - pool.used:
             return pool.take(count)
         snapshots.protect(cursor)
@@ -124,7 +124,7 @@ class SequenceStates:
         """Take slots for ascending points; returns all points that have a reserved slot now, with it."""
         if points:
             wanted = self._worth_reserving(points, cursor)
-            pool = self._snapshots.pools[GPU_TIER]
+            pool = self._snapshots.gpu_pool
             if len(wanted) > pool.capacity - pool.used:
                 room = self._room_beside(cursor, len(wanted))
                 self._refused = self._refused.union(wanted[room:])
@@ -160,7 +160,7 @@ class SequenceStates:
 
     def give_back_reserved(self) -> None:
         if self._slots:
-            self._snapshots.pools[GPU_TIER].give_back(self._slots)
+            self._snapshots.gpu_pool.give_back(self._slots)
             self._points, self._slots = (), _NO_SLOTS
         self._refused = _NONE
 
@@ -206,7 +206,7 @@ class SequenceStates:
         reserved = dict(zip(self._points, self._slots, strict=True))
         # what this commit does not need goes back first, so that a copy at its end can have the room
         for point in [point for point in reserved if point > end or point // block - 1 in present]:
-            self._snapshots.pools[GPU_TIER].give_back_one(reserved.pop(point))
+            self._snapshots.gpu_pool.give_back_one(reserved.pop(point))
         ordinals, slots = int_array(), int_array()
         for point in points:
             ordinal = point // block - 1
@@ -231,7 +231,7 @@ class SequenceStates:
         if history_length > end:
             counters.snapshots_skipped_history += 1
             return -1
-        pool = self._snapshots.pools[GPU_TIER]
+        pool = self._snapshots.gpu_pool
         has_room = pool.used < pool.capacity or self._room_beside(cursor, 1)
         taken = self._take_beside(cursor, 1) if has_room else _NO_SLOTS
         if not taken:
@@ -253,4 +253,4 @@ class SequenceStates:
     def close(self) -> None:
         self.give_back_reserved()
         if self.live_slot >= 0:
-            self._snapshots.pools[GPU_TIER].give_back_one(self.give_up_live())
+            self._snapshots.gpu_pool.give_back_one(self.give_up_live())

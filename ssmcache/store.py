@@ -1,6 +1,6 @@
 """The reusable blocks: who holds which path, what a touch stamps, and the room that all of it needs.
 
-A slot is *cached* while the tree owns it or a suspended sequence has parked it, *private* while an ACTIVE sequence does.
+A slot is *cached* while the tree owns it or a suspended sequence has parked it, *private* while an ACTIVE one does.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ class BlockStore(TreeStructure):
         tokens_per_block: int,
         events: EventLog | None,
     ) -> None:
-        super().__init__(events)
-        self.tokens_per_block = tokens_per_block
+        super().__init__(tokens_per_block, events)
         self.pages = None
         self.snapshots = None
         windows: list[WindowStore] = []
@@ -190,7 +189,7 @@ class BlockStore(TreeStructure):
         self.soft_holders[holder] = None
         run.soft_holds += 1
         while run.parent is not None:
-            self._release(run)
+            self.release(run)
             self.settle_leaf(run)
             run = run.parent
 
@@ -205,7 +204,7 @@ class BlockStore(TreeStructure):
                 self.pages.held[pages.tier] -= num_blocks
         child.holds += 1
 
-    def _release(self, run: Run) -> None:
+    def release(self, run: Run) -> None:
         """One holder of a run less, which was not suspended."""
         run.holds -= 1
         pages = run.pages
@@ -280,11 +279,11 @@ class BlockStore(TreeStructure):
             self.set_idle(holder, False)
         while run.parent is not None:
             parent = run.parent
-            self._release(run)
-            if not run.holds and below is not None and len(run.children) == 1 and not run.soft_holds:
-                if self.can_absorb(below):
-                    self.absorb_parent(below)
-                    run = below
+            self.release(run)
+            alone = not run.holds and below is not None and len(run.children) == 1 and not run.soft_holds
+            if alone and below is not None and self.can_absorb(below):
+                self.absorb_parent(below)
+                run = below
             if below is not None and run is not below:
                 self._stamp(below, stamp)
                 self._settle_in_tier(below)

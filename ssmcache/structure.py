@@ -22,7 +22,8 @@ class TreeStructure:
     snapshots: SnapshotStore | None
     windows: tuple[WindowStore, ...]
 
-    def __init__(self, events: EventLog | None) -> None:
+    def __init__(self, tokens_per_block: int, events: EventLog | None) -> None:
+        self.tokens_per_block = tokens_per_block
         self.roots: dict[ReuseScope, Root] = {}
         self.clock = Clock()
         self.version = 0
@@ -194,6 +195,17 @@ class TreeStructure:
         assert tiers is not None
         tiers.pools[pages.tier].give_back(pages.drop_tail(num_blocks))
         tiers.cached[pages.tier] -= num_blocks
+
+    def take_over_leaf(self, run: Run) -> SlotArray:
+        """Take a leaf of one block, which is on the GPU and which nobody holds, out of the tree; its page becomes the
+        caller's.
+        """
+        assert self.pages is not None
+        assert run.pages is not None
+        slots = run.pages.slots
+        self.pages.pools[GPU_TIER].used += 1  # what the drop gives back is taken again, with what is in it
+        self.drop_tail(run, 1)
+        return slots
 
     def settle_leaf(self, run: Run) -> None:
         """If the tail of the run may go now, by eviction, say so; drop what nothing lies on any more."""

@@ -32,7 +32,7 @@ class Tiers(Generic[S, Slots]):
 
     def __init__(self, layer_group: int, pools: Sequence[SlotPool[Slots]], memory: Memory) -> None:
         self.layer_group = layer_group
-        self.pools = tuple(pools)
+        self.pools: tuple[SlotPool[Slots], ...] = tuple(pools)
         self.last_tier = len(pools) - 1
         self.queues = [EvictionQueue() for _ in pools]
         self.cached = [0] * len(pools)
@@ -73,6 +73,10 @@ class Tiers(Generic[S, Slots]):
         move down, the upper part if it moves up.
         """
         raise NotImplementedError
+
+    def must_be_queued(self, segment: S) -> bool:
+        """Whether a segment can be asked to go, and so has to be in the queue of its tier."""
+        return segment.may_go()
 
     def slots_of(self, segment: S) -> Slots:
         raise NotImplementedError
@@ -185,7 +189,7 @@ class Tiers(Generic[S, Slots]):
         pool = self.pools[tier]
         destinations = pool.take(len(sources))
         try:
-            self._memory.copy(SlotMoves(self.layer_group, source_tier, sources, tier, destinations), stream)
+            self._memory.copy(SlotMoves(self.layer_group, source_tier, sources, tier, destinations.tolist()), stream)
         except TransferError as error:
             pool.give_back(destinations)
             position = 0

@@ -65,6 +65,10 @@ class WindowStore(SparseStore):
                 self._store.drop_subtree(run, block)
         super()._settle_losers(losers)
 
+    def _stays_out(self, segment: SparseSegment) -> bool:
+        # what is all locked comes back with `release`: ACTIVE sequences lock many, which would come up again and again
+        return bool(self._locked[segment.tier]) and self.num_locked_of(segment) == len(segment.slots)
+
     def stamp_of_activity(self) -> int:
         """A time for all pages that a sequence commits before it is suspended or closed: with one for each block
         they would stay segments of their own.

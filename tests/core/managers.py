@@ -46,5 +46,5 @@ def make_manager(
     manager = KVCacheManager(config, memory=memory or SimulatedMemory())
     if quota is not None:
         expected = [count for count in (pages, states) if count]
-        assert [pool.capacity for pool in manager.pools] == expected
+        assert [pools[0].capacity for pools in manager.pools] == expected
     return manager

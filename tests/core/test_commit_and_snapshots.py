@@ -60,7 +60,7 @@ def test_reserved_states_lie_at_the_points_before_the_end_and_nowhere_else(lengt
     manager = make_manager(None, None)
     committed(manager, (length,), reserve=True)
     (run,) = manager.store.all_runs()
-    ordinals = [ordinal for segment in run.snapshots for ordinal in segment.ordinals]
+    ordinals = [ordinal for segment in run.items for ordinal in segment.ordinals]
     assert ordinals == [point // 32 - 1 for point in range(64, length + 1, 64)]
 
 

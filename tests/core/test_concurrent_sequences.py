@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from ssmcache import (
     ReuseScope,
     SimulatedMemory,
 )
+from ssmcache.memory.base import SlotMoves
 from tests.core.reference import Prefix, ReferenceCache, ReferenceSequence, Setup
 
 Text = tuple[int, ...]
@@ -55,10 +55,10 @@ class RecordingMemory(SimulatedMemory):
         super().__init__()
         self.contents: dict[tuple[int, int], Prefix | None] = {}
 
-    def copy(self, layer_group: int, sources: Sequence[int], destinations: Sequence[int], stream: Any) -> float:
-        for source, destination in zip(sources, destinations, strict=True):
-            self.contents[layer_group, destination] = self.contents[layer_group, source]
-        return super().copy(layer_group, sources, destinations, stream)
+    def copy(self, moves: SlotMoves, stream: Any) -> None:
+        for source, destination in zip(moves.sources, moves.destinations, strict=True):
+            self.contents[moves.layer_group, destination] = self.contents[moves.layer_group, source]
+        super().copy(moves, stream)
 
 
 def manager_of(setup: Setup, memory: SimulatedMemory) -> KVCacheManager:
@@ -70,6 +70,7 @@ def manager_of(setup: Setup, memory: SimulatedMemory) -> KVCacheManager:
         interval=setup.interval or setup.block,
         memory=memory,
         max_util_for_resume=setup.max_util,
+        enable_partial_reuse=False,
     )
 
 

@@ -42,11 +42,7 @@ def test_block_96_with_the_default_interval_is_refused_with_an_ssm_layer():
             "ssm_reuse_interval: expected a positive integer, got 0",
         ),
         (lambda: config([SSM], ssm_reuse_interval=-64), "ssm_reuse_interval: expected a positive integer, got -64"),
-        (lambda: config([SSM], enable_partial_reuse=True), "enable_partial_reuse: expected None or False, got True"),
-        (
-            lambda: config([ATTENTION], enable_partial_reuse=True),
-            "enable_partial_reuse: expected None or False, got True",
-        ),
+        (lambda: config([SSM], enable_partial_reuse=True), "enable_partial_reuse: expected None or False with SSM"),
         (lambda: config([ATTENTION], tokens_per_block=0), "tokens_per_block: expected a positive integer, got 0"),
         (lambda: config([ATTENTION], tokens_per_block=True), "tokens_per_block: expected a positive integer, got True"),
         (lambda: config([ATTENTION], tokens_per_block=1.5), "tokens_per_block: expected a positive integer, got 1.5"),
@@ -58,7 +54,10 @@ def test_block_96_with_the_default_interval_is_refused_with_an_ssm_layer():
         (lambda: config([ATTENTION], ssm_fraction=0.5), "ssm_fraction: expected None without SSM layers, got 0.5"),
         (lambda: config([ATTENTION, SSM], ssm_fraction=0.0), "ssm_fraction: expected a share between 0 and 1, got 0.0"),
         (lambda: config([ATTENTION, SSM], ssm_fraction=1), "ssm_fraction: expected a share between 0 and 1, got 1"),
-        (lambda: KVCacheManagerConfig(32, [ATTENTION], []), "cache_tiers: expected one GpuCacheTierConfig"),
+        (
+            lambda: KVCacheManagerConfig(32, [ATTENTION], []),
+            "cache_tiers: expected a GPU tier, then a host and a disk tier",
+        ),
         (lambda: BufferConfig("key", 0), "size of buffer 'key': expected a positive integer, got 0"),
         (lambda: BufferConfig("", 1), "buffer role: expected a name, got ''"),
         (lambda: AttentionLayerConfig(3, ()), "buffers of layer 3: expected at least one"),
@@ -76,7 +75,7 @@ def test_wrong_settings_are_refused(make, message):
 
 def slots(**settings):
     manager = KVCacheManager(config([ATTENTION, SSM], **settings), SimulatedMemory())
-    return tuple(pool.capacity for pool in manager.pools)
+    return tuple(pools[0].capacity for pools in manager.pools)
 
 
 def test_without_a_typical_step_the_bytes_are_split_as_one_sequence_of_2048_tokens_uses_them():
@@ -103,12 +102,15 @@ def test_exact_slot_counts_can_be_asked_for():
             make_manager(pages, states)
 
 
-@pytest.mark.parametrize(
-    ("quota", "fraction", "what"), [(999, 0.5, "one SSM state"), (1050, 0.96, "one page of one block")]
-)
-def test_a_quota_without_room_for_one_slot_of_each_group_is_refused(quota, fraction, what):
-    with pytest.raises(ValueError, match=f"quota of the GPU tier: expected room for at least {what}"):
+@pytest.mark.parametrize(("quota", "fraction"), [(999, 0.5), (1050, 0.96)])
+def test_a_quota_without_room_for_one_slot_of_each_group_is_refused(quota, fraction):
+    with pytest.raises(ValueError, match=f"quota of the GPU tier: expected at least 1100 bytes .* got {quota} bytes"):
         slots(quota=quota, ssm_fraction=fraction)
+
+
+def test_a_share_too_small_for_one_slot_still_gives_one():
+    assert slots(quota=10_000, ssm_fraction=0.01) == (90, 1)
+    assert slots(quota=1_100, ssm_fraction=0.999) == (1, 1)
 
 
 def test_layers_of_a_kind_form_one_group_and_its_slot_holds_all_their_buffers():

@@ -12,7 +12,8 @@ from ssmcache import BlockKeys
 from ssmcache.eviction import EvictionQueue
 from ssmcache.keys import KeyKind, ReuseScope
 from ssmcache.pools import PagePool, StatePool, int_array
-from ssmcache.tree import PageSegment, Root, Run
+from ssmcache.segments import DEFAULT_RANK, PageSegment
+from ssmcache.tree import Root, Run
 
 
 @pytest.mark.parametrize("pool_type", [PagePool, StatePool])
@@ -60,7 +61,8 @@ def test_a_queue_gives_what_may_go_by_the_age_of_its_tail_whatever_was_touched_h
     root = Root(KeyKind(1, True), ReuseScope())
     queue, in_queue, clock = EvictionQueue(), set(), 0
     segments = [
-        PageSegment(Run(root, root.kind, n, 0, 1, np.zeros(1)), 0, n, 0, np.zeros(1, np.int32)) for n in range(50)
+        PageSegment(Run(root, root.kind, n, 0, 1, np.zeros(1)), 0, DEFAULT_RANK, n, 0, False, 0, np.zeros(1, np.int32))
+        for n in range(50)
     ]
     for step in range(4000):
         segment = rng.choice(segments)
@@ -81,7 +83,9 @@ def test_a_queue_gives_what_may_go_by_the_age_of_its_tail_whatever_was_touched_h
             in_queue.discard(segment)
             run = segment.run
             queue.retire(segment)
-            segments[segments.index(segment)] = PageSegment(run, 0, 100 + step, 0, np.zeros(1, np.int32))
+            segments[segments.index(segment)] = PageSegment(
+                run, 0, DEFAULT_RANK, 100 + step, 0, False, 0, np.zeros(1, np.int32)
+            )
         elif action > 0.8:
             oldest = queue.oldest()
             assert oldest is min(in_queue, key=lambda segment: segment.stamp, default=None)
@@ -95,7 +99,7 @@ def test_a_queue_does_not_keep_what_has_left_the_tree():
     root = Root(KeyKind(1, True), ReuseScope())
     queue, one = EvictionQueue(), np.zeros(1, np.int32)
     for n in range(10_000):
-        segment = PageSegment(Run(root, root.kind, n, 0, 1, np.zeros(1)), n, n, 0, one)
+        segment = PageSegment(Run(root, root.kind, n, 0, 1, np.zeros(1)), n, DEFAULT_RANK, n, 0, False, 0, one)
         queue.put(segment)
         if n % 100:
             queue.retire(segment)
@@ -174,7 +178,7 @@ def test_the_manager_counts_the_bytes_of_the_states_that_it_copies():
 
 
 def damage_pool(manager):
-    manager.store.page_pool.take(1)
+    manager.store.pages.pools[0].take(1)
 
 
 def damage_holds(manager):
@@ -182,7 +186,7 @@ def damage_holds(manager):
 
 
 def damage_queue(manager):
-    queue = manager.store.page_queue
+    queue = manager.store.pages.queues[0]
     queue.take_out(queue.oldest())
 
 
@@ -196,12 +200,12 @@ def damage_length(manager):
 
 
 def damage_snapshot(manager):
-    segment = manager.store.all_runs()[0].snapshots[0]
+    segment = manager.store.all_runs()[0].items[0]
     segment.ordinals[0] = 100
 
 
 def damage_count(manager):
-    manager.store.num_cached_pages += 1
+    manager.store.pages.cached[0] += 1
 
 
 def damage_slot(manager):

@@ -285,7 +285,7 @@ def test_page_indices_name_the_shared_and_the_private_pages_in_order():
     second = open_with(manager, 100, TOKENS[:99])
     assert second.page_indices(0)[:2].tolist() == first.page_indices(0)[:2].tolist()
     assert len({*first.page_indices(0).tolist(), *second.page_indices(0).tolist()}) == 6
-    with pytest.raises(ValueError, match="attention layer group"):
+    with pytest.raises(ValueError, match="a layer group of attention"):
         first.page_indices(1)
     with pytest.raises(ValueError, match="SSM layer group"):
         first.ssm_slot(0)
