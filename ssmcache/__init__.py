@@ -4,13 +4,16 @@ from ssmcache.config import (
     AttentionLayerConfig,
     BatchDesc,
     BufferConfig,
+    DiskCacheTierConfig,
     GpuCacheTierConfig,
+    HostCacheTierConfig,
     KVCacheDesc,
     KVCacheManagerConfig,
     SsmLayerConfig,
 )
 from ssmcache.keys import BlockKeys, ReuseScope
 from ssmcache.manager import KVCacheManager
+from ssmcache.memory.host import HostMemory
 from ssmcache.memory.simulated import SimulatedMemory
 from ssmcache.sequence import KVCache, KVCacheStatus, StateError
 from ssmcache.stats import CacheStats, LayerGroupUsage, MemoryUsage, ReuseMatch, Shortage
@@ -21,7 +24,10 @@ __all__ = [
     "BlockKeys",
     "BufferConfig",
     "CacheStats",
+    "DiskCacheTierConfig",
     "GpuCacheTierConfig",
+    "HostCacheTierConfig",
+    "HostMemory",
     "KVCache",
     "KVCacheDesc",
     "KVCacheManager",

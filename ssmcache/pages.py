@@ -9,7 +9,7 @@ from ssmcache.memory.base import Memory
 from ssmcache.pools import PagePool, SlotArray
 from ssmcache.segments import PageSegment
 from ssmcache.tiers import Tiers
-from ssmcache.tree import Run
+from ssmcache.tree import Run, runs_below
 
 if TYPE_CHECKING:
     from ssmcache.store import BlockStore
@@ -27,6 +27,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
         self.locked = [0] * len(pools)
         self.held = [0] * len(pools)
         self._store = store
+        self._moved_down: list[Run] = []  # by the batch under way
 
     def num_droppable(self, tier: int) -> int:
         return self.cached[tier] - self.locked[tier] - self.held[tier]
@@ -53,10 +54,13 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
             assert isinstance(segment, PageSegment)
             run = segment.run
             assert run is not None
-            if tier < self.last_tier and (run.children or run.holds or run.soft_holds):
-                queue.take_out(segment)
-                passed_over.append(segment)
-                continue
+            if tier < self.last_tier:
+                if run.holds or _is_softly_held(run):
+                    queue.take_out(segment)
+                    passed_over.append(segment)
+                    continue
+                for child in list(run.children.values()):  # in tiers below, and older
+                    self._store.drop_subtree(child, child.start)
             num_blocks = min(count, run.end - run.start)
             self._store.drop_tail(run, num_blocks)
             self.num_evicted += num_blocks
@@ -78,7 +82,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
             count -= run.end - run.start
             selected.append(segment)
             parent = run.parent
-            if parent is not None and parent.pages is not None:
+            if parent is not None and _tier_of(parent) == tier:
                 parent.warm_children -= 1
                 self._store.settle_leaf(parent)
         return selected
@@ -87,7 +91,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
         run = segment.run
         assert run is not None
         parent = run.parent
-        if parent is not None and parent.pages is not None:
+        if parent is not None and _tier_of(parent) == segment.tier:
             parent.warm_children += 1
         self.queues[segment.tier].put(segment)
 
@@ -123,11 +127,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
             self.held[tier] += num_blocks
         if tier > old_tier:
             run.warm_children = sum(_tier_of(child) == tier for child in run.children.values())
-            if len(run.children) == 1:
-                (child,) = run.children.values()
-                if self._store.can_absorb(child) and _tail_of_one_touch(run, child):
-                    self._store.absorb_parent(child)
-                    run = child
+            self._moved_down.append(run)
         else:
             run.warm_children = 0
             parent = run.parent
@@ -136,9 +136,23 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
         self._store.settle_leaf(run)
         return old_slots
 
+    def join_moved(self) -> None:
+        for run in self._moved_down:
+            parent = run.parent
+            if parent is None or parent.children.get(run.edge) is not run or len(run.children) != 1:
+                continue  # one with another by now, or lost
+            (child,) = run.children.values()
+            if self._store.can_absorb(child) and _tail_of_one_touch(run, child):
+                self._store.absorb_parent(child)
+        self._moved_down.clear()
+
     def lose(self, segment: PageSegment, index: int) -> None:
         assert segment.run is not None
         self._store.lose(segment.run, segment.run.start + index)
+
+
+def _is_softly_held(run: Run) -> bool:
+    return run.soft_holds > 0 or any(below.soft_holds for below in runs_below(run))
 
 
 def _tier_of(run: Run) -> int:

@@ -12,8 +12,7 @@ from ssmcache.memory.base import GPU_TIER
 from ssmcache.pools import NO_SLOTS
 from ssmcache.segments import DEFAULT_RANK, PageSegment
 from ssmcache.sparse import Pin
-from ssmcache.structure import runs_below
-from ssmcache.tree import Root, Run
+from ssmcache.tree import Root, Run, runs_below
 
 if TYPE_CHECKING:
     from ssmcache.sequence import KVCache
@@ -84,6 +83,7 @@ class Parked:
         for segment in self.states.items:
             for pin in segment.store.pins_of(segment):
                 segment.store.count_pin(pin, held=change, locked=-change)
+            segment.store.queues[segment.tier].put(segment)
 
     def page_lifts(self, tier: int) -> list[PageSegment]:
         return [run.pages for run in self.page_runs() if run.pages is not None and run.pages.tier > tier]

@@ -13,6 +13,7 @@ from ssmcache.parking import Parked
 from ssmcache.sparse import Pin, SparseStore
 from ssmcache.stats import Shortage
 from ssmcache.tiers import Tiers
+from ssmcache.tree import Run
 
 if TYPE_CHECKING:
     from ssmcache.sequence import KVCache
@@ -113,6 +114,13 @@ def _protect_partial(sequence: KVCache, protected: bool) -> None:
     for sparse, block, pin in sequence.pins:
         if block == sequence.partial.block:
             sparse.count_pin(pin, locked=1 if protected else -1)
+    if not protected:
+        _release_windows(sequence, sequence.partial.run)
+
+
+def _release_windows(sequence: KVCache, deepest: Run) -> None:
+    for window in sequence.windows:
+        window.store.release(deepest)
 
 
 def _undo_lock(sequence: KVCache) -> None:
@@ -277,7 +285,10 @@ def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
     if parked is not None:
         if is_lost(sequence):
             return Shortage("lost", 0, sequence.manager.tier_names[-1], 0, 0, 0, 0)
-        return _with_locks(sequence, parked, lambda: _bring_up(sequence, parked, tier))
+        shortage = _with_locks(sequence, parked, lambda: _bring_up(sequence, parked, tier))
+        if shortage is None:
+            _set_idle(sequence, parked, True)
+        return shortage
     if not sequence.soft:
         return None
     pins: list[tuple[SparseStore, Pin]] = [(sparse, pin) for sparse, _, pin in sequence.pins]
@@ -294,6 +305,7 @@ def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
         for sparse, pin in pins:
             sparse.count_pin(pin, locked=-1)
         store.unlock(sequence)
+        _release_windows(sequence, sequence.cursor if sequence.partial is None else sequence.partial.run)
 
 
 def suspend(sequence: KVCache) -> None:

@@ -84,7 +84,7 @@ class KVCache(PathHolder):
         self._stopped = False
         self._rows: PageRows | None = None
         self.states = None if store.snapshots is None else SequenceStates(manager, self.priority)
-        self.windows = tuple(SequenceWindow(window, self.priority) for window in store.windows)
+        self.windows = tuple(SequenceWindow(window, self, self.priority) for window in store.windows)
         found = manager.find(self.root, keys, num_blocks, num_tokens, adopt)
         store.hold_softly(self, found)
         self.apply(found)
@@ -377,7 +377,7 @@ class KVCache(PathHolder):
             if end > self.history_length:
                 self.history_length = end
                 for window in self.windows:
-                    window.forget_stale(self.cursor, end, -(-self.capacity // block))
+                    window.forget_stale(end, -(-self.capacity // block))
             self.manager.streams.release(self.stream)
             if self._rows is not None:
                 self._rows.refresh()

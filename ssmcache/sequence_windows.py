@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pools import SlotArray, int_array
@@ -12,16 +12,20 @@ from ssmcache.sparse import Pin
 from ssmcache.tree import Run
 from ssmcache.windows import WindowStore
 
+if TYPE_CHECKING:
+    from ssmcache.store import PathHolder
+
 
 class SequenceWindow:
     """`own`: private pages by block, of blocks that are not in the tree. `pins`: pages of the tree that the sequence
     needs, by block, locked while it is ACTIVE. Pages leave both when their block goes stale.
     """
 
-    __slots__ = ("_priority", "_shape", "_stamp", "own", "pins", "store")
+    __slots__ = ("_holder", "_priority", "_shape", "_stamp", "own", "pins", "store")
 
-    def __init__(self, store: WindowStore, priority: Priority | None) -> None:
+    def __init__(self, store: WindowStore, holder: PathHolder, priority: Priority | None) -> None:
         self.store = store
+        self._holder = holder
         self.own: dict[int, int] = {}
         self.pins: dict[int, Pin] = {}
         self._priority = priority
@@ -32,13 +36,18 @@ class SequenceWindow:
 
     def _shape_for(self, history_length: int, num_blocks: int) -> tuple[int, int, int]:
         first, end = self.store.window.stale_blocks(history_length)
-        return num_blocks, first, end
+        # blocks that were taken up beyond the capacity stay, since nobody writes them again
+        return max(num_blocks, self._holder.cursor.end), first, end
+
+    def _needed(self, history_length: int, shape: tuple[int, int, int]) -> list[int]:
+        return self.store.window.needed_blocks(history_length, shape[0])
 
     def missing(self, history_length: int, num_blocks: int) -> int:
         """Slots that must be obtained for these lengths, counting those that go stale as free already."""
-        if self._shape_for(history_length, num_blocks) == self._shape:
+        shape = self._shape_for(history_length, num_blocks)
+        if shape == self._shape:
             return 0
-        needed = set(self.store.window.needed_blocks(history_length, num_blocks))
+        needed = set(self._needed(history_length, shape))
         missing = len(needed - self.own.keys() - self.pins.keys())
         freed = len(self.own.keys() - needed)
         freed += sum(pin.locked == 1 and not pin.held for block, pin in self.pins.items() if block not in needed)
@@ -52,27 +61,29 @@ class SequenceWindow:
         shape = self._shape_for(history_length, num_blocks)
         if shape == self._shape:
             return
-        needed = self.store.window.needed_blocks(history_length, num_blocks)
+        needed = self._needed(history_length, shape)
         self._drop_all_but(set(needed))
         missing = [block for block in needed if block not in self.own and block not in self.pins]
         if missing:
             self.own.update(zip(missing, self.store.take(len(missing), stream), strict=True))
         self._shape = shape
 
-    def forget_stale(self, cursor: Run, history_length: int, num_blocks: int) -> None:
+    def forget_stale(self, history_length: int, num_blocks: int) -> None:
         """Give up what went stale; nothing new is needed."""
         shape = self._shape_for(history_length, num_blocks)
         if shape != self._shape:
-            self._drop_all_but(set(self.store.window.needed_blocks(history_length, num_blocks)))
+            self._drop_all_but(set(self._needed(history_length, shape)))
             self._shape = shape
-            self.store.release(cursor, 0, cursor.end)
 
     def _drop_all_but(self, needed: set[int]) -> None:
         stale = [block for block in self.own if block not in needed]
         if stale:
             self.store.gpu_pool.give_back(int_array(self.own.pop(block) for block in stale))
-        for block in [block for block in self.pins if block not in needed]:
+        gone = [block for block in self.pins if block not in needed]
+        for block in gone:
             self.store.count_pin(self.pins.pop(block), locked=-1)
+        if gone:
+            self.store.release(self._holder.cursor)
 
     # -- status ------------------------------------------------------------------------------------------------------
 
@@ -88,6 +99,7 @@ class SequenceWindow:
         """Undo `lock`."""
         for pin in self.pins.values():
             self.store.count_pin(pin, locked=-1, soft=1)
+        self.store.release(self._holder.cursor)
         pins, self.pins = self.pins, {}
         return pins
 
@@ -96,7 +108,9 @@ class SequenceWindow:
         change = 1 if idle else -1
         for pin in self.pins.values():
             self.store.count_pin(pin, held=change, locked=-change)
-        if not idle:
+        if idle:
+            self.store.release(self._holder.cursor)
+        else:
             self._stamp = self.store.stamp_of_activity()
 
     def is_lost(self) -> bool:
@@ -109,6 +123,7 @@ class SequenceWindow:
             self.own = {}
         for pin in self.pins.values():
             self.store.count_pin(pin, held=-1 if idle else 0, locked=0 if idle else -1)
+        self.store.release(self._holder.cursor)
         self.pins = {}
 
     # -- committing --------------------------------------------------------------------------------------------------
@@ -122,9 +137,7 @@ class SequenceWindow:
             return
         there = self.store.find(cursor, first, last)
         self._add(cursor, [block for block in blocks if block not in there])
-        for block in blocks:
-            if block not in there:
-                continue
+        for block in [block for block in blocks if block in there]:
             segment, position = there[block]
             slot = segment.slots[position]
             pin = self.store.pin(segment.tier, slot)

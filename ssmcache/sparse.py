@@ -43,6 +43,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         self._pins: list[dict[int, Pin]] = [{} for _ in pools]
         self._locked = [0] * len(pools)
         self._held = [0] * len(pools)
+        self._moved_runs: dict[Run, None] = {}  # by the batch under way
         self._own: Run | None = None
         self._own_runs: set[Run] = set()
 
@@ -261,11 +262,20 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         self.queues[tier].put(moved)
         if self._store.events is not None:
             self._store.events.moved(self.layer_group, old_tier, tier, run, segment.ordinals)
-        for other in self.on(run):
-            if other is not moved and (other.tier, other.stamp, other.rank) == (tier, moved.stamp, moved.rank):
-                self._merge(run, other, moved)
-                break
+        self._moved_runs[run] = None
         return old_slots
+
+    def join_moved(self) -> None:
+        for run in self._moved_runs:
+            self.join_like(run)
+        self._moved_runs.clear()
+
+    def join_like(self, run: Run) -> None:
+        """Make one segment of those of a run that lie in the same tier and were stamped together."""
+        kept: dict[tuple[int, int, int], SparseSegment] = {}
+        for segment in list(self.on(run)):
+            same = (segment.tier, segment.stamp, segment.rank)
+            kept[same] = self._merge(run, kept[same], segment) if same in kept else segment
 
     def _merge(self, run: Run, left: SparseSegment, right: SparseSegment) -> SparseSegment:
         """One segment of two with equal times. The one with the deeper tail stays, so that none gets older."""
@@ -459,7 +469,10 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def park(self, run: Run, ordinals: Iterable[int], slots: Iterable[int], stamp: int) -> list[Pin]:
         """Private GPU slots of a sequence that suspends, on a run of its own: from now on they may move."""
-        segment = self._new(run, stamp, DEFAULT_RANK, GPU_TIER, int_array(ordinals), int_array(slots))
+        parked = int_array(slots)
+        if not parked:
+            return []
+        segment = self._new(run, stamp, DEFAULT_RANK, GPU_TIER, int_array(ordinals), parked)
         pins = [self.pin(GPU_TIER, slot) for slot in segment.slots]
         for pin in pins:
             self.count_pin(pin, held=1)

@@ -11,7 +11,7 @@ from ssmcache.recency import Clock
 from ssmcache.segments import PageSegment
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.sparse import SparseStore
-from ssmcache.tree import Root, Run
+from ssmcache.tree import Root, Run, runs_below
 from ssmcache.windows import WindowStore
 
 
@@ -202,9 +202,10 @@ class TreeStructure:
         """
         assert self.pages is not None
         assert run.pages is not None
-        slots = run.pages.slots
-        self.pages.pools[GPU_TIER].used += 1  # what the drop gives back is taken again, with what is in it
+        slot = run.pages.slots[0]
         self.drop_tail(run, 1)
+        slots = self.pages.pools[GPU_TIER].take(1)
+        assert slots[0] == slot, "the last slot that came back is the first to be handed out"
         return slots
 
     def settle_leaf(self, run: Run) -> None:
@@ -290,14 +291,3 @@ class TreeStructure:
 
     def sparse_stores(self) -> tuple[SparseStore, ...]:
         return self.windows if self.snapshots is None else (*self.windows, self.snapshots)
-
-
-def runs_below(root: Run) -> list[Run]:
-    """Every run below one, parents before their children."""
-    runs: list[Run] = []
-    stack = list(root.children.values())
-    while stack:
-        run = stack.pop()
-        runs.append(run)
-        stack.extend(run.children.values())
-    return runs

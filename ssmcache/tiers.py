@@ -85,6 +85,10 @@ class Tiers(Generic[S, Slots]):
         """The segment lies in `slots` of `tier` now; returns the slots that it leaves."""
         raise NotImplementedError
 
+    def join_moved(self) -> None:
+        """A batch of moves is over: what lies beside its like now may become one segment with it."""
+        raise NotImplementedError
+
     def lose(self, segment: S, index: int) -> None:
         """Slot number `index` of a segment cannot be read any more."""
         raise NotImplementedError
@@ -137,6 +141,8 @@ class Tiers(Generic[S, Slots]):
                 pool = self.pools[error.tier]
                 pool.capacity = min(pool.capacity, pool.used)
             raise
+        finally:
+            self.join_moved()
 
     def _choose(self, tier: int, count: int, leaving: list[int], downs: list[list[S]]) -> None:
         """Decide what goes so that `count` slots of a tier are free once everything has moved."""
@@ -148,9 +154,9 @@ class Tiers(Generic[S, Slots]):
             self.drop(tier, short)
             return
         room_below = min(short, self.obtainable(tier + 1, leaving))
-        self._choose(tier + 1, room_below, leaving, downs)
-        if short > room_below:
+        if short > room_below:  # before anything below is on its way: what is dropped may take that with it
             self.drop(tier, short - room_below)
+        self._choose(tier + 1, room_below, leaving, downs)
         downs[tier] = self.select(tier, room_below)
 
     def _relocate(self, downs: list[list[S]], lifts: list[S], target: int, stream: Any) -> None:

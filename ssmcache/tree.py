@@ -105,3 +105,14 @@ class Root(Run):
         self.scope = scope
         self.num_sequences = 0
         self.lost = False
+
+
+def runs_below(root: Run) -> list[Run]:
+    """Every run below one, parents before their children."""
+    runs: list[Run] = []
+    stack = list(root.children.values())
+    while stack:
+        run = stack.pop()
+        runs.append(run)
+        stack.extend(run.children.values())
+    return runs

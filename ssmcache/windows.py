@@ -79,7 +79,7 @@ class WindowStore(SparseStore):
         """Join what was just added to the path of `cursor` from `block` on with its like."""
         run = cursor
         while run.end > block and run.parent is not None:
-            self._join(run)
+            self.join_like(run)
             run = run.parent
 
     def touch(self, cursor: Run, stamp: int, ends: Sequence[int]) -> None:
@@ -97,21 +97,11 @@ class WindowStore(SparseStore):
                     ordinals, slots = segment.take(indices)
                     touched = self._new(run, stamp, segment.rank, segment.tier, ordinals, slots)
                     self.queues[segment.tier].put(touched)
-            self._join(run)
+            self.join_like(run)
             run = run.parent
 
-    def _join(self, run: Run) -> None:
-        """Make one segment of those that were stamped together."""
-        kept: dict[tuple[int, int, int], SparseSegment] = {}
-        for segment in list(self.on(run)):
-            same = (segment.tier, segment.stamp, segment.rank)
-            kept[same] = self._merge(run, kept[same], segment) if same in kept else segment
-
-    def release(self, cursor: Run, first: int, end: int) -> None:
-        """Nobody may need pages of blocks `first`..`end - 1` any more: let those that were left out come up again."""
-        run = cursor
-        while run.end > first and run.parent is not None:
-            if run.start < end:
-                for segment in self.on(run):
-                    self.queues[segment.tier].put(segment)
-            run = run.parent
+    def release(self, cursor: Run) -> None:
+        """Pages of a path are not locked any more: let the segments that were left out come up again."""
+        for run in cursor.path():
+            for segment in self.on(run):
+                self.queues[segment.tier].put(segment)
