@@ -50,7 +50,7 @@ def make_manager(block: int, kind: str, capacity_tokens: int) -> KVCacheManager:
     tiers = (GpuCacheTierConfig(quota),)
     config = KVCacheManagerConfig(block, tuple(layers), tiers, ssm_reuse_interval=INTERVAL, ssm_fraction=fraction)
     manager = KVCacheManager(config, SimulatedMemory())
-    assert manager.pools[0].capacity == pages
+    assert manager.pools[0][0].capacity == pages
     return manager
 
 

@@ -155,7 +155,9 @@ class Runner:
         if self.shape.ssm and end:
             slot = request.kv.ssm_slot(self.manager.state_group)
             for role in ("ssm_state", "conv_state"):
-                assert (self.manager.buffer(20, role)[slot] == self.state(request, end)[:BYTES]).all(), f"state after {end}"
+                assert (self.manager.buffer(20, role)[slot] == self.state(request, end)[:BYTES]).all(), (
+                    f"state after {end}"
+                )
                 self.num_checked += 1
 
     def write_state(self, request: Request, slot: int, end: int) -> None:
