@@ -1,6 +1,8 @@
 """The one-pass grid against the real manager, one replay a cell, and against a list kept in order of use."""
 
 from collections.abc import Callable
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmcache import KVCacheManagerConfig
+from ssmcache_sim.formats import read_trace
 from ssmcache_sim.grid import UNLIMITED, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.replay import replay
 from ssmcache_sim.trace import Trace
@@ -107,18 +110,32 @@ def test_acceptance_figures_of_the_conversation_trace(conversation: Trace) -> No
         assert np.diag(plane).tolist() == hybrid
 
 
+def assert_cells_equal_their_replays(
+    trace: Trace, tiny_config: TinyConfig, shapes: list[tuple[int, int]], pools: list[tuple[int, int]]
+) -> None:
+    """All (block, interval) shapes with all (pages, states) pools."""
+    distances = stack_distances(trace, {size for shape in shapes for size in shape})
+    for (block, interval), (num_pages, num_states) in product(shapes, pools):
+        config = tiny_config(block, num_pages=num_pages, interval=interval, num_states=num_states)
+        expected = replay(trace, config).totals.usable_hit_tokens
+        plane = hybrid_hits(distances, block, interval, [num_pages - 1], [num_states - 1])
+        assert plane.tolist() == [[expected]], (block, interval, num_pages, num_states)
+
+
 @pytest.mark.shared
 def test_twenty_cells_of_the_conversation_trace_equal_their_replays(
     conversation: Trace, tiny_config: TinyConfig
 ) -> None:
-    sizes = [512, 1024, 2048, 4096]
-    distances = stack_distances(conversation, sizes)
-    cells = [
-        (block, interval, num_pages, num_states)
-        for block, interval in ((512, 512), (512, 2048), (1024, 1024), (1024, 4096), (2048, 4096))
-        for num_pages, num_states in ((1000, 400), (3000, 1500), (20_000, 300), (40_000, 9000))
-    ]
-    for block, interval, num_pages, num_states in cells:
-        config = tiny_config(block, num_pages=num_pages, interval=interval, num_states=num_states)
-        expected = replay(conversation, config).totals.usable_hit_tokens
-        assert hybrid_hits(distances, block, interval, [num_pages - 1], [num_states - 1]).tolist() == [[expected]]
+    shapes = [(512, 512), (512, 2048), (1024, 1024), (1024, 4096), (2048, 4096)]
+    pools = [(1000, 400), (3000, 1500), (20_000, 300), (40_000, 9000)]
+    assert_cells_equal_their_replays(conversation, tiny_config, shapes, pools)
+
+
+@pytest.mark.shared
+def test_twenty_cells_of_conversations_with_sub_agents_equal_their_replays(
+    shared_traces: Path, tiny_config: TinyConfig
+) -> None:
+    weka = read_trace(shared_traces / "weka_claude_code_small60.jsonl.xz")
+    shapes = [(64, 512), (64, 4096), (128, 1024), (256, 512), (512, 2048)]
+    pools = [(5000, 650), (8000, 1500), (20_000, 700), (100_000, 5000)]
+    assert_cells_equal_their_replays(weka, tiny_config, shapes, pools)
