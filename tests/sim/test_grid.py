@@ -17,7 +17,11 @@ from ssmcache_sim.trace import Trace
 
 TraceOf = Callable[..., Trace]
 TinyConfig = Callable[..., KVCacheManagerConfig]
-prompts_of_few_tokens = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=26), min_size=1, max_size=25)
+# stretches of equal tokens: long shared prefixes that part anywhere
+stretches = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 16)), min_size=1, max_size=4)
+branching_prompts = st.lists(
+    stretches.map(lambda parts: [token for token, length in parts for _ in range(length)]), min_size=1, max_size=30
+)
 
 
 def stacks(prompts: list[list[int]], size: int) -> list[list[int]]:
@@ -31,14 +35,14 @@ def stacks(prompts: list[list[int]], size: int) -> list[list[int]]:
     return distances
 
 
-@settings(max_examples=150, deadline=None)
-@given(prompts=prompts_of_few_tokens, factor=st.integers(1, 3), multiple=st.integers(1, 3))
+@settings(max_examples=300, deadline=None)
+@given(prompts=branching_prompts, factor=st.integers(1, 3), multiple=st.integers(1, 4))
 def test_every_cell_equals_a_list_kept_in_order_of_use(
     trace_of: TraceOf, prompts: list[list[int]], factor: int, multiple: int
 ) -> None:
     block, interval = 2 * factor, 2 * factor * multiple
     distances = stack_distances(trace_of(prompts, 2), [block, interval])
-    capacities, snapshot_capacities = [*range(1, 12), 30, UNLIMITED], [*range(9), UNLIMITED]
+    capacities, snapshot_capacities = [*range(1, 30), 60, UNLIMITED], [*range(12), 30, UNLIMITED]
     kv, states = stacks(prompts, block), stacks(prompts, interval)
     expected_kv = [
         sum(
@@ -67,12 +71,12 @@ def test_every_cell_equals_a_list_kept_in_order_of_use(
     assert hybrid_hits(distances, block, interval, capacities, snapshot_capacities).tolist() == expected
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
-    prompts=prompts_of_few_tokens,
-    multiple=st.integers(1, 3),
-    more_pages=st.integers(0, 14),
-    more_states=st.integers(0, 8),
+    prompts=branching_prompts,
+    multiple=st.integers(1, 4),
+    more_pages=st.integers(0, 40),
+    more_states=st.integers(0, 20),
 )
 def test_every_cell_equals_a_replay_through_the_manager(
     trace_of: TraceOf,
