@@ -33,6 +33,7 @@ class StackDistances:
     Attributes:
         tokens_per_block: of the trace, the unit of `start` and `end`.
         sizes: block sizes and intervals, in tokens, that can be asked for.
+        request: [num_segments] whose path it is, ascending; the segments of a path from the top on.
         start, end: [num_segments] blocks of the request's path, from the first on that was touched then.
         limit: [num_segments] tokens of the request that may hit: all but its last one.
         later: [num_segments, num_sizes] blocks of each size with a later touch.
@@ -40,6 +41,7 @@ class StackDistances:
 
     tokens_per_block: int
     sizes: tuple[int, ...]
+    request: Int64Array
     start: Int64Array
     end: Int64Array
     limit: Int64Array
@@ -160,6 +162,7 @@ def stack_distances(trace: Trace, sizes: Iterable[int]) -> StackDistances:
     return StackDistances(
         tokens_per_block=block,
         sizes=wanted,
+        request=requests.copy(),
         start=starts.copy(),
         end=ends.copy(),
         limit=trace.prompt_tokens[requests] - 1,
