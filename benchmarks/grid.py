@@ -4,7 +4,8 @@
 
 A cell is one block size, interval, number of KV blocks and number of snapshots. CPU seconds after parsing, medians; the
 replay is a sample of the cells, extrapolated to all of them. `split 32` divides each id of TRACE into 32 blocks. Of
-WEKA_TRACE, if given: 8 intervals x 4 block sizes x 64 capacities of each pool.
+WEKA_TRACE, if given: 8 intervals x 4 block sizes x 64 capacities of each pool. `last`: the same cells with a snapshot
+at each request's last boundary only; `arena`: each shape with as many byte budgets as there are capacities.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import platform
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +28,15 @@ from ssmcache import (
 )
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.grid import hybrid_hits, stack_distances
+from ssmcache_sim.grid_arena import arena_hits
+from ssmcache_sim.grid_last import last_boundaries, last_hits
 from ssmcache_sim.replay import replay
 from ssmcache_sim.trace import Trace
 
 NUM_SAMPLES = 3
+# of nemotron-h-8b
+KV_BYTES_PER_TOKEN = 16_384
+SNAPSHOT_BYTES = 102_137_856
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,35 @@ def all_cells(case: Case) -> tuple[int, int]:
     return count, total
 
 
+def all_cells_of_last(case: Case) -> tuple[int, int]:
+    """The same with admission `last`."""
+    distances = stack_distances(case.trace, {block for block, _ in case.shapes})
+    found = {interval: last_boundaries(case.trace, interval) for interval in {interval for _, interval in case.shapes}}
+    count = total = 0
+    for block, interval in case.shapes:
+        of_block, of_interval = case.capacities(block), case.capacities(interval)
+        plane = last_hits(distances, found[interval], block, of_block, of_interval)
+        count += plane.size
+        total += int(plane.sum())
+    return count, total
+
+
+def all_arenas(case: Case) -> tuple[int, int]:
+    """The same with one budget of bytes for pages and snapshots."""
+    distances = stack_distances(case.trace, {size for shape in case.shapes for size in shape})
+    count = total = 0
+    for block, interval in case.shapes:
+        page_bytes = block * KV_BYTES_PER_TOKEN
+        budgets = [
+            blocks * page_bytes + snapshots * SNAPSHOT_BYTES
+            for blocks, snapshots in zip(case.capacities(block), case.capacities(interval), strict=False)
+        ]
+        usable = arena_hits(distances, block, interval, page_bytes, SNAPSHOT_BYTES, budgets).usable
+        count += usable.size
+        total += int(usable.sum())
+    return count, total
+
+
 def replay_seconds(case: Case) -> float:
     """CPU seconds of one cell by replay: the mean of a few cells in the middle."""
     seconds = []
@@ -89,24 +125,36 @@ def replay_seconds(case: Case) -> float:
 
 def measure(case: Case, repeats: int) -> dict[str, float]:
     """Both ways, for the report."""
-    times = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        count, total = all_cells(case)
-        times.append(time.process_time() - begin)
+    grid_seconds, count, total = timed(all_cells, case, repeats)
     grid_peak = peak_rss_mb()
+    last_seconds, num_last, _ = timed(all_cells_of_last, case, repeats)
+    arena_seconds, num_arenas, _ = timed(all_arenas, case, repeats)
     each = replay_seconds(case)
     return {
         "requests": case.trace.num_requests,
         "block_references": case.trace.block_keys.size,
         "cells": count,
         "shapes": len(case.shapes),
-        "grid_cpu_seconds": round(statistics.median(times), 3),
+        "grid_cpu_seconds": grid_seconds,
         "grid_peak_rss_mb": grid_peak,
+        "last_cells": num_last,
+        "last_cpu_seconds": last_seconds,
+        "arena_cells": num_arenas,
+        "arena_cpu_seconds": arena_seconds,
         "replay_cpu_seconds_a_cell": round(each, 3),
         "replay_cpu_seconds_extrapolated": round(each * count),
         "hit_tokens_of_all_cells": total,
     }
+
+
+def timed(work: Callable[[Case], tuple[int, int]], case: Case, repeats: int) -> tuple[float, int, int]:
+    """(median CPU seconds, number of cells, sum of their hit tokens)."""
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        count, total = work(case)
+        times.append(time.process_time() - begin)
+    return round(statistics.median(times), 3), count, total
 
 
 def peak_rss_mb() -> int:

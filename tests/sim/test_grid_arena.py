@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssmcache.models import load_model
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.grid import UNLIMITED, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.grid_arena import arena_hits
+from ssmcache_sim.grid_cells import arena_capacity, grid_totals
+from ssmcache_sim.settings import build_config, make_settings
 from ssmcache_sim.trace import Trace
 
 TraceOf = Callable[..., Trace]
@@ -112,14 +115,31 @@ def test_every_budget_equals_an_arena_that_drops_the_oldest_until_the_new_fits(
     assert_equals_an_arena(trace_of(prompts, 2), block, interval, page_bytes, snapshot_bytes, budgets)
 
 
-@pytest.mark.parametrize(("block", "interval"), [(512, 512), (512, 2048), (1024, 4096)])
+@pytest.mark.parametrize(("block", "interval"), [(512, 1024), (512, 2048), (1024, 4096)])
 def test_budgets_of_a_real_trace_equal_an_arena(sample_path: Path, block: int, interval: int) -> None:
     trace = read_trace(sample_path)
     longest = int(trace.prompt_tokens.max())
     page_bytes, snapshot_bytes = 3 * block, 5000
     least = longest // block * page_bytes + longest // interval * snapshot_bytes
-    budgets = [least, 2 * least, 7 * least]
+    budgets = [least, 5 * least]
     assert_equals_an_arena(trace, block, interval, page_bytes, snapshot_bytes, budgets)
+
+
+def test_a_cell_of_an_arena_has_the_memory_that_the_arena_has(sample_path: Path) -> None:
+    trace, model = read_trace(sample_path), load_model("marconi-7b")
+    page_bytes, state_bytes = 65_536 * 512, 26_787_840  # published for this model
+    cells = []
+    for gib in (20, 60):
+        setting = make_settings(model, 512, gpu_memory_bytes=gib << 30, ssm_reuse_interval=2048)
+        config = build_config(model, setting)
+        cells.append((config, arena_capacity(trace, config)))
+    assert {(cell.page_bytes, cell.snapshot_bytes) for _, cell in cells} == {(page_bytes, state_bytes)}
+    for (config, _), totals in zip(cells, grid_totals(trace, cells), strict=True):
+        quota = config.cache_tiers[0].quota
+        assert quota is not None
+        attention, aligned, usable = serve_all(Arena(quota, 512, 2048, page_bytes, state_bytes), trace)
+        assert (totals.attention_hit_tokens, totals.usable_hit_tokens) == (attention, usable)
+        assert (totals.lost_alignment_tokens, totals.lost_snapshot_tokens) == (attention - aligned, aligned - usable)
 
 
 @settings(max_examples=50, deadline=None)
