@@ -31,10 +31,11 @@ from ssmcache_cli.console import (
     read_options,
 )
 from ssmcache_cli.tables import sweep_table
+from ssmcache_sim.engines import parse_engine, parse_pools
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.ranges import parse_int_values, parse_size_values
 from ssmcache_sim.settings import parse_prefill
-from ssmcache_sim.sweep import SkippedCell, SweepSpec, parse_engine, plan_sweep, run_sweep
+from ssmcache_sim.sweep import SkippedCell, SweepSpec, plan_sweep, run_sweep
 from ssmcache_sim.sweep_results import begin_sweep, finish_sweep
 
 _MAX_REASONS = 5
@@ -67,6 +68,12 @@ def sweep_command(
         str,
         typer.Option(help="`auto`: all cells in one pass where that is exact, else a replay; `replay`: always replay."),
     ] = "auto",
+    pools: Annotated[
+        str,
+        typer.Option(
+            help="`separate`: a pool for KV and one for snapshots; `arena`: one budget of bytes for both, as an ideal."
+        ),
+    ] = "separate",
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a CPU.")] = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -75,7 +82,7 @@ def sweep_command(
     blocks = None if tokens_per_block is None else parse_int_values(tokens_per_block, "--tokens-per-block")
     intervals = parse_int_values(ssm_reuse_interval, "--ssm-reuse-interval")
     sizes = parse_size_values(gpu_memory, "--gpu-memory")
-    how, by = parse_prefill(prefill), parse_engine(engine)
+    how, by, memory = parse_prefill(prefill), parse_engine(engine), parse_pools(pools)
     spec = load_model(model)
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
     with interruptible("finished cells are kept; run the same command again to go on"):
@@ -93,6 +100,7 @@ def sweep_command(
             state_dtype=state_dtype,
             prefill=how,
             engine=by,
+            pools=memory,
         )
         plan = plan_sweep(sweep, requests, spec, out)
         manifest = begin_sweep(out, sweep, requests, spec)
@@ -101,7 +109,9 @@ def sweep_command(
         finish_sweep(out, manifest, cells, plan.skipped, stopwatch.times())
     _print_skipped(plan.skipped)
     if not quiet:
-        sweep_table(f"{requests.label}, {spec.name}", cells)
+        sweep_table(
+            f"{requests.label}, {spec.name}" + ("\none arena for KV and snapshots" if memory == "arena" else ""), cells
+        )
         by_grid = sum(cell.engine == "grid" for cell in cells)
         finished = len(plan.finished)
         typer.echo(f"{len(cells)} cells, {by_grid} of them by the grid, {finished} finished before: {out}")

@@ -33,6 +33,7 @@ class StackDistances:
     Attributes:
         tokens_per_block: of the trace, the unit of `start` and `end`.
         sizes: block sizes and intervals, in tokens, that can be asked for.
+        request: [num_segments] whose path it is, ascending; the segments of a path from the top on.
         start, end: [num_segments] blocks of the request's path, from the first on that was touched then.
         limit: [num_segments] tokens of the request that may hit: all but its last one.
         later: [num_segments, num_sizes] blocks of each size with a later touch.
@@ -40,6 +41,7 @@ class StackDistances:
 
     tokens_per_block: int
     sizes: tuple[int, ...]
+    request: Int64Array
     start: Int64Array
     end: Int64Array
     limit: Int64Array
@@ -48,6 +50,57 @@ class StackDistances:
     def later_of(self, size: int) -> Int64Array:
         column: Int64Array = self.later[:, self.sizes.index(size)]
         return column
+
+    def runs(self, size: int) -> "BlockRuns":
+        """The blocks of one of `sizes` that may hit. Cost: O(segments)."""
+        factor = size // self.tokens_per_block
+        first = self.start // factor
+        count = np.minimum(self.end // factor, self.limit // size) - first
+        (segment,) = np.nonzero(count > 0)
+        return BlockRuns(segment, first[segment], count[segment], self.later_of(size)[segment])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockRuns:
+    """Blocks of one size that may hit, by segment; segments without any are left out.
+
+    The n-th block of a run, n from 1 to `count`, has the distance `later` + n.
+
+    Attributes:
+        segment: [num_runs] which segment it is.
+        first: [num_runs] number of the path's blocks before the run's first one.
+        count: [num_runs].
+        later: [num_runs] blocks with a later touch.
+    """
+
+    segment: Int64Array
+    first: Int64Array
+    count: Int64Array
+    later: Int64Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundaryRuns:
+    """The boundaries of an interval that may hit, by segment.
+
+    The n-th boundary of a run, n from 1 to `count`, has the snapshot distance `snapshots_later` + n and the KV
+    distance `blocks_before` + n * `blocks_each`: that of the block that ends there.
+    """
+
+    count: Int64Array
+    snapshots_later: Int64Array
+    blocks_before: Int64Array
+    blocks_each: int
+
+
+def boundary_runs(distances: StackDistances, tokens_per_block: int, ssm_reuse_interval: int) -> BoundaryRuns:
+    """Both distances of every boundary found, where each gets a snapshot. Cost: O(segments)."""
+    blocks_each = ssm_reuse_interval // tokens_per_block
+    runs = distances.runs(ssm_reuse_interval)
+    # a run's first interval may begin above its segment: blocks of the segment before it count
+    start_block = distances.start[runs.segment] // (tokens_per_block // distances.tokens_per_block)
+    blocks_before = distances.later_of(tokens_per_block)[runs.segment] + runs.first * blocks_each - start_block
+    return BoundaryRuns(runs.count, runs.later, blocks_before, blocks_each)
 
 
 class _PackedCounts:
@@ -109,6 +162,7 @@ def stack_distances(trace: Trace, sizes: Iterable[int]) -> StackDistances:
     return StackDistances(
         tokens_per_block=block,
         sizes=wanted,
+        request=requests.copy(),
         start=starts.copy(),
         end=ends.copy(),
         limit=trace.prompt_tokens[requests] - 1,
@@ -150,12 +204,8 @@ def _segments(touches: np.ndarray[tuple[int], np.dtype[np.int32]]) -> list[tuple
 
 def attention_hits(distances: StackDistances, tokens_per_block: int, capacities: Sequence[int]) -> Int64Array:
     """Hit tokens of attention alone, [num_capacities] for capacities in blocks. Cost: O(segments * capacities)."""
-    factor = tokens_per_block // distances.tokens_per_block
-    first = distances.start // factor
-    count = np.minimum(distances.end // factor, distances.limit // tokens_per_block) - first
-    some = count > 0
-    later, count = distances.later_of(tokens_per_block)[some], count[some]
-    hits = [int(np.clip(capacity - later, 0, count).sum()) for capacity in capacities]
+    runs = distances.runs(tokens_per_block)
+    hits = [int(np.clip(capacity - runs.later, 0, runs.count).sum()) for capacity in capacities]
     return np.array(hits, dtype=np.int64) * tokens_per_block
 
 
@@ -173,24 +223,14 @@ def hybrid_hits(
 
     Cost: O(boundaries found * log(capacities)) for the whole plane, in bounded memory.
     """
-    block_factor = tokens_per_block // distances.tokens_per_block
-    interval_factor = ssm_reuse_interval // distances.tokens_per_block
-    first = distances.start // interval_factor
-    count = np.minimum(distances.end // interval_factor, distances.limit // ssm_reuse_interval) - first
-    some = count > 0
-    first, count = first[some], count[some]
-    # distances of the boundary before a segment's first one; each further one adds a snapshot and its blocks
-    snapshots_later = distances.later_of(ssm_reuse_interval)[some]
-    blocks_later = distances.later_of(tokens_per_block)[some]
-    blocks_later = blocks_later + (first * interval_factor) // block_factor - distances.start[some] // block_factor
-    blocks_each = interval_factor // block_factor
+    runs = boundary_runs(distances, tokens_per_block, ssm_reuse_interval)
     shape = (len(capacities) + 1, len(snapshot_capacities) + 1)
     histogram = np.zeros(shape[0] * shape[1], dtype=np.int64)
-    for part in _chunks(count):
-        number = _ordinals(count[part])
-        segment = np.repeat(np.arange(part.start, part.stop), count[part])
-        fits_from = np.searchsorted(capacities, blocks_later[segment] + number * blocks_each)
-        snapshot_fits_from = np.searchsorted(snapshot_capacities, snapshots_later[segment] + number)
+    for part in _chunks(runs.count):
+        number = _ordinals(runs.count[part])
+        run = np.repeat(np.arange(part.start, part.stop), runs.count[part])
+        fits_from = np.searchsorted(capacities, runs.blocks_before[run] + number * runs.blocks_each)
+        snapshot_fits_from = np.searchsorted(snapshot_capacities, runs.snapshots_later[run] + number)
         histogram += np.bincount(fits_from * shape[1] + snapshot_fits_from, minlength=histogram.size)
     plane: Int64Array = histogram.reshape(shape).cumsum(axis=0).cumsum(axis=1)[:-1, :-1]
     return plane * ssm_reuse_interval

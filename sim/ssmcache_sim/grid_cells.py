@@ -8,11 +8,14 @@ import numpy as np
 from ssmcache.config import KVCacheManagerConfig
 from ssmcache.layout import LayerGroupKind, layer_groups, split_quota
 from ssmcache.pools import UNLIMITED_SLOTS
+from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.grid import UNLIMITED, StackDistances, attention_hits, hybrid_hits, stack_distances
+from ssmcache_sim.grid_arena import arena_hits
 from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
 
 EXACT = "exact: default recency, every boundary, and the largest request fits"
+ARENA = "an arena: one budget of bytes that no memory of pools can be; exact for its own rules"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,15 @@ class GridCapacity:
 
     blocks: int
     snapshots: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaCapacity:
+    """What an arena holds beyond what one request takes, in bytes, and the bytes of what it holds."""
+
+    num_bytes: int
+    page_bytes: int
+    snapshot_bytes: int
 
 
 def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | str:
@@ -49,53 +61,110 @@ def _stack(num_slots: int) -> int:
     return UNLIMITED if num_slots == UNLIMITED_SLOTS else num_slots - 1
 
 
-def grid_totals(trace: Trace, cells: Sequence[tuple[KVCacheManagerConfig, GridCapacity]]) -> list[ReplayTotals]:
+def arena_capacity(trace: Trace, config: KVCacheManagerConfig) -> ArenaCapacity:
+    """The memory of a cell as one arena for pages and snapshots: see `grid_arena.py`.
+
+    Errors: SettingsError where it says nothing exact: nobody else can, since no manager has such a memory.
+    """
+    slot_bytes = {group.kind: group.slot_bytes for group in layer_groups(config)}
+    if len(slot_bytes) < 2:
+        raise SettingsError("arena: expected a model with attention and SSM layers, got one whose memory is one pool")
+    page_bytes, snapshot_bytes = slot_bytes[LayerGroupKind.ATTENTION], slot_bytes[LayerGroupKind.SSM]
+    quota = config.cache_tiers[0].quota
+    if quota is None:
+        return ArenaCapacity(UNLIMITED, page_bytes, snapshot_bytes)
+    longest = int(trace.prompt_tokens.max())
+    num_pages, num_states = longest // config.tokens_per_block + 1, longest // config.ssm_reuse_interval + 1
+    needed = num_pages * page_bytes + num_states * snapshot_bytes
+    if quota < needed:
+        raise SettingsError(
+            f"arena: expected room for the largest request ({longest} tokens), {needed} bytes, got {quota} bytes"
+        )
+    return ArenaCapacity(quota - page_bytes - snapshot_bytes, page_bytes, snapshot_bytes)
+
+
+def grid_totals(
+    trace: Trace, cells: Sequence[tuple[KVCacheManagerConfig, GridCapacity | ArenaCapacity]]
+) -> list[ReplayTotals]:
     """Token totals of each cell, from one pass over the trace. A grid counts no snapshots and no peak memory."""
     sizes = {config.tokens_per_block for config, _ in cells}
     sizes |= {config.ssm_reuse_interval for config, _ in cells if config.has_ssm}
     distances = stack_distances(trace, sizes)
-    shapes: dict[tuple[int, int | None], list[int]] = {}
-    for index, (config, _) in enumerate(cells):
-        shape = (config.tokens_per_block, config.ssm_reuse_interval if config.has_ssm else None)
-        shapes.setdefault(shape, []).append(index)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, cell in enumerate(cells):
+        alike.setdefault(_shape(*cell), []).append(index)
     totals: dict[int, ReplayTotals] = {}
-    for (block, interval), indices in shapes.items():
-        capacities = [cells[index][1] for index in indices]
-        totals.update(zip(indices, _totals_of_shape(trace, distances, block, interval, capacities), strict=True))
+    for indices in alike.values():
+        config = cells[indices[0]][0]
+        *hits, unlimited = _hits_of_shape(distances, config, [cells[index][1] for index in indices])
+        totals.update((index, _totals(trace, one, unlimited)) for index, one in zip(indices, hits, strict=True))
     return [totals[index] for index in range(len(cells))]
 
 
-def _totals_of_shape(
-    trace: Trace, distances: StackDistances, block: int, interval: int | None, capacities: Sequence[GridCapacity]
-) -> list[ReplayTotals]:
-    """Totals of cells of one block size and interval."""
-    blocks = sorted({capacity.blocks for capacity in capacities} | {UNLIMITED})
-    snapshots = sorted({capacity.snapshots or 0 for capacity in capacities} | {UNLIMITED})
+@dataclass(frozen=True, slots=True)
+class _Hits:
+    """Tokens: KV there; KV there down to a boundary in each request; KV and snapshot there."""
+
+    attention: int
+    aligned: int
+    usable: int
+
+
+def _shape(config: KVCacheManagerConfig, capacity: GridCapacity | ArenaCapacity) -> tuple[object, ...]:
+    """Cells of equal shape differ in their capacity alone."""
+    shape = (config.tokens_per_block, config.ssm_reuse_interval if config.has_ssm else None)
+    return (*shape, capacity.page_bytes, capacity.snapshot_bytes) if isinstance(capacity, ArenaCapacity) else shape
+
+
+def _hits_of_shape(
+    distances: StackDistances, config: KVCacheManagerConfig, capacities: Sequence[GridCapacity | ArenaCapacity]
+) -> list[_Hits]:
+    """Hits of cells of one shape, and in the end those of unlimited memory."""
+    arenas = [capacity for capacity in capacities if isinstance(capacity, ArenaCapacity)]
+    pools = [capacity for capacity in capacities if isinstance(capacity, GridCapacity)]
+    assert not (arenas and pools), "an arena has another shape than pools"
+    return _arena_hits(distances, config, arenas) if arenas else _pool_hits(distances, config, pools)
+
+
+def _arena_hits(
+    distances: StackDistances, config: KVCacheManagerConfig, arenas: Sequence[ArenaCapacity]
+) -> list[_Hits]:
+    budgets = [*(arena.num_bytes for arena in arenas), UNLIMITED]
+    shape = (config.tokens_per_block, config.ssm_reuse_interval, arenas[0].page_bytes, arenas[0].snapshot_bytes)
+    hits = arena_hits(distances, *shape, budgets)
+    return list(map(_Hits, hits.attention.tolist(), hits.aligned.tolist(), hits.usable.tolist()))
+
+
+def _pool_hits(distances: StackDistances, config: KVCacheManagerConfig, pools: Sequence[GridCapacity]) -> list[_Hits]:
+    block = config.tokens_per_block
+    blocks = sorted({pool.blocks for pool in pools} | {UNLIMITED})
+    snapshots = sorted({pool.snapshots or 0 for pool in pools} | {UNLIMITED})
     kv_hits = attention_hits(distances, block, blocks)
-    if interval is None:
-        plane = np.repeat(kv_hits[:, np.newaxis], len(snapshots), axis=1)
+    if config.has_ssm:
+        plane = hybrid_hits(distances, block, config.ssm_reuse_interval, blocks, snapshots)
     else:
-        plane = hybrid_hits(distances, block, interval, blocks, snapshots)
-    result = []
-    for capacity in capacities:
-        row, column = blocks.index(capacity.blocks), snapshots.index(capacity.snapshots or 0)
+        plane = np.repeat(kv_hits[:, np.newaxis], len(snapshots), axis=1)
+    hits = []
+    for pool in (*pools, GridCapacity(UNLIMITED, UNLIMITED)):
+        row, column = blocks.index(pool.blocks), snapshots.index(pool.snapshots or 0)
         # with all snapshots, what is lost of the KV that is there is lost to the interval
-        attention, aligned, usable = int(kv_hits[row]), int(plane[row, -1]), int(plane[row, column])
-        result.append(
-            ReplayTotals(
-                requests=trace.num_requests,
-                too_large_requests=0,
-                prompt_tokens=int(trace.prompt_tokens.sum()),
-                tree_hit_tokens=attention,
-                attention_hit_tokens=attention,
-                usable_hit_tokens=usable,
-                kv_ceiling_hit_tokens=int(kv_hits[-1]),
-                ceiling_hit_tokens=int(plane[-1, -1]),
-                lost_evicted_tokens=int(kv_hits[-1]) - attention,
-                lost_alignment_tokens=attention - aligned,
-                lost_snapshot_tokens=aligned - usable,
-                snapshots=None,
-                peaks=(),
-            )
-        )
-    return result
+        hits.append(_Hits(int(kv_hits[row]), int(plane[row, -1]), int(plane[row, column])))
+    return hits
+
+
+def _totals(trace: Trace, hits: _Hits, unlimited: _Hits) -> ReplayTotals:
+    return ReplayTotals(
+        requests=trace.num_requests,
+        too_large_requests=0,
+        prompt_tokens=int(trace.prompt_tokens.sum()),
+        tree_hit_tokens=hits.attention,
+        attention_hit_tokens=hits.attention,
+        usable_hit_tokens=hits.usable,
+        kv_ceiling_hit_tokens=unlimited.attention,
+        ceiling_hit_tokens=unlimited.usable,
+        lost_evicted_tokens=unlimited.attention - hits.attention,
+        lost_alignment_tokens=hits.attention - hits.aligned,
+        lost_snapshot_tokens=hits.aligned - hits.usable,
+        snapshots=None,
+        peaks=(),
+    )

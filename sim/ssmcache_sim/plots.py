@@ -237,7 +237,9 @@ def _percent_axis(axes: Axes) -> None:
 
 
 def _trace_and_model(manifest: dict[str, Any]) -> str:
-    return f"{manifest['trace']['name']}, {manifest['settings']['model']}"
+    settings = manifest["settings"]
+    arena = ", one arena for KV and snapshots" if settings.get("pools") == "arena" else ""
+    return f"{manifest['trace']['name']}, {settings['model']}{arena}"
 
 
 def _groups(cells: pd.DataFrame, column: str) -> list[tuple[int | None, pd.DataFrame]]:

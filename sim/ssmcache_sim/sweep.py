@@ -17,29 +17,22 @@ from functools import cache
 from itertools import product
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Literal, cast, get_args
 
 from ssmcache import __version__
 from ssmcache.config import KVCacheManagerConfig
 from ssmcache.models import ModelSpec
 from ssmcache_sim.directories import json_bytes, write_file
+from ssmcache_sim.engines import Engine, Pools, check_pools, choose_engine
 from ssmcache_sim.errors import UserError
 from ssmcache_sim.formats import ReadOptions, read_trace
-from ssmcache_sim.grid_cells import EXACT, GridCapacity, grid_capacity, grid_totals
-from ssmcache_sim.replay import check_memory, replay
+from ssmcache_sim.grid_cells import ArenaCapacity, GridCapacity, grid_totals
+from ssmcache_sim.replay import replay
 from ssmcache_sim.settings import Prefill, ReplaySettings, build_config, make_settings
 from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
 
 _CELLS = "cells"
 _CELL_FORMAT = 1  # raised when a cell's file, or what a replay counts, changes
-
-
-# auto: the one-pass grid where it is exact, else a replay
-Engine = Literal["auto", "replay"]
-
-
-_NO_OPTIONS = ReadOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +50,7 @@ class SweepSpec:
     prefill: Prefill = "reserved"
     engine: Engine = "auto"
     reading: ReadOptions | None = None
+    pools: Pools = "separate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +71,7 @@ class PlannedCell:
     settings: ReplaySettings
     config: KVCacheManagerConfig
     path: Path
-    grid: GridCapacity | None
+    grid: GridCapacity | ArenaCapacity | None
     reason: str
 
 
@@ -98,20 +92,15 @@ class SweptCell:
     totals: ReplayTotals
     engine: str
     reason: str
-
-
-def parse_engine(text: str) -> Engine:
-    """Errors: UserError."""
-    if text not in get_args(Engine):
-        raise UserError(f"engine: expected {' or '.join(get_args(Engine))}, got {text!r}")
-    return cast(Engine, text)
+    pools: Pools
 
 
 def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path) -> SweepPlan:
     """Checks every combination, and looks up which of them `directory` holds already.
 
-    Errors: UserError with the first reason when no combination is possible.
+    Errors: UserError for an arena with what only pools have, and with the first reason when no combination is possible.
     """
+    check_pools(spec.pools, spec.engine, spec.ssm_fraction)
     cells: list[PlannedCell] = []
     skipped: list[SkippedCell] = []
     in_block = cache(trace.with_block)  # many cells share a block size
@@ -119,12 +108,12 @@ def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path)
         try:
             coarse = in_block(settings.tokens_per_block)
             config = build_config(model, settings)
-            check_memory(coarse, config)
+            grid, reason = choose_engine(spec.pools, spec.engine, coarse, config)
         except UserError as error:
             skipped.append(SkippedCell(settings, str(error)))
         else:
             path = directory / _CELLS / f"{_cell_key(trace, config, settings)}.json"
-            cells.append(PlannedCell(settings, config, path, *_choose_engine(spec, coarse, config)))
+            cells.append(PlannedCell(settings, config, path, grid, reason))
     if not cells:
         raise UserError(f"no combination of the sweep is possible; the first: {skipped[0].reason}")
     found = {cell: _read_cell(cell.path) for cell in cells if cell.grid is None}
@@ -164,16 +153,9 @@ def run_sweep(
     else:
         _run_in_pool(spec, trace, todo, jobs, finish)
     return tuple(
-        SweptCell(cell.settings, totals[cell], "replay" if cell.grid is None else "grid", cell.reason)
+        SweptCell(cell.settings, totals[cell], "replay" if cell.grid is None else "grid", cell.reason, spec.pools)
         for cell in plan.cells
     )
-
-
-def _choose_engine(spec: SweepSpec, trace: Trace, config: KVCacheManagerConfig) -> tuple[GridCapacity | None, str]:
-    if spec.engine == "replay":
-        return None, "asked for"
-    capacity = grid_capacity(trace, config)
-    return (None, capacity) if isinstance(capacity, str) else (capacity, EXACT)
 
 
 def _combinations(spec: SweepSpec, model: ModelSpec) -> Iterator[ReplaySettings]:

@@ -38,6 +38,7 @@ def begin_sweep(directory: Path, spec: SweepSpec, trace: Trace, model: ModelSpec
             "state_dtype": spec.state_dtype,
             "prefill": spec.prefill,
             "engine": spec.engine,
+            "pools": spec.pools,
         },
     }
     write_file(directory / MANIFEST, json_bytes(manifest))
@@ -67,6 +68,7 @@ def cell_row(cell: SweptCell) -> dict[str, Any]:
     del published["layer_groups"]
     return {
         **asdict(cell.settings),
+        "pools": cell.pools,
         "engine": cell.engine,
         "engine_reason": cell.reason,
         **{f"peak_bytes_{kind}": value for kind, value in published.pop("peak_bytes").items()},

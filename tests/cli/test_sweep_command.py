@@ -45,6 +45,13 @@ def test_by_default_the_grid_makes_the_cells_with_the_same_hit_rates(
     assert grid[columns].equals(replay[columns])
 
 
+def test_an_arena_is_named_in_the_table(run_here: RunHere, sample: str, tmp_path: Path) -> None:
+    code, out, _ = run_here("sweep", sample, *SMALL, "--pools", "arena", "--out", tmp_path / "s")
+    assert code == 0
+    assert "one arena for KV and snapshots" in out
+    assert "9 cells, 9 of them by the grid, 0 finished before" in out
+
+
 def test_quiet_prints_nothing(run_here: RunHere, sample: str, tmp_path: Path) -> None:
     assert run_here("sweep", sample, *SMALL, "--out", tmp_path / "s", "--quiet") == (0, "", "")
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["cells.parquet", "manifest.json"]
@@ -60,6 +67,11 @@ def test_quiet_prints_nothing(run_here: RunHere, sample: str, tmp_path: Path) ->
         ),
         (["--tokens-per-block", "0"], "--tokens-per-block: expected a positive integer, got '0'"),
         (["--ssm-reuse-interval", "700"], "no combination of the sweep is possible; the first: ssm_reuse_interval: "),
+        (["--pools", "one"], "pools: expected separate or arena, got 'one'"),
+        (
+            ["--pools", "arena", "--engine", "replay"],
+            "engine: expected auto for an arena, which no manager can replay, ",
+        ),
         (["--gpu-memory", "1MiB"], "no combination of the sweep is possible; the first: memory too small for every "),
     ],
 )

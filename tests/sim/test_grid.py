@@ -1,6 +1,8 @@
 """The one-pass grid against the real manager, one replay a cell, and against a list kept in order of use."""
 
 from collections.abc import Callable
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,13 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmcache import KVCacheManagerConfig
+from ssmcache_sim.formats import read_trace
 from ssmcache_sim.grid import UNLIMITED, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.replay import replay
 from ssmcache_sim.trace import Trace
 
 TraceOf = Callable[..., Trace]
 TinyConfig = Callable[..., KVCacheManagerConfig]
-prompts_of_few_tokens = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=26), min_size=1, max_size=25)
+# stretches of equal tokens: long shared prefixes that part anywhere
+stretches = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 16)), min_size=1, max_size=4)
+branching_prompts = st.lists(
+    stretches.map(lambda parts: [token for token, length in parts for _ in range(length)]), min_size=1, max_size=30
+)
 
 
 def stacks(prompts: list[list[int]], size: int) -> list[list[int]]:
@@ -28,14 +35,14 @@ def stacks(prompts: list[list[int]], size: int) -> list[list[int]]:
     return distances
 
 
-@settings(max_examples=150, deadline=None)
-@given(prompts=prompts_of_few_tokens, factor=st.integers(1, 3), multiple=st.integers(1, 3))
+@settings(max_examples=300, deadline=None)
+@given(prompts=branching_prompts, factor=st.integers(1, 3), multiple=st.integers(1, 4))
 def test_every_cell_equals_a_list_kept_in_order_of_use(
     trace_of: TraceOf, prompts: list[list[int]], factor: int, multiple: int
 ) -> None:
     block, interval = 2 * factor, 2 * factor * multiple
     distances = stack_distances(trace_of(prompts, 2), [block, interval])
-    capacities, snapshot_capacities = [*range(1, 12), 30, UNLIMITED], [*range(9), UNLIMITED]
+    capacities, snapshot_capacities = [*range(1, 30), 60, UNLIMITED], [*range(12), 30, UNLIMITED]
     kv, states = stacks(prompts, block), stacks(prompts, interval)
     expected_kv = [
         sum(
@@ -64,12 +71,12 @@ def test_every_cell_equals_a_list_kept_in_order_of_use(
     assert hybrid_hits(distances, block, interval, capacities, snapshot_capacities).tolist() == expected
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
-    prompts=prompts_of_few_tokens,
-    multiple=st.integers(1, 3),
-    more_pages=st.integers(0, 14),
-    more_states=st.integers(0, 8),
+    prompts=branching_prompts,
+    multiple=st.integers(1, 4),
+    more_pages=st.integers(0, 40),
+    more_states=st.integers(0, 20),
 )
 def test_every_cell_equals_a_replay_through_the_manager(
     trace_of: TraceOf,
@@ -107,18 +114,32 @@ def test_acceptance_figures_of_the_conversation_trace(conversation: Trace) -> No
         assert np.diag(plane).tolist() == hybrid
 
 
+def assert_cells_equal_their_replays(
+    trace: Trace, tiny_config: TinyConfig, shapes: list[tuple[int, int]], pools: list[tuple[int, int]]
+) -> None:
+    """All (block, interval) shapes with all (pages, states) pools."""
+    distances = stack_distances(trace, {size for shape in shapes for size in shape})
+    for (block, interval), (num_pages, num_states) in product(shapes, pools):
+        config = tiny_config(block, num_pages=num_pages, interval=interval, num_states=num_states)
+        expected = replay(trace, config).totals.usable_hit_tokens
+        plane = hybrid_hits(distances, block, interval, [num_pages - 1], [num_states - 1])
+        assert plane.tolist() == [[expected]], (block, interval, num_pages, num_states)
+
+
 @pytest.mark.shared
 def test_twenty_cells_of_the_conversation_trace_equal_their_replays(
     conversation: Trace, tiny_config: TinyConfig
 ) -> None:
-    sizes = [512, 1024, 2048, 4096]
-    distances = stack_distances(conversation, sizes)
-    cells = [
-        (block, interval, num_pages, num_states)
-        for block, interval in ((512, 512), (512, 2048), (1024, 1024), (1024, 4096), (2048, 4096))
-        for num_pages, num_states in ((1000, 400), (3000, 1500), (20_000, 300), (40_000, 9000))
-    ]
-    for block, interval, num_pages, num_states in cells:
-        config = tiny_config(block, num_pages=num_pages, interval=interval, num_states=num_states)
-        expected = replay(conversation, config).totals.usable_hit_tokens
-        assert hybrid_hits(distances, block, interval, [num_pages - 1], [num_states - 1]).tolist() == [[expected]]
+    shapes = [(512, 512), (512, 2048), (1024, 1024), (1024, 4096), (2048, 4096)]
+    pools = [(1000, 400), (3000, 1500), (20_000, 300), (40_000, 9000)]
+    assert_cells_equal_their_replays(conversation, tiny_config, shapes, pools)
+
+
+@pytest.mark.shared
+def test_twenty_cells_of_conversations_with_sub_agents_equal_their_replays(
+    shared_traces: Path, tiny_config: TinyConfig
+) -> None:
+    weka = read_trace(shared_traces / "weka_claude_code_small60.jsonl.xz")
+    shapes = [(64, 512), (64, 4096), (128, 1024), (256, 512), (512, 2048)]
+    pools = [(5000, 650), (8000, 1500), (20_000, 700), (100_000, 5000)]
+    assert_cells_equal_their_replays(weka, tiny_config, shapes, pools)

@@ -7,13 +7,14 @@ import pytest
 
 from ssmcache.models import load_model
 from ssmcache_sim import sweep as sweep_module
+from ssmcache_sim.engines import parse_engine, parse_pools
 from ssmcache_sim.errors import OutputError, UserError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.plots import plot_directory
 from ssmcache_sim.replay import replay
 from ssmcache_sim.results import RunTimes
 from ssmcache_sim.settings import build_config, make_settings
-from ssmcache_sim.sweep import SweepPlan, SweepSpec, SweptCell, parse_engine, plan_sweep, run_sweep
+from ssmcache_sim.sweep import SweepPlan, SweepSpec, SweptCell, plan_sweep, run_sweep
 from ssmcache_sim.sweep_results import begin_sweep, finish_sweep, load_sweep
 from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
@@ -217,3 +218,62 @@ def test_the_results_say_which_engine_made_a_cell_and_why(spec: SweepSpec, trace
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(UserError, match="engine: expected auto or replay, got 'magic'"):
         parse_engine("magic")
+
+
+def test_an_arena_is_labelled_and_loses_every_token_for_a_reason(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
+    spec = replace(spec, engine="auto", pools="arena", gpu_memory_bytes=(5 * GIB, 40 * GIB, 200 * GIB, None))
+    plan, cells, _ = run(spec, trace, tmp_path / "s")
+    unlimited = [replay(trace, build_config(HYBRID, cell.settings)).totals for cell in cells if not is_finite(cell)]
+    assert [token_sums(cell.totals) for cell in cells if not is_finite(cell)] == list(map(token_sums, unlimited))
+    for cell in cells:
+        lost = cell.totals.lost_evicted_tokens + cell.totals.lost_alignment_tokens + cell.totals.lost_snapshot_tokens
+        assert cell.totals.usable_hit_tokens + lost == cell.totals.kv_ceiling_hit_tokens
+    loaded = load_sweep(tmp_path / "s")
+    assert loaded.manifest["settings"]["pools"] == "arena"
+    assert set(loaded.cells["pools"]) == {"arena"}
+    assert set(loaded.cells["engine"]) == {"grid"}
+    assert loaded.cells["engine_reason"].str.startswith("an arena: ").all()
+    # what no arena can tell exactly is left out, and says why
+    assert {cell.settings.gpu_memory_bytes for cell in plan.skipped if "largest request" in cell.reason} == {5 * GIB}
+    assert plot_directory(tmp_path / "s")
+
+
+def is_finite(cell: SweptCell) -> bool:
+    return cell.settings.gpu_memory_bytes is not None
+
+
+def test_separate_pools_are_labelled_too(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
+    run(replace(spec, engine="auto", gpu_memory_bytes=(5 * GIB, None)), trace, tmp_path / "s")
+    assert set(load_sweep(tmp_path / "s").cells["pools"]) == {"separate"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "message"),
+    [
+        (
+            {"engine": "replay"},
+            "marconi-7b",
+            "engine: expected auto for an arena, which no manager can replay, got rep",
+        ),
+        ({"ssm_fraction": 0.25}, "marconi-7b", "ssm_fraction: expected none for an arena, .*, got 0.25"),
+        ({}, "llama-3.1-8b", "arena: expected a model with attention and SSM layers, got one whose memory is one pool"),
+        ({}, "mamba2-2.7b", "arena: expected a model with attention and SSM layers, got one whose memory is one pool"),
+        (
+            {"gpu_memory_bytes": (GIB,)},
+            "marconi-7b",
+            r"arena: expected room for the largest request \(\d+ tokens\), \d+ bytes, got 1073741824 bytes",
+        ),
+    ],
+)
+def test_an_arena_that_cannot_be_is_refused(
+    spec: SweepSpec, trace: Trace, tmp_path: Path, changes: dict[str, object], model: str, message: str
+) -> None:
+    spec = replace(spec, **{"engine": "auto", "pools": "arena", **changes})
+    with pytest.raises(UserError, match=message):
+        plan_sweep(spec, trace, load_model(model), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_unknown_pools_are_refused() -> None:
+    with pytest.raises(UserError, match="pools: expected separate or arena, got 'magic'"):
+        parse_pools("magic")

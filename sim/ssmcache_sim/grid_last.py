@@ -1,0 +1,141 @@
+"""Hit tokens where a request keeps only its own last boundary (admission `last`), for every capacity in one pass.
+
+The rules: KV as in `grid.py`, path touch of all blocks. Of the snapshots a request touches only the one at the last
+boundary of its prompt, the largest multiple of the interval up to its length: it is taken unless it is there already.
+The snapshot that the request started from, if it is another one, is not touched. Snapshots have a pool of their own,
+the oldest goes; one whose KV went stays and keeps its slot until its own turn, and is usable again once a request has
+brought the KV back. So the order of the snapshots is that of the requests whose last boundary they are, the trace
+alone decides it, and the snapshot distance is the number of boundaries that were somebody's last one since then, itself
+included.
+
+It does not grow along a path: a boundary is worth all tokens up to it if it is usable, whatever is missing above it.
+So among boundaries that fit the same KV capacity the smallest snapshot distance from each one on decides: a suffix
+minimum.
+
+Exact under these rules where sizes are fixed, KV beyond the missing snapshot is adopted, requests come one at a time,
+the KV capacity holds the largest request and there is room for one snapshot. Capacities are stacks: a pool of N pages
+is N - 1 blocks, one of N states N - 1 snapshots.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssmcache_sim.grid import StackDistances
+from ssmcache_sim.trace import Int64Array, Trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LastBoundaries:
+    """The boundaries on the paths of requests that were the last one of an earlier request, and may hit.
+
+    Attributes:
+        ssm_reuse_interval: in tokens.
+        request: [num_found] whose path it is, ascending; the boundaries of a path from the top on.
+        boundary: [num_found] which multiple of the interval it is.
+        distance: [num_found] snapshot distance.
+    """
+
+    ssm_reuse_interval: int
+    request: Int64Array
+    boundary: Int64Array
+    distance: Int64Array
+
+
+def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
+    """One pass over the trace for one interval, a multiple of the trace's block.
+
+    Cost: O(blocks / interval + boundaries found * log(snapshots)) NumPy work, and a move of up to all snapshots (4
+    bytes each) a request.
+    """
+    assert ssm_reuse_interval % trace.tokens_per_block == 0, f"{ssm_reuse_interval} of {trace.tokens_per_block}"
+    factor = ssm_reuse_interval // trace.tokens_per_block
+    touched_by = np.full(trace.num_keys, -1, dtype=np.int32)
+    order = np.empty(trace.num_requests, dtype=np.int32)  # the last touches of all snapshots, ascending
+    num_snapshots = 0
+    num_usable = ((trace.prompt_tokens - 1) // ssm_reuse_interval).tolist()
+    boundaries: list[Int64Array] = []
+    distances: list[Int64Array] = []
+    begin = 0
+    for request, stop in enumerate(trace.offsets[1:].tolist()):
+        ends = trace.block_keys[begin + factor - 1 : stop : factor]
+        begin = stop
+        touches = touched_by[ends]
+        usable = touches[: num_usable[request]]
+        found = np.flatnonzero(usable >= 0)
+        boundaries.append(found + 1)
+        distances.append(num_snapshots - np.searchsorted(order[:num_snapshots], usable[found]))
+        if ends.size:
+            if touches[-1] >= 0:
+                place = np.searchsorted(order[:num_snapshots], touches[-1])
+                order[place : num_snapshots - 1] = order[place + 1 : num_snapshots]
+            else:
+                num_snapshots += 1
+            order[num_snapshots - 1] = request
+            touched_by[ends[-1]] = request
+    counts = [found.size for found in boundaries]
+    return LastBoundaries(
+        ssm_reuse_interval=ssm_reuse_interval,
+        request=np.repeat(np.arange(trace.num_requests), counts),
+        boundary=np.concatenate(boundaries),
+        distance=np.concatenate(distances),
+    )
+
+
+def last_hits(
+    distances: StackDistances,
+    found: LastBoundaries,
+    tokens_per_block: int,
+    capacities: Sequence[int],
+    snapshot_capacities: Sequence[int],
+) -> Int64Array:
+    """Usable hit tokens, [num_capacities, num_snapshot_capacities], in blocks and in snapshots, ascending.
+
+    Args:
+        distances: of the same trace, at least of the size `tokens_per_block`.
+
+    Cost: O(boundaries found * log(capacities)), and O(snapshot capacities) for each that a larger one in reach of the
+    same KV capacity does not make useless.
+    """
+    kv_distance = _kv_distances(distances, found, tokens_per_block)
+    fits_from = np.searchsorted(capacities, kv_distance)
+    snapshot_fits_from = np.searchsorted(snapshot_capacities, found.distance)
+    kept = _useful(found.request, fits_from, snapshot_fits_from)
+    request, boundary = found.request[kept], found.boundary[kept]
+    fits_from, snapshot_fits_from = fits_from[kept], snapshot_fits_from[kept]
+    plane = np.empty((len(capacities), len(snapshot_capacities)), dtype=np.int64)
+    for column in range(len(snapshot_capacities)):
+        fits = snapshot_fits_from <= column
+        deepest = boundary[fits]
+        # with more KV a request comes from the boundary above, its own, to this one
+        gain = deepest.copy()
+        gain[1:] -= np.where(request[fits][1:] == request[fits][:-1], deepest[:-1], 0)
+        gains = np.bincount(fits_from[fits], weights=gain, minlength=len(capacities) + 1)  # exact: below 2**53
+        plane[:, column] = gains[:-1].astype(np.int64).cumsum()
+    return plane * found.ssm_reuse_interval
+
+
+def _kv_distances(distances: StackDistances, found: LastBoundaries, tokens_per_block: int) -> Int64Array:
+    """[num_found] KV distance of the block that ends at the boundary."""
+    end = found.boundary * (found.ssm_reuse_interval // distances.tokens_per_block)
+    path = int(distances.end.max(initial=0)) + 1
+    # whatever was a boundary of an earlier request lies in a segment
+    segment = np.searchsorted(distances.request * path + distances.start, found.request * path + end - 1, "right") - 1
+    factor = tokens_per_block // distances.tokens_per_block
+    kv_distance: Int64Array = (
+        distances.later_of(tokens_per_block)[segment] + end // factor - distances.start[segment] // factor
+    )
+    return kv_distance
+
+
+def _useful(request: Int64Array, fits_from: Int64Array, snapshot_fits_from: Int64Array) -> Int64Array:
+    """Boundaries without a deeper one on the same path that fits wherever they do: strict suffix minima of the snapshot
+    distance among those of a request with the same KV capacity.
+    """
+    if not request.size:
+        return np.empty(0, dtype=np.int64)
+    group = np.cumsum((np.diff(request, prepend=-1) > 0) | (np.diff(fits_from, prepend=-1) != 0))
+    ranked = group * (int(snapshot_fits_from.max()) + 1) + snapshot_fits_from  # all of a group above all before it
+    smallest_from = np.minimum.accumulate(ranked[::-1])[::-1]
+    return np.flatnonzero(np.append(ranked[:-1] < smallest_from[1:], True))
