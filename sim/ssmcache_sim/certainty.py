@@ -1,6 +1,6 @@
 """How sure a recommendation is: the same choice on parts of the trace, on other phases of it, and with other costs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from ssmcache_sim.candidates import Candidate, Place, Shape, measure, rank, sizes_of
 from ssmcache_sim.cost import PrefillCost
-from ssmcache_sim.grid import stack_distances
+from ssmcache_sim.grid import StackDistances, stack_distances
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Trace
 
@@ -17,12 +17,13 @@ CaseKind = Literal["half", "piece", "phase", "cost"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """One repetition of the choice: other requests, or other costs."""
+    """One repetition of the choice: other requests, or other costs. `distances`: of the trace; None: not made yet."""
 
     kind: CaseKind
     label: str
     trace: Trace
     cost: PrefillCost
+    distances: StackDistances | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +87,12 @@ def piece_cases(trace: Trace, cost: PrefillCost, num_pieces: int, seed: int) -> 
         yield Case("piece", f"requests {start} to {start + half - 1}", piece(trace, start, start + half), cost)
 
 
-def cost_cases(trace: Trace, cost: PrefillCost) -> Iterator[Case]:
+def cost_cases(trace: Trace, distances: StackDistances, cost: PrefillCost) -> Iterator[Case]:
     """The whole trace with what the cost model estimates changed, one thing at a time."""
     device = cost.device
 
     def case(label: str, changed: PrefillCost) -> Case:
-        return Case("cost", label, trace, changed)
+        return Case("cost", label, trace, changed, distances)
 
     for factor in (0.5, 1.5):
         utilisation = device.utilisation * factor
@@ -121,17 +122,25 @@ def piece(trace: Trace, start: int, stop: int) -> Trace:
 
 
 def judge(
-    cases: Iterator[Case], candidates: Sequence[Candidate], best: Place, runner_up: Place | None, margin_share: float
+    cases: Sequence[Case],
+    candidates: Sequence[Candidate],
+    best: Place,
+    runner_up: Place | None,
+    margin_share: float,
+    progress: Callable[[int], None],
 ) -> Certainty:
-    """Repeats the choice on each case. Cost: one pass over the trace of each."""
-    results = tuple(_judge_case(case, candidates, best, runner_up) for case in cases)
+    """Repeats the choice on each case; says the percentage done after each. Cost: one pass over the trace of each."""
+    results: list[CaseResult] = []
+    for case in cases:
+        results.append(_judge_case(case, candidates, best, runner_up))
+        progress(100 * len(results) // len(cases))
     margins = [result.margin_share for result in results if result.kind != "cost"]
     noise = float(np.std(margins, ddof=1)) if len(margins) > 1 else 0.0
-    return Certainty(results, margin_share, noise)
+    return Certainty(tuple(results), margin_share, noise)
 
 
 def _judge_case(case: Case, candidates: Sequence[Candidate], best: Place, runner_up: Place | None) -> CaseResult:
-    distances = stack_distances(case.trace, sizes_of(candidates))
+    distances = case.distances or stack_distances(case.trace, sizes_of(candidates))
     totals = measure(case.trace, distances, candidates, case.cost)
     plain_ns = int(case.cost.plain_ns(case.trace.prompt_tokens).sum())
     own = rank(candidates, totals)[0]

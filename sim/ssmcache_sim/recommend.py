@@ -7,9 +7,8 @@ recommended is a cell of the grid, and a replay of it hits the same tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from ssmcache.models import ModelSpec
 from ssmcache_sim.candidates import (
@@ -109,12 +108,19 @@ class Recommendation:
         return nanoseconds / self.plain_ns
 
 
-def recommend(trace: Trace, model: ModelSpec, question: Question, phases: Sequence[Trace] = ()) -> Recommendation:
+def recommend(
+    trace: Trace,
+    model: ModelSpec,
+    question: Question,
+    phases: Sequence[Trace] = (),
+    progress: Callable[[int], None] = lambda percentage: None,
+) -> Recommendation:
     """The best settings for this trace.
 
     Args:
         phases: the same traffic with its prompts shifted against the interval, in blocks of the same size as `trace`;
             the choice is repeated on each.
+        progress: called now and then with the percentage done.
 
     Cost: one pass over each trace and each piece of it, and O(boundaries found) for each interval and block size.
     Errors: SettingsError for a model that cannot be judged, or settings that cannot be; MemoryTooSmallError where
@@ -143,11 +149,11 @@ def recommend(trace: Trace, model: ModelSpec, question: Question, phases: Sequen
     plain_ns = int(cost.plain_ns(trace.prompt_tokens).sum())
     second = _runner_up([candidates[place.candidate].shape for place in places])
     margin_ns = 0 if second is None else choices[0].saved_ns - choices[second].saved_ns
-    cases = chain(
-        piece_cases(trace, cost, question.num_pieces, question.seed),
-        (Case("phase", phase.name, phase, cost) for phase in phases),
-        cost_cases(trace, cost),
-    )
+    cases = [
+        *piece_cases(trace, cost, question.num_pieces, question.seed),
+        *(Case("phase", phase.name, phase, cost) for phase in phases),
+        *cost_cases(trace, distances, cost),
+    ]
     second_place = None if second is None else places[second]
     return Recommendation(
         num_requests=trace.num_requests,
@@ -159,7 +165,7 @@ def recommend(trace: Trace, model: ModelSpec, question: Question, phases: Sequen
         ceiling=max(unlimited.values(), key=lambda ceiling: ceiling.saved_ns),
         kv_ceiling_hit_tokens=int(infinite_cache(trace, None).kv_tokens.sum()),
         left_out=left_out,
-        certainty=judge(cases, candidates, places[0], second_place, margin_ns / plain_ns),
+        certainty=judge(cases, candidates, places[0], second_place, margin_ns / plain_ns, progress),
     )
 
 
