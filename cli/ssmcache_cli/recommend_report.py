@@ -17,6 +17,17 @@ _CAPTION = (
     "unlimited memory. The best block size and split for each interval, a snapshot at every boundary."
 )
 
+# heading, and whether it is shown where there is little room
+_COLUMNS = (
+    ("interval", True),
+    ("block", True),
+    ("for SSM", False),
+    ("skipped", True),
+    ("saved", True),
+    ("ceiling", False),
+)
+_FULL_WIDTH = 60
+
 
 def print_report(trace_name: str, model_name: str, answer: Recommendation, replay_words: Sequence[str]) -> None:
     """Prints everything. `replay_words` are the trace and the options that a replay of it needs too."""
@@ -32,7 +43,7 @@ def print_report(trace_name: str, model_name: str, answer: Recommendation, repla
     ):
         if paragraph:
             console.print(f"{paragraph}\n")
-    console.print(_table(answer))
+    console.print(_table(answer, console.width))
     console.print("To replay it:")
     for line in _wrapped(_replay_words(answer.best.settings, replay_words), console.width):
         console.print(line, soft_wrap=True)
@@ -130,26 +141,25 @@ def _left_out_text(answer: Recommendation) -> str:
     steps = sorted({each.shape.step for each in answer.left_out})
     least = min(each.least_memory_bytes for each in answer.left_out)
     which = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
-    return (
-        f"Not judged: {which}; the largest request alone does not fit there, which takes {format_size(least)} or more."
-    )
+    return f"Not judged: {which}, where the largest request alone needs {format_size(least)} or more."
 
 
-def _table(answer: Recommendation) -> Table:
+def _table(answer: Recommendation, width: int) -> Table:
     table = Table(caption=_CAPTION, box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("interval", "block", "for SSM", "skipped", "saved", "ceiling"):
+    columns = _COLUMNS if width >= _FULL_WIDTH else tuple(column for column in _COLUMNS if column[1])
+    for heading, _ in columns:
         table.add_column(heading, justify="right")
     for choice in _best_of_each_interval(answer):
-        settings = choice.settings
-        interval, memory = settings.ssm_reuse_interval, settings.gpu_memory_bytes
-        table.add_row(
+        interval, memory = choice.settings.ssm_reuse_interval, choice.settings.gpu_memory_bytes
+        values = (
             "-" if interval is None else f"{interval:,}",
-            f"{settings.tokens_per_block:,}",
+            f"{choice.settings.tokens_per_block:,}",
             f"{choice.num_slots * choice.slot_bytes / memory:.1%}" if choice.num_slots and memory else "-",
             _share(answer.hit_rate(choice.hit_tokens)),
             _share(answer.saved_share(choice.saved_ns)),
             _share(answer.saved_share(choice.ceiling.saved_ns)),
         )
+        table.add_row(*(value for value, column in zip(values, _COLUMNS, strict=True) if column in columns))
     return table
 
 

@@ -110,13 +110,14 @@ def find_candidates(
 
 
 def _shapes(trace: Trace, has_ssm: bool, question: Question, longest_prompt: int) -> Iterator[Shape]:
-    blocks = sorted(question.tokens_per_block or _doubled(trace.tokens_per_block, _MOST_TOKENS_PER_BLOCK))
+    native = trace.tokens_per_block
+    blocks = sorted(question.tokens_per_block or _doubled(native, max(native, _MOST_TOKENS_PER_BLOCK)))
     for block in blocks:
         trace.with_block(block)  # a TraceError names a block that is not recorded
     if not has_ssm:
         yield from (Shape(block, None) for block in blocks)
         return
-    ladder = _doubled(trace.tokens_per_block, longest_prompt) + _doubled(3 * trace.tokens_per_block, longest_prompt)
+    ladder = _doubled(native, max(native, longest_prompt)) + _doubled(3 * native, longest_prompt)
     intervals = sorted(question.ssm_reuse_intervals or ladder)
     for interval in intervals:
         fitting = [block for block in blocks if interval % block == 0]
@@ -127,9 +128,10 @@ def _shapes(trace: Trace, has_ssm: bool, question: Question, longest_prompt: int
 
 
 def _doubled(first: int, last: int) -> list[int]:
-    sizes = [first]
-    while sizes[-1] * 2 <= last:
-        sizes.append(sizes[-1] * 2)
+    sizes = []
+    while first <= last:
+        sizes.append(first)
+        first *= 2
     return sizes
 
 
