@@ -176,8 +176,7 @@ def prefill_cost(
         num_parameters = model.num_active_parameters or model.num_parameters or 0
     if num_parameters <= 0:
         raise SettingsError(
-            f"{model.name}: expected a number of parameters for the cost of a prefill, its config does not state one: "
-            "give it in billions"
+            f"billion_parameters: expected a number for the cost of a prefill: the config of {model.name} states none"
         )
     return PrefillCost(
         device=device,

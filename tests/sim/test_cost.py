@@ -136,7 +136,9 @@ def config_file(folder: Path, **fields: object) -> str:
 def test_a_config_without_a_number_of_parameters_needs_one(tmp_path: Path) -> None:
     heads = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
     model = load_model(config_file(tmp_path, model_type="llama", **heads))
-    with pytest.raises(SettingsError, match=r"^mine: expected a number of parameters for the cost of a prefill.*") as e:
+    with pytest.raises(
+        SettingsError, match=r"^billion_parameters: expected a number.*config of mine states none$"
+    ) as e:
         prefill_cost(model)
     assert "\n" not in str(e.value)
     assert prefill_cost(model, billion_parameters=1.5).linear_flops_per_token == 3_000_000_000
