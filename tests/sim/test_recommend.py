@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import stdev
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from ssmcache_sim.certainty import piece
 from ssmcache_sim.cost import DeviceProfile
 from ssmcache_sim.errors import MemoryTooSmallError, SettingsError, TraceError
 from ssmcache_sim.formats import read_trace
+from ssmcache_sim.grid import stack_distances
 from ssmcache_sim.recommend import recommend
 from ssmcache_sim.recommend_results import (
     recommend_directory,
@@ -28,7 +30,7 @@ from ssmcache_sim.recommend_results import (
 from ssmcache_sim.replay import replay
 from ssmcache_sim.results import RunTimes
 from ssmcache_sim.settings import build_config, make_settings
-from ssmcache_sim.splits import Splits, SplitTotals
+from ssmcache_sim.splits import Splits, SplitTotals, possible_splits, split_totals
 from ssmcache_sim.trace import Trace
 
 TraceOf = Callable[..., Trace]
@@ -194,6 +196,22 @@ def test_near_the_best_is_what_loses_a_hundredth_at_most(
     assert near_best(totals_of(*saved), split, 0.01) == near
 
 
+def test_the_range_of_splits_near_the_best_is_as_wide_as_can_be(sample: Trace) -> None:
+    answer = recommend(sample, load_model("nemotron-h-8b"), Question(320 << 30, num_pieces=0))
+    best = answer.best
+    block, interval = best.settings.tokens_per_block, best.settings.ssm_reuse_interval
+    assert interval is not None
+    splits = possible_splits(
+        121_924, interval, 320 << 30, tokens_per_block=block, page_bytes=block * 16_384, slot_bytes=102_137_856
+    )
+    assert isinstance(splits, Splits)
+    distances = stack_distances(sample, [block, interval])
+    saved = split_totals(sample, distances, block, interval, splits, answer.cost).saved_ns / best.saved_ns
+    first, last = (slots - splits.first for slots in best.near_best_slots)
+    assert saved[first : last + 1].min() >= 0.99
+    assert max(saved[first - 1], saved[last + 1]) < 0.99
+
+
 # ---- how sure ------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +282,7 @@ def test_a_runner_up_that_is_always_far_behind_is_not_within_noise(sample: Trace
     certainty = recommend(sample, load_model("nemotron-h-8b"), question).certainty
     assert certainty.margin_share > certainty.noise_share > 0
     assert not certainty.within_noise
+    assert certainty.noise_share == pytest.approx(stdev(case.margin_share for case in certainty.traffic_cases))
     assert all(case.margin_share > 0 for case in certainty.traffic_cases)
 
 
