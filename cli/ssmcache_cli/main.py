@@ -9,6 +9,7 @@ from ssmcache import __version__
 from ssmcache.models import ModelError
 from ssmcache_cli.models import models_command
 from ssmcache_cli.plot import plot_command
+from ssmcache_cli.recommend import recommend_command
 from ssmcache_cli.replay import replay_command
 from ssmcache_cli.sweep import sweep_command
 from ssmcache_cli.trace import trace_app
@@ -18,6 +19,7 @@ from ssmcache_sim.errors import UserError
 app = typer.Typer(name="ssmcache", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("replay")(replay_command)
 app.command("sweep")(sweep_command)
+app.command("recommend")(recommend_command)
 app.command("plot")(plot_command)
 app.command("models")(models_command)
 app.add_typer(trace_app, name="trace")

@@ -32,7 +32,7 @@ def marconi_7b() -> ModelSpec:
     The counts of layers are the paper's; their order is not given and not needed, so attention is every seventh here.
     """
     ssm = SsmSpec("mamba2 (Marconi's accounting)", (4096, 128), (2 * 4096 + 2 * 128, 4))
-    attention = AttentionSpec(num_key_elements=4096, num_value_elements=4096)
+    attention = AttentionSpec(4096, 4096, num_query_elements=4096, num_output_elements=4096)
     mixers = tuple(LayerSpec(attention=attention) if index % 7 == 6 else LayerSpec(ssm=ssm) for index in range(28))
     return ModelSpec(
         name="marconi-7b",

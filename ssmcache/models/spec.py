@@ -40,15 +40,20 @@ def _bytes_per_element(dtype: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """Elements that one attention layer keeps for each token.
+    """Elements that one attention layer keeps for each token, and those that it computes with.
 
     Grouped-query attention keeps a key and a value of `kv_heads * head_dim` elements each. Multi-head latent attention
     (MLA) keeps one latent vector instead, from which keys and values are projected, so it has no separate value.
+
+    `num_query_elements` and `num_output_elements` are those of all query heads, per token: nothing of it is kept, it
+    decides the work. None where the config does not state the heads.
     """
 
     num_key_elements: int = 0
     num_value_elements: int = 0
     num_latent_elements: int = 0
+    num_query_elements: int | None = None
+    num_output_elements: int | None = None
 
     @property
     def num_elements(self) -> int:

@@ -8,14 +8,32 @@ from ssmcache.models.families.fields import Fields
 from ssmcache.models.spec import AttentionSpec, SsmSpec
 
 
-def grouped_query(num_kv_heads: int, head_dim: int) -> AttentionSpec:
-    """Keys and values of `num_kv_heads * head_dim` elements each."""
-    return AttentionSpec(num_key_elements=num_kv_heads * head_dim, num_value_elements=num_kv_heads * head_dim)
+def grouped_query(num_heads: int, num_kv_heads: int, head_dim: int) -> AttentionSpec:
+    """Keys and values of `num_kv_heads * head_dim` elements each, read by `num_heads` queries."""
+    return AttentionSpec(
+        num_key_elements=num_kv_heads * head_dim,
+        num_value_elements=num_kv_heads * head_dim,
+        num_query_elements=num_heads * head_dim,
+        num_output_elements=num_heads * head_dim,
+    )
 
 
-def latent(kv_lora_rank: int, qk_rope_head_dim: int) -> AttentionSpec:
-    """MLA: the compressed vector and the shared rotary key, together one vector a token (DeepSeek-V2, 2405.04434)."""
-    return AttentionSpec(num_latent_elements=kv_lora_rank + qk_rope_head_dim)
+def read_latent(fields: Fields) -> AttentionSpec:
+    """MLA: the compressed vector and the shared rotary key, together one vector a token (DeepSeek-V2, 2405.04434).
+
+    In a prefill each head expands it to a key of nope + rope elements and to a value of `v_head_dim`. A config
+    without the heads is read all the same: they decide the work, not what is kept.
+    """
+    rope = fields.positive_int("qk_rope_head_dim")
+    num_elements = fields.positive_int("kv_lora_rank") + rope
+    if not all(map(fields.has, ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))):
+        return AttentionSpec(num_latent_elements=num_elements)
+    num_heads = fields.positive_int("num_attention_heads")
+    return AttentionSpec(
+        num_latent_elements=num_elements,
+        num_query_elements=num_heads * (fields.count("qk_nope_head_dim") + rope),
+        num_output_elements=num_heads * fields.positive_int("v_head_dim"),
+    )
 
 
 def mamba2(*, num_heads: int, head_dim: int, d_state: int, n_groups: int, d_conv: int) -> SsmSpec:
@@ -49,11 +67,11 @@ def read_grouped_query(fields: Fields, *, head_dim_stated: bool = False) -> Atte
     num_heads = fields.positive_int("num_attention_heads")
     num_kv_heads = fields.positive_int("num_key_value_heads") if fields.has("num_key_value_heads") else num_heads
     if head_dim_stated or fields.has("head_dim"):
-        return grouped_query(num_kv_heads, fields.positive_int("head_dim", "attention_head_dim"))
+        return grouped_query(num_heads, num_kv_heads, fields.positive_int("head_dim", "attention_head_dim"))
     hidden_size = fields.positive_int("hidden_size")
     if hidden_size % num_heads:
         raise fields.error("field 'hidden_size'", f"a multiple of num_attention_heads = {num_heads}", hidden_size)
-    return grouped_query(num_kv_heads, hidden_size // num_heads)
+    return grouped_query(num_heads, num_kv_heads, hidden_size // num_heads)
 
 
 def read_mamba2(fields: Fields, *, d_inner: int) -> SsmSpec:

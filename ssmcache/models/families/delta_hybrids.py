@@ -1,6 +1,6 @@
 """Readers of hybrids of attention with delta rules: gated delta nets and Kimi's KDA."""
 
-from ssmcache.models.families.blocks import delta_net, latent, read_grouped_query
+from ssmcache.models.families.blocks import delta_net, read_grouped_query, read_latent
 from ssmcache.models.families.fields import Fields
 from ssmcache.models.families.plain_transformers import expert_layers
 from ssmcache.models.spec import FeedForward, LayerSpec, SsmSpec
@@ -61,7 +61,7 @@ def kimi_linear(fields: Fields) -> tuple[LayerSpec, ...]:
     heads, head_dim = linear.positive_int("num_heads"), linear.positive_int("head_dim")
     d_conv = linear.positive_int("short_conv_kernel_size")
     ssm = delta_net("kda", k_heads=heads, v_heads=heads, k_dim=head_dim, v_dim=head_dim, d_conv=d_conv)
-    attention = latent(fields.positive_int("kv_lora_rank"), fields.positive_int("qk_rope_head_dim"))
+    attention = read_latent(fields)
 
     def feed_forward(index: int) -> FeedForward:
         first, every = fields.count("first_k_dense_replace"), fields.count("moe_layer_freq", 1) or 1

@@ -113,7 +113,10 @@ def zamba2(fields: Fields) -> tuple[LayerSpec, ...]:
         n_groups=fields.count("mamba_ngroups", 1),
         d_conv=fields.positive_int("mamba_d_conv", "conv_dimension"),
     )
-    layers = {"ssm": LayerSpec(ssm=ssm), "both": LayerSpec(grouped_query(num_kv_heads, head_dim), ssm, "mlp")}
+    layers = {
+        "ssm": LayerSpec(ssm=ssm),
+        "both": LayerSpec(grouped_query(num_heads, num_kv_heads, head_dim), ssm, "mlp"),
+    }
     return tuple(layers[kind] for kind in kinds)
 
 

@@ -52,8 +52,11 @@ DELTA_HYBRIDS = (
         {
             "model_type": "kimi_linear",
             "num_hidden_layers": 27,
+            "num_attention_heads": 32,
             "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
             "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
             "num_experts": 256,
             "first_k_dense_replace": 1,
             "moe_layer_freq": 1,

@@ -1,0 +1,126 @@
+"""`ssmcache recommend`: the best settings for a trace, a model and a memory."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssmcache.models import load_model
+from ssmcache_cli.console import (
+    FormatOption,
+    KvDtypeOption,
+    ModelOption,
+    QuietOption,
+    SeedOption,
+    SessionStartOption,
+    SkipBrokenOption,
+    StateDtypeOption,
+    Stopwatch,
+    TokenizerOption,
+    TraceArgument,
+    TraceBlockOption,
+    interruptible,
+    note_broken_rows,
+    progress_bar,
+    read_options,
+)
+from ssmcache_cli.recommend_report import print_report
+from ssmcache_sim.candidates import Question
+from ssmcache_sim.errors import SizeError
+from ssmcache_sim.formats import read_trace
+from ssmcache_sim.ranges import parse_int_values
+from ssmcache_sim.recommend import recommend
+from ssmcache_sim.recommend_results import (
+    recommend_directory,
+    recommend_manifest,
+    recommendation_json,
+    write_recommendation,
+)
+from ssmcache_sim.results import manifest_with_times
+from ssmcache_sim.settings import parse_prefill
+from ssmcache_sim.sizes import parse_size
+
+
+def recommend_command(
+    trace: TraceArgument,
+    model: ModelOption,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of the cache, to be split: 40GiB, 1.5TB.")] = "40GiB",
+    tokens_per_block: Annotated[
+        str | None,
+        typer.Option(help="Block sizes to choose from: 512,1024 or 16:1024:x2. Default: the trace's own, up to 1,024."),
+    ] = None,
+    ssm_reuse_interval: Annotated[
+        str | None,
+        typer.Option(help="Intervals to choose from. Default: 1, 2, 3, 4, 6, 8, 12 .. blocks of the trace."),
+    ] = None,
+    kv_dtype: KvDtypeOption = None,
+    state_dtype: StateDtypeOption = None,
+    prefill: Annotated[
+        str,
+        typer.Option(
+            help="What snapshots cost: `chunked` (passes are cut at the interval, states copied) or `reserved` (the "
+            "kernel writes them while it passes)."
+        ),
+    ] = "chunked",
+    billion_parameters: Annotated[
+        float | None,
+        typer.Option(help="Parameters that a token passes through; by default what the vendor says.", min=1e-3),
+    ] = None,
+    trace_block: TraceBlockOption = None,
+    format_name: FormatOption = None,
+    session_start: SessionStartOption = None,
+    seed: SeedOption = None,
+    tokenizer: TokenizerOption = None,
+    skip_broken: SkipBrokenOption = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write manifest, recommendation and one row an interval and block size here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find the interval, block size and split of the memory that save most prefill time, and say how sure that is."""
+    stopwatch = Stopwatch()
+    memory_bytes = parse_size(gpu_memory)
+    if memory_bytes is None:
+        raise SizeError(f"--gpu-memory: expected a size to split, such as 40GiB, got {gpu_memory!r}")
+    question = Question(
+        gpu_memory_bytes=memory_bytes,
+        tokens_per_block=_int_values(tokens_per_block, "--tokens-per-block"),
+        ssm_reuse_intervals=_int_values(ssm_reuse_interval, "--ssm-reuse-interval"),
+        kv_dtype=kv_dtype,
+        state_dtype=state_dtype,
+        prefill=parse_prefill(prefill),
+        billion_parameters=billion_parameters,
+    )
+    spec = load_model(model)
+    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
+    with interruptible("nothing was written"), recommend_directory(out) if out else nullcontext() as folder:
+        requests = read_trace(trace, trace_block, reading)
+        note_broken_rows(requests)
+        with progress_bar("recommend", 100, shown=not (quiet or as_json)) as progress:
+            answer = recommend(requests, spec, question, progress=progress)
+        manifest, times = recommend_manifest(requests, spec.name, question), stopwatch.times()
+        if folder is not None:
+            write_recommendation(folder, answer, manifest, times)
+    if as_json:
+        typer.echo(json.dumps(recommendation_json(answer, manifest_with_times(manifest, times))))
+    elif not quiet:
+        given = {
+            "--model": model,
+            "--gpu-memory": gpu_memory,
+            "--kv-dtype": kv_dtype,
+            "--state-dtype": state_dtype,
+            "--trace-block": trace_block,
+            "--format": format_name,
+            "--session-start": session_start,
+            "--seed": seed,
+            "--tokenizer": tokenizer,
+        }
+        words = [str(word) for option, value in given.items() if value is not None for word in (option, value)]
+        print_report(requests.label, spec.name, answer, [str(trace), *words, *["--skip-broken"] * skip_broken])
+
+
+def _int_values(text: str | None, what: str) -> tuple[int, ...] | None:
+    return None if text is None else parse_int_values(text, what)
