@@ -29,6 +29,7 @@ from ssmcache import (
 from ssmcache.memory.base import Memory
 
 BYTES = 16
+SCOPE = ReuseScope()
 
 
 def digest(*parts: Hashable) -> np.ndarray:
@@ -166,7 +167,7 @@ class Runner:
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
-    def create(self, tokens: list[int], scope: ReuseScope = ReuseScope(), **options: object) -> Request:
+    def create(self, tokens: list[int], scope: ReuseScope = SCOPE, **options: object) -> Request:
         kv = self.manager.create_kv_cache(tokens[:-1], scope, **options)
         request = Request(kv, tokens, scope)
         self.requests.append(request)
