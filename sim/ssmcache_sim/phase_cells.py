@@ -37,6 +37,11 @@ def period_of(settings: ReplaySettings) -> int:
     return settings.ssm_reuse_interval or settings.tokens_per_block
 
 
+def num_shifted(trace: Trace, cells: Sequence[PlannedCell]) -> int:
+    """How many (cell, shift) pairs `phase_cells` gives."""
+    return sum(map(len, _shifts(trace, cells)))
+
+
 def phase_cells(trace: Trace, cells: Sequence[PlannedCell], progress: Callable[[int], None]) -> tuple[PhaseCell, ...]:
     """Each cell at up to `MAX_SHIFTS` shifts over its period, in the order of the cells, then of the shifts.
 
@@ -48,7 +53,7 @@ def phase_cells(trace: Trace, cells: Sequence[PlannedCell], progress: Callable[[
 
     Cost: one pass over the trace for each distinct shift, and the replays.
     """
-    shifts = [shifts_of(period_of(cell.settings), trace.tokens_per_block, MAX_SHIFTS) for cell in cells]
+    shifts = _shifts(trace, cells)
     own_tokens = int(trace.prompt_tokens.sum())
     done: dict[tuple[int, int], tuple[int, str]] = {}  # (index of the cell, shift) -> own hit tokens, engine
     for shift in sorted({shift for of_cell in shifts for shift in of_cell}):
@@ -74,6 +79,10 @@ def phase_cells(trace: Trace, cells: Sequence[PlannedCell], progress: Callable[[
         for index, cell in enumerate(cells)
         for shift in shifts[index]
     )
+
+
+def _shifts(trace: Trace, cells: Sequence[PlannedCell]) -> list[tuple[int, ...]]:
+    return [shifts_of(period_of(cell.settings), trace.tokens_per_block, MAX_SHIFTS) for cell in cells]
 
 
 def _replayed(moved: Trace, cell: PlannedCell, shift: int) -> int:
