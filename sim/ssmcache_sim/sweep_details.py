@@ -83,9 +83,22 @@ def write_details(
         _write_or_remove(directory / name, columns)
 
 
-def load_details(directory: Path) -> dict[str, "pd.DataFrame"]:
-    """The detail files that a sweep's directory has, by name. Errors: OutputError for one that cannot be read."""
-    return {name: read_parquet(directory / name) for name in DETAIL_FILES if (directory / name).exists()}
+@dataclass(frozen=True, slots=True, eq=False)
+class SweepDetails:
+    """The files read back; None for one without rows."""
+
+    planes: "pd.DataFrame | None"
+    splits: "pd.DataFrame | None"
+    hit_depths: "pd.DataFrame | None"
+    explorer: "pd.DataFrame | None"
+    phases: "pd.DataFrame | None"
+    phase_ceilings: "pd.DataFrame | None"
+
+
+def load_details(directory: Path) -> SweepDetails:
+    """Reads what `write_details` wrote. Errors: OutputError for a file that cannot be read."""
+    paths = [directory / name for name in DETAIL_FILES]
+    return SweepDetails(*(read_parquet(path) if path.exists() else None for path in paths))
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
