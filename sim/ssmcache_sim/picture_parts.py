@@ -121,9 +121,8 @@ def phase_band(axes: Axes, ceilings: pd.DataFrame) -> None:
     low, high = floats(ceilings, "own_hit_rate_low"), floats(ceilings, "own_hit_rate_high")
     shifts = np.arange(period + 1)
     low, high = np.append(low, low[0]), np.append(high, high[0])  # a whole period is no shift
-    axes.fill_between(
-        shifts, low, high, color="#bbbbbb", linewidth=0, label="ceiling: within these bounds", step="post"
-    )
+    bounds = axes.fill_between(shifts, low, high, step="post", color="#bbbbbb", linewidth=0)
+    bounds.set(label="ceiling: within these bounds", rasterized=True)  # of thousands of points
     axes.plot(shifts[::step], low[::step], color="black", linewidth=0.8, linestyle=":" if step > 1 else "-")
     known = shifts[:: step * max(1, period // step // _MAX_MARKS)]
     axes.plot(known, low[known], "o", color="black", markersize=3.5, label="ceiling: exact")

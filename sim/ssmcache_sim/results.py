@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 PER_REQUEST = "per_request.parquet"
 PHASE_CEILINGS = "phase_ceilings.parquet"
+REPORT = "report.html"  # of a replay or a sweep
 REPLAY_COMMAND = "replay"
 
 
@@ -75,7 +76,7 @@ def summary(result: ReplayResult, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def replay_directory(path: Path) -> AbstractContextManager[Path]:
     """A folder for `write_replay` that becomes `path` at the end of the block. Errors: OutputError, see there."""
-    return new_directory(path, REPLAY_COMMAND, frozenset({SUMMARY, PER_REQUEST, PHASE_CEILINGS}))
+    return new_directory(path, REPLAY_COMMAND, frozenset({SUMMARY, PER_REQUEST, PHASE_CEILINGS, REPORT}))
 
 
 def write_replay(folder: Path, result: ReplayResult, manifest: dict[str, Any], times: RunTimes) -> None:
