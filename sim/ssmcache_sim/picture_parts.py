@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ssmcache_sim.phase import PhaseCeilings
 from ssmcache_sim.sizes import UNLIMITED, format_size
 
 GIB = 1 << 30
@@ -58,7 +59,8 @@ def percent_axis(axes: Axes) -> None:
 
 
 def trace_and_model(manifest: dict[str, Any]) -> str:
-    return f"{manifest['trace']['name']}, {manifest['settings']['model']}"
+    """For titles: a dollar of a name is a dollar, and begins no formula."""
+    return f"{manifest['trace']['name']}, {manifest['settings']['model']}".replace("$", r"\$")
 
 
 def groups(cells: pd.DataFrame, column: str) -> list[tuple[int | None, pd.DataFrame]]:
@@ -115,10 +117,10 @@ def memory_name(num_bytes: float) -> str:
     return format_size(None if np.isinf(num_bytes) else int(num_bytes))
 
 
-def phase_band(axes: Axes, ceilings: pd.DataFrame) -> None:
+def phase_band(axes: Axes, ceilings: PhaseCeilings) -> None:
     """Draws the ceilings of one period against the shift, from 0 to the period: bounds, and dots where they meet."""
-    period, step = int(ceilings["period_tokens"].iloc[0]), int(ceilings["step_tokens"].iloc[0])
-    low, high = floats(ceilings, "own_hit_rate_low"), floats(ceilings, "own_hit_rate_high")
+    period, step = ceilings.period_tokens, ceilings.step_tokens
+    low, high = ceilings.low / ceilings.prompt_tokens, ceilings.high / ceilings.prompt_tokens
     shifts = np.arange(period + 1)
     low, high = np.append(low, low[0]), np.append(high, high[0])  # a whole period is no shift
     bounds = axes.fill_between(shifts, low, high, step="post", color="#bbbbbb", linewidth=0)

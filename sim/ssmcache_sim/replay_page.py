@@ -24,7 +24,7 @@ def replay_body(run: ReplayRun) -> Markup:
     return (
         f'<div class="numbers">{usable}{ceiling}{kv_ceiling}{too_large}</div>'
         + section("Where the prompt tokens went", _tokens(totals))
-        + section("Phase", phase_text(run.phase))
+        + section("Phase", phase_text(run.phase.summary()))
         + section("Memory and snapshots", _memory(totals) + _snapshots(totals))
     )
 
@@ -33,8 +33,8 @@ def phase_text(phase: PhaseSummary) -> Markup:
     """The ceiling's spread in words, as a warning where the hit rate hangs on it."""
     said = (
         f"With the same tokens in front of every prompt, as from a longer system prompt, the "
-        f"{term('ceiling', 'ceiling')} ranges from {percent(phase.worst_rate)} ({phase.worst_shift_tokens:,} tokens more) to "
-        f"{percent(phase.best_rate)} ({phase.best_shift_tokens:,} more); now it is {percent(phase.now_rate)}."
+        f"{term('ceiling', 'ceiling')} ranges from {percent(phase.worst_rate)} ({phase.worst_shift_tokens:,} tokens "
+        f"more) to {percent(phase.best_rate)} ({phase.best_shift_tokens:,} more); now it is {percent(phase.now_rate)}."
     )
     if phase.hangs_on_phase:
         return warning(f"The hit rate hangs on the {term('phase', 'phase')} of the prompt lengths. {said}")

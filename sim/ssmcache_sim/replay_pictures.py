@@ -126,7 +126,7 @@ def _depth_by_prompt(axes: Axes, per_request: pd.DataFrame) -> None:
 def phase_of_ceiling(run: ReplayRun, title: str) -> Figure:
     """The bounds of the ceiling over all shifts of one period; dots where it is known exactly."""
     figure, axes = figure_with_axes(title, 8.0, 5.0)
-    phase_band(axes, run.phase_ceilings)
+    phase_band(axes, run.phase)
     axes.set_ylabel("hit rate with unlimited memory (% of own prompt tokens)")
     figure.legend(loc="outside lower center", ncols=3)
     return figure

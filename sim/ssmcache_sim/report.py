@@ -54,7 +54,7 @@ def report_page(directory: Path) -> str:
 
 
 def _caption(figure: Figure) -> str:
-    return ": ".join(figure.get_suptitle().split("\n", 1)).replace("\n", ", ")
+    return ": ".join(figure.get_suptitle().split("\n", 1)).replace("\n", ", ").replace(r"\$", "$")
 
 
 def _provenance(manifest: dict[str, Any]) -> Markup:

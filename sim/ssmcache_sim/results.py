@@ -15,7 +15,7 @@ import numpy as np
 from ssmcache import __version__
 from ssmcache_sim.directories import MANIFEST, TOOL, json_bytes, new_directory, read_manifest, write_file
 from ssmcache_sim.errors import OutputError
-from ssmcache_sim.phase import PhaseCeilings, PhaseSummary
+from ssmcache_sim.phase import PhaseCeilings
 from ssmcache_sim.replay import ReplayResult
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.totals import ReplayTotals
@@ -119,12 +119,25 @@ def phase_ceilings_columns(ceilings: Sequence[PhaseCeilings]) -> dict[str, np.nd
             "period_tokens": np.full(one.period_tokens, one.period_tokens, dtype=np.int64),
             "step_tokens": np.full(one.period_tokens, one.step_tokens, dtype=np.int64),
             "shift_tokens": np.arange(one.period_tokens, dtype=np.int64),
-            "own_hit_rate_low": one.low / one.prompt_tokens,
-            "own_hit_rate_high": one.high / one.prompt_tokens,
+            "prompt_tokens": np.full(one.period_tokens, one.prompt_tokens, dtype=np.int64),
+            "own_hit_tokens_low": one.low,
+            "own_hit_tokens_high": one.high,
         }
         for one in ceilings
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+
+def phase_ceilings_of(frame: "pd.DataFrame") -> tuple[PhaseCeilings, ...]:
+    """The reverse of `phase_ceilings_columns`."""
+    columns = {str(name): frame[name].to_numpy(dtype=np.int64) for name in frame}
+    ceilings = []
+    for period in np.unique(columns["period_tokens"]).tolist():
+        rows = {name: values[columns["period_tokens"] == period] for name, values in columns.items()}
+        step_tokens, prompt_tokens = int(rows["step_tokens"][0]), int(rows["prompt_tokens"][0])
+        low, high = rows["own_hit_tokens_low"], rows["own_hit_tokens_high"]
+        ceilings.append(PhaseCeilings(period, step_tokens, prompt_tokens, low, high))
+    return tuple(ceilings)
 
 
 def write_parquet(path: Path, columns: dict[str, Any]) -> None:
@@ -153,9 +166,8 @@ class ReplayRun:
 
     manifest: dict[str, Any]
     totals: ReplayTotals
-    phase: PhaseSummary
     per_request: "pd.DataFrame"
-    phase_ceilings: "pd.DataFrame"
+    phase: PhaseCeilings
 
 
 def load_run(directory: str | Path) -> ReplayRun:
@@ -167,9 +179,8 @@ def load_run(directory: str | Path) -> ReplayRun:
     if manifest.get("command") != REPLAY_COMMAND:
         raise OutputError(f"{directory}: expected the result of a replay, got one of {manifest.get('command')!r}")
     try:
-        published = json.loads((directory / SUMMARY).read_bytes())
-        totals, phase = ReplayTotals.from_json(published), PhaseSummary(**published["phase"])
+        totals = ReplayTotals.from_json(json.loads((directory / SUMMARY).read_bytes()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{directory / SUMMARY}: expected the summary of a replay: {error}") from error
-    frames = [read_parquet(directory / name) for name in (PER_REQUEST, PHASE_CEILINGS)]
-    return ReplayRun(manifest, totals, phase, *frames)
+    (phase,) = phase_ceilings_of(read_parquet(directory / PHASE_CEILINGS))
+    return ReplayRun(manifest, totals, read_parquet(directory / PER_REQUEST), phase)

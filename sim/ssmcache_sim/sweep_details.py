@@ -24,7 +24,7 @@ from ssmcache_sim.hit_depth import PERCENTS, hit_depths
 from ssmcache_sim.phase import PhaseCeilings
 from ssmcache_sim.phase_cells import PhaseCell
 from ssmcache_sim.plane import Split, memory_steps, split_plane, splits, used_bytes
-from ssmcache_sim.results import PHASE_CEILINGS, phase_ceilings_columns, read_parquet, write_parquet
+from ssmcache_sim.results import PHASE_CEILINGS, phase_ceilings_columns, phase_ceilings_of, read_parquet, write_parquet
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.sweep import PlannedCell, SweepSpec, SweptCell
 from ssmcache_sim.totals import ReplayTotals
@@ -85,20 +85,32 @@ def write_details(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SweepDetails:
-    """The files read back; None for one without rows."""
+    """The files read back; None or empty for one without rows."""
 
     planes: "pd.DataFrame | None"
     splits: "pd.DataFrame | None"
     hit_depths: "pd.DataFrame | None"
     explorer: "pd.DataFrame | None"
     phases: "pd.DataFrame | None"
-    phase_ceilings: "pd.DataFrame | None"
+    phase_ceilings: tuple[PhaseCeilings, ...]
 
 
 def load_details(directory: Path) -> SweepDetails:
     """Reads what `write_details` wrote. Errors: OutputError for a file that cannot be read."""
-    paths = [directory / name for name in DETAIL_FILES]
-    return SweepDetails(*(read_parquet(path) if path.exists() else None for path in paths))
+    frames = {name: _read_if_there(directory / name) for name in DETAIL_FILES}
+    ceilings = frames[PHASE_CEILINGS]
+    return SweepDetails(
+        planes=frames[PLANES],
+        splits=frames[SPLITS],
+        hit_depths=frames[HIT_DEPTHS],
+        explorer=frames[EXPLORER],
+        phases=frames[PHASES],
+        phase_ceilings=() if ceilings is None else phase_ceilings_of(ceilings),
+    )
+
+
+def _read_if_there(path: Path) -> "pd.DataFrame | None":
+    return read_parquet(path) if path.exists() else None
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:

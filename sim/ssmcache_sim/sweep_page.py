@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ssmcache_sim.page_parts import Markup, folded, number, percent, script_json, section, table, term, text
+from ssmcache_sim.page_parts import Markup, folded, number, percent, script_json, section, table, term, text, warning
 from ssmcache_sim.sizes import format_size
 from ssmcache_sim.sweep_results import SweepRun
 
@@ -137,12 +137,38 @@ def _all_cells(cells: Sequence[Row]) -> Markup:
 
 
 def _phases(run: SweepRun) -> Markup:
-    """The spread of each cell over its shifts; nothing where the sweep was made without."""
+    """The spread of the ceilings, and of each cell, over the shifts; nothing where the sweep was made without."""
     phases = run.details.phases
     if phases is None:
         return ""
-    of_cell: dict[tuple[Any, ...], list[Row]] = {}
-    for row in _records(phases):  # of each cell in the order of its shifts, that of 0 first
+    summaries = [one.summary() for one in run.details.phase_ceilings]
+    hanging = [f"{one.period_tokens:,}" for one in summaries if one.hangs_on_phase]
+    said = f"<p>{term('phase', 'What is a phase?')}</p>"
+    if hanging:
+        where = f"at intervals of {', '.join(hanging)} tokens" if _has_intervals(phases) else "on the block"
+        said = warning(f"The hit rate hangs on the {term('phase', 'phase')} of the prompt lengths {where}.")
+    ceilings = [
+        (
+            f"{one.period_tokens:,}",
+            percent(one.now_rate),
+            f"{percent(one.worst_rate)} ({one.worst_shift_tokens:,})",
+            f"{percent(one.best_rate)} ({one.best_shift_tokens:,})",
+            percent(one.best_rate - one.worst_rate),
+        )
+        for one in summaries
+    ]
+    columns = ("now", "worst", "best", "spread")
+    caption = "if the same tokens stood in front of every prompt (in brackets: how many), of own prompt tokens"
+    period = term("interval", "interval") if _has_intervals(phases) else term("block", "block")
+    overview = table(f"Ceiling {caption}", (period, *columns), ceilings)
+    headings = (term("block", "block"), term("interval", "interval"), "memory", *columns)
+    cells = table(f"Hit rate of every cell {caption}", headings, _phase_rows(_records(phases)))
+    return section("Phase", said + overview + folded("The spread of every cell", cells))
+
+
+def _phase_rows(phases: Sequence[Row]) -> list[tuple[Markup, ...]]:
+    of_cell: dict[tuple[Markup, ...], list[Row]] = {}
+    for row in phases:  # of each cell in the order of its shifts, that of 0 first
         of_cell.setdefault((*_shape(row), format_size(row["gpu_memory_bytes"])), []).append(row)
     rows = []
     for names, shifts in of_cell.items():
@@ -150,9 +176,11 @@ def _phases(run: SweepRun) -> Markup:
         shown = (f"{percent(row['own_hit_rate'])} ({row['shift_tokens']:,})" for row in (worst, best))
         spread = percent(best["own_hit_rate"] - worst["own_hit_rate"])
         rows.append((*names, percent(shifts[0]["own_hit_rate"]), *shown, spread))
-    headings = (term("block", "block"), term("interval", "interval"), "memory", "now", "worst", "best", "spread")
-    caption = "Hit rate if the same tokens stood in front of every prompt (in brackets: how many), of own prompt tokens"
-    return section("Phase", f"<p>{term('phase', 'What is a phase?')}</p>" + table(caption, headings, rows))
+    return rows
+
+
+def _has_intervals(frame: pd.DataFrame) -> bool:
+    return bool(frame["ssm_reuse_interval"].notna().any())
 
 
 def _records(frame: pd.DataFrame) -> list[Row]:

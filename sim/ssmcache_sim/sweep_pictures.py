@@ -1,6 +1,6 @@
 """Pictures of a sweep: hit rates against memory, heat map, lost tokens, how to split memory, hit depth, phases."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
+from ssmcache_sim.phase import PhaseCeilings
 from ssmcache_sim.picture_parts import (
     GIB,
     figure_with_axes,
@@ -63,7 +64,7 @@ def _detail_figures(run: SweepRun, block: int | None, shape: str) -> Iterator[tu
             memory = largest_memory(depths)
             title = f"Hit depth of the requests at {memory_name(memory)}\n{shape}"
             yield f"hit_depth_block_{block}", hit_depths(depths[memory_bytes(depths) == memory], title)
-    if details.phases is not None and details.phase_ceilings is not None:
+    if details.phases is not None:
         phases = details.phases[details.phases["tokens_per_block"] == block]
         title = f"Hit rate if all prompts began later\n{shape}"
         yield f"phase_block_{block}", phase_spread(phases, details.phase_ceilings, title)
@@ -203,13 +204,14 @@ def hit_depths(depths: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def phase_spread(phases: pd.DataFrame, ceilings: pd.DataFrame, title: str) -> Figure:
+def phase_spread(phases: pd.DataFrame, ceilings: Sequence[PhaseCeilings], title: str) -> Figure:
     """A panel an interval: the hit rate of each memory at the shifts that were tried, and the bounds of the ceiling."""
     by_interval = groups(phases, "ssm_reuse_interval")
+    by_period = {one.period_tokens: one for one in ceilings}
     figure, places = panels(title, len(by_interval), 3.4, 2.9)
     for axes, (interval, group) in zip(places, by_interval, strict=True):
         period = interval or int(group["tokens_per_block"].iloc[0])
-        phase_band(axes, ceilings[ceilings["period_tokens"] == period])
+        phase_band(axes, by_period[period])
         sizes = sorted(set(memory_bytes(group).tolist()))
         for size, colour in zip(sizes, _colours(len(sizes)), strict=True):
             shown = group[memory_bytes(group) == size]
@@ -217,15 +219,12 @@ def phase_spread(phases: pd.DataFrame, ceilings: pd.DataFrame, title: str) -> Fi
             shifts, rates = np.append(shifts, period), np.append(rates, rates[0])  # a whole period is no shift
             axes.plot(shifts, rates, "o:", color=colour, markersize=3, linewidth=1, label=memory_name(size))
         axes.set_title(f"interval: {interval_name(interval)}", fontsize=10)
-    places[0].set_ylim(bottom=0, top=1.05 * max(_highest(phases, ceilings), 1e-3))  # shared by all
+    highest = max(float(one.high.max()) / one.prompt_tokens for one in ceilings)
+    places[0].set_ylim(bottom=0, top=1.05 * max(highest, 1e-3))  # shared by all
     figure.supylabel("% of own prompt tokens", fontsize=10)
     handles, labels = places[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
-
-
-def _highest(phases: pd.DataFrame, ceilings: pd.DataFrame) -> float:
-    return max(float(floats(phases, "own_hit_rate").max()), float(floats(ceilings, "own_hit_rate_high").max()))
 
 
 def _colours(count: int) -> Any:
