@@ -11,7 +11,7 @@ HEAVY = ("torch", "pandas", "matplotlib", "pyarrow")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["replay", "--help"], ["sweep", "--help"], ["plot", "--help"], ["trace", "--help"]]
+    "arguments", [["--help"], *([command, "--help"] for command in ("replay", "sweep", "plot", "report", "trace"))]
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -31,7 +31,7 @@ def test_the_version_is_the_package_version(ssmcache: Run) -> None:
 
 def test_all_commands_are_listed(ssmcache: Run) -> None:
     help_text = ssmcache("--help").stdout
-    for command in ("replay", "sweep", "plot", "models"):
+    for command in ("replay", "sweep", "plot", "report", "models", "trace"):
         assert f" {command} " in help_text
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from ssmcache_sim.sweep_results import load_sweep
@@ -47,7 +48,31 @@ def test_by_default_the_grid_makes_the_cells_with_the_same_hit_rates(
 
 def test_quiet_prints_nothing(run_here: RunHere, sample: str, tmp_path: Path) -> None:
     assert run_here("sweep", sample, *SMALL, "--out", tmp_path / "s", "--quiet") == (0, "", "")
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["cells.parquet", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
+        "cells.parquet",
+        "explorer.parquet",
+        "hit_depths.parquet",
+        "manifest.json",
+        "planes.parquet",
+        "splits.parquet",
+    ]
+
+
+def test_phase_shows_the_spread_of_the_best_cells_and_of_the_ceilings(
+    run_here: RunHere, sample: str, tmp_path: Path
+) -> None:
+    code, out, err = run_here("sweep", sample, *SMALL, "--out", tmp_path / "s", "--phase")
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    phases, run = pd.read_parquet(tmp_path / "s" / "phases.parquet"), load_sweep(tmp_path / "s")
+    for period in (512, 1024, 2048):
+        (row,) = (row for row in rows if row[:2] == ["ceiling", str(period)])
+        unlimited = phases[(phases["ssm_reuse_interval"] == period) & phases["gpu_memory_bytes"].isna()]
+        assert row[2] == f"{unlimited['own_hit_rate'].iloc[0]:.2%}"
+        assert float(row[5][:-1]) >= round(100 * unlimited["own_hit_rate"].max(), 2)
+    best = run.cells.loc[run.cells[run.cells["gpu_memory_bytes"] == 200 << 30]["usable_token_hit_rate"].idxmax()]
+    shown = ["200", "GiB", "512", str(best["ssm_reuse_interval"]), f"{best['usable_token_hit_rate']:.2%}"]
+    assert shown in [row[:5] for row in rows]
 
 
 @pytest.mark.parametrize(
