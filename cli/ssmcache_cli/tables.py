@@ -75,28 +75,31 @@ def phase_table(phases: SweepPhases, cells: Sequence[SweptCell]) -> None:
     table = Table(title=title, caption=_PHASE_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for heading in ("memory", "block", "interval", "now", "worst", "best"):
         table.add_column(heading, justify="right")
-    best = {cell.settings for cell in _best_by_memory(cells).values()}
     of_cell: dict[ReplaySettings, list[PhaseCell]] = {}
     for cell in phases.cells:
         of_cell.setdefault(cell.settings, []).append(cell)
-    for settings, shifts in of_cell.items():
-        if settings in best:
-            worst, top = (pick(shifts, key=lambda cell: cell.own_hit_rate) for pick in (min, max))
-            shape = (str(settings.tokens_per_block), str(settings.ssm_reuse_interval or "-"))
-            shown = (f"{cell.own_hit_rate:.2%} ({cell.shift_tokens:,})" for cell in (worst, top))
-            table.add_row(format_size(settings.gpu_memory_bytes), *shape, f"{shifts[0].own_hit_rate:.2%}", *shown)
+    for size, best in _best_by_memory(cells).items():
+        shifts = of_cell[best.settings]
+        worst, top = (pick(shifts, key=lambda cell: cell.own_hit_rate) for pick in (min, max))
+        shape = (str(best.settings.tokens_per_block), str(best.settings.ssm_reuse_interval or "-"))
+        shown = (f"{cell.own_hit_rate:.2%} ({cell.shift_tokens:,})" for cell in (worst, top))
+        table.add_row(format_size(size), *shape, f"{shifts[0].own_hit_rate:.2%}", *shown)
     table.add_section()
-    for one in phases.ceilings:
-        summary = one.summary()
+    summaries = [one.summary() for one in phases.ceilings]
+    for summary in summaries:
         table.add_row(
             "ceiling",
             "",
-            str(one.period_tokens),
+            str(summary.period_tokens),
             f"{summary.now_rate:.2%}",
             f"{summary.worst_rate:.2%} ({summary.worst_shift_tokens:,})",
             f"{summary.best_rate:.2%} ({summary.best_shift_tokens:,})",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if hanging := [str(summary.period_tokens) for summary in summaries if summary.hangs_on_phase]:
+        where = f"at {', '.join(hanging)} tokens"
+        console.print(f"[bold]warning: the hit rate hangs on the phase {where}.[/bold]", highlight=False)
 
 
 def sweep_table(title: str, cells: Sequence[SweptCell]) -> None:

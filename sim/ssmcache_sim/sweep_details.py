@@ -13,7 +13,7 @@ A file without rows is not written. All are made from the trace alone: the same 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from ssmcache_sim.grid import StackDistances, stack_distances
 from ssmcache_sim.hit_depth import PERCENTS, hit_depths
 from ssmcache_sim.phase import PhaseCeilings
 from ssmcache_sim.phase_cells import PhaseCell
-from ssmcache_sim.plane import Split, memory_steps, split_plane, splits, used_bytes
+from ssmcache_sim.plane import memory_steps, split_plane, splits, used_bytes
 from ssmcache_sim.results import PHASE_CEILINGS, phase_ceilings_columns, phase_ceilings_of, read_parquet, write_parquet
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.sweep import PlannedCell, SweepSpec, SweptCell
@@ -155,24 +155,17 @@ def _plane_rows(
         for ssm_bytes, hits in zip(plane.ssm_bytes.tolist(), of_kv, strict=True)
     ]
     found = splits(trace, distances, planned.config, memory_steps(finite, _NUM_SPLIT_SIZES))
-    divided: list[Row] = [_split_row(head, split, split.ssm_fraction, prompt_tokens) for split in found]
+    tried: list[tuple[int, float | None, int, int, int]] = [astuple(split) for split in found]
     for cell, swept in shape:
         size = cell.settings.gpu_memory_bytes
         if size is not None:
-            own = Split(size, 0.0, *used_bytes(cell.config), swept.totals.usable_hit_tokens)
-            divided.append(_split_row(head, own, None, prompt_tokens))
+            tried.append((size, None, *used_bytes(cell.config), swept.totals.usable_hit_tokens))
+    names = ("gpu_memory_bytes", "ssm_fraction", "kv_bytes", "ssm_bytes")
+    divided = [
+        {**head, **dict(zip(names, split, strict=True)), "usable_token_hit_rate": hits / prompt_tokens}
+        for *split, hits in tried
+    ]
     return planes, divided
-
-
-def _split_row(head: Row, split: Split, fraction: float | None, prompt_tokens: int) -> Row:
-    return {
-        **head,
-        "gpu_memory_bytes": split.memory_bytes,
-        "ssm_fraction": fraction,
-        "kv_bytes": split.kv_bytes,
-        "ssm_bytes": split.ssm_bytes,
-        "usable_token_hit_rate": split.hit_tokens / prompt_tokens,
-    }
 
 
 def _depth_rows(trace: Trace, distances: StackDistances, planned: PlannedCell) -> list[Row]:

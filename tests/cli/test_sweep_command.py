@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -73,6 +74,19 @@ def test_phase_shows_the_spread_of_the_best_cells_and_of_the_ceilings(
     best = run.cells.loc[run.cells[run.cells["gpu_memory_bytes"] == 200 << 30]["usable_token_hit_rate"].idxmax()]
     shown = ["200", "GiB", "512", str(best["ssm_reuse_interval"]), f"{best['usable_token_hit_rate']:.2%}"]
     assert shown in [row[:5] for row in rows]
+    assert "warning" not in out
+
+
+def test_phase_warns_of_the_intervals_that_hang_on_it(run_here: RunHere, tmp_path: Path) -> None:
+    """A shared start of 100 tokens, one too few for an interval of 101."""
+    ids = [[*range(100), *range(1000 * user, 1000 * user + 20)] for user in range(1, 9)]
+    rows = [{"timestamp": 0, "input_length": 120, "output_length": 1, "hash_ids": row} for row in ids]
+    path = tmp_path / "short.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = ("--trace-block", "1", "--ssm-reuse-interval", "10,101", "--gpu-memory", "80GiB", "--phase")
+    code, out, _ = run_here("sweep", path, *MODEL, *options, "--out", tmp_path / "s")
+    assert code == 0
+    assert "warning: the hit rate hangs on the phase at 101 tokens." in out
 
 
 @pytest.mark.parametrize(
