@@ -44,8 +44,8 @@ def hit_depths(
     factor = period // native
     first = distances.start // factor
     count = np.minimum(distances.end // factor, distances.limit // period) - first
-    # blocks of later touches, and the segment's own up to the boundary before its first one; each boundary from there on
-    # adds the blocks of one period
+    # blocks of later touches, and the segment's own up to the boundary before its first one; each boundary from there
+    # on adds the blocks of one period
     blocks_later = distances.later_of(tokens_per_block)
     blocks_later = blocks_later + first * factor // block_factor - distances.start // block_factor
     fits = (capacity.blocks - blocks_later) // (factor // block_factor)
