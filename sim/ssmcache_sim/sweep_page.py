@@ -56,14 +56,14 @@ def sweep_body(run: SweepRun) -> Markup:
 def _explorer(run: SweepRun, best: Row) -> Markup:
     """Controls, an empty chart, and the cells that the script draws from."""
     wider = run.details.explorer
-    frame = run.cells if wider is None else wider
+    swept = _records(run.cells)
+    explored = swept if wider is None else _records(wider) + [cell for cell in swept if cell["engine"] == "replay"]
     start = {
         "model": str(best["model"]),
         "block": str(best["tokens_per_block"]),
         "interval": str(best["ssm_reuse_interval"] or "none"),
         "memory": str(best["gpu_memory_bytes"] or "unlimited"),
     }
-    explored = _records(frame)
     published = {
         "start": start,
         "prompt_tokens": explored[0]["prompt_tokens"],
@@ -74,7 +74,8 @@ def _explorer(run: SweepRun, best: Row) -> Markup:
     scope = (
         "Cells that were swept."
         if wider is None
-        else "All presets, at the memory sizes of the sweep and sizes in between; exact cells of the one-pass grid."
+        else "All presets, at the memory sizes of the sweep and sizes in between, where the one-pass grid is exact; "
+        "and the cells of the sweep that were replayed."
     )
     rows = "".join(
         f'<tr><th scope="row">{swatch}{name}</th><td data-tokens="{part}"></td><td data-rate="{part}"></td></tr>'

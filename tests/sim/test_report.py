@@ -27,6 +27,7 @@ from ssmcache_sim.sweep_details import SweepPhases, write_details
 from ssmcache_sim.sweep_results import begin_sweep, finish_sweep, load_sweep
 
 GIB = 1 << 30
+SIZES = (5 * GIB, 50 * GIB, 200 * GIB, None)  # the least holds no largest request: its cells are replayed
 TIMES = RunTimes("now", 1.0)
 HOSTILE_TRACE = (
     '</title></script><script>document.title="owned"</script><img src=x onerror="alert(1)">$\\frac{$&amp;\'"'
@@ -38,7 +39,7 @@ def make_sweep(sample_path: Path, path: Path, *, hostile: bool = False, engine: 
     trace, spec = read_trace(sample_path), load_model("nemotron-h-8b")
     if hostile:
         trace, spec = replace(trace, name=HOSTILE_TRACE), replace(spec, name=HOSTILE_MODEL)
-    sweep = SweepSpec(sample_path, None, (512, 1024), (1024, 4096), (50 * GIB, 200 * GIB, None), engine=engine)
+    sweep = SweepSpec(sample_path, None, (512, 1024), (1024, 4096), SIZES, engine=engine)
     plan = plan_sweep(sweep, trace, spec, path)
     manifest = begin_sweep(path, sweep, trace, spec)
     cells = run_sweep(sweep, trace, plan, 1, lambda done: None)
@@ -122,6 +123,7 @@ def test_the_explorer_holds_the_cells_of_all_models_or_else_those_of_the_sweep(
     replayed = make_sweep(sample_path, tmp_path / "replayed", engine="replay")
     for path, num_models in ((sweep_path, 19), (replayed, 1)):
         run = load_sweep(path)
+        assert "replay" in set(run.cells["engine"])
         explored = json.loads(Elements(page_of(path)).scripts[0])
         rows = [dict(zip(explored["columns"], row, strict=True)) for row in explored["rows"]]
         assert len({row["model"] for row in rows}) == num_models
