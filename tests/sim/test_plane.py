@@ -24,11 +24,20 @@ from ssmcache_sim.trace import Trace
 GIB = 1 << 30
 TraceOf = Callable[..., Trace]
 TinyConfig = Callable[..., KVCacheManagerConfig]
-prompts_of_few_tokens = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=26), min_size=1, max_size=20)
+# prompts that part and come back often, so that pools as small as the largest of them must evict
+prompts_of_few_paths = st.lists(
+    st.builds(
+        lambda path, length: ([9] * 5 + [path % 3] * 6 + [path] * 15)[:length], st.integers(0, 8), st.integers(3, 26)
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+places = st.tuples(st.integers(0, NUM_SIZES - 1), st.integers(0, NUM_SIZES - 1))
 
 
-@settings(max_examples=40, deadline=None)
-@given(prompts=prompts_of_few_tokens, multiple=st.integers(1, 3), data=st.data())
+@settings(max_examples=60, deadline=None)
+@given(prompts=prompts_of_few_paths, multiple=st.integers(1, 3), data=st.data())
 def test_a_point_of_the_plane_is_a_replay_with_that_many_pages_and_states(
     trace_of: TraceOf, tiny_config: TinyConfig, prompts: list[list[int]], multiple: int, data: st.DataObject
 ) -> None:
@@ -41,10 +50,10 @@ def test_a_point_of_the_plane_is_a_replay_with_that_many_pages_and_states(
     longest = max(map(len, prompts))
     assert (plane.kv_bytes[0], plane.kv_bytes[-1]) == ((longest // 2 + 1) * slot_bytes, 40 * slot_bytes)
     assert (plane.ssm_bytes[0], plane.ssm_bytes[-1]) == ((longest // interval + 1) * slot_bytes, 40 * slot_bytes)
-    row, column = (data.draw(st.integers(0, NUM_SIZES - 1)) for _ in range(2))
-    num_pages, num_states = int(plane.kv_bytes[row]) // slot_bytes, int(plane.ssm_bytes[column]) // slot_bytes
-    expected = replay(trace, tiny_config(2, num_pages=num_pages, interval=interval, num_states=num_states))
-    assert plane.hit_tokens[row, column] == expected.totals.usable_hit_tokens
+    for row, column in ((0, NUM_SIZES - 1), (NUM_SIZES - 1, 0), *data.draw(st.lists(places, max_size=3))):
+        num_pages, num_states = int(plane.kv_bytes[row]) // slot_bytes, int(plane.ssm_bytes[column]) // slot_bytes
+        expected = replay(trace, tiny_config(2, num_pages=num_pages, interval=interval, num_states=num_states))
+        assert plane.hit_tokens[row, column] == expected.totals.usable_hit_tokens
 
 
 def test_no_plane_where_the_largest_request_fits_into_no_pool(trace_of: TraceOf, tiny_config: TinyConfig) -> None:
@@ -78,13 +87,13 @@ def test_memory_steps_keep_the_sizes_given_and_fill_the_range() -> None:
     assert memory_steps([64], 24) == [64]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
-    prompts=prompts_of_few_tokens,
+    prompts=prompts_of_few_paths,
     factor=st.integers(1, 3),
     multiple=st.integers(0, 3),
-    more_pages=st.integers(0, 14),
-    more_states=st.integers(0, 8),
+    more_pages=st.sampled_from([0, 1, 2, 3, 5, 30]),
+    more_states=st.sampled_from([0, 1, 2, 3, 30]),
 )
 def test_hit_depths_are_those_of_a_replay(
     trace_of: TraceOf,
