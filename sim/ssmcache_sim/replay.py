@@ -22,6 +22,7 @@ from ssmcache import (
 )
 from ssmcache_sim.ceilings import Ceilings, infinite_cache
 from ssmcache_sim.errors import MemoryTooSmallError
+from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.sizes import format_size
 from ssmcache_sim.totals import LayerGroupPeak, ReplayTotals, SnapshotCounts
@@ -47,6 +48,7 @@ class ReplayResult:
         lost_snapshot: the rest: KV present, but no snapshot at a usable position.
         too_large: [num_requests] bool, did not fit into the memory even alone: served without the cache, no hits.
         used_bytes: [num_layer_groups, num_requests] memory in use after each request.
+        phase: the ceilings of the same prompts, shifted against blocks and interval.
     """
 
     trace: Trace
@@ -60,6 +62,7 @@ class ReplayResult:
     lost_snapshot: Int64Array
     too_large: np.ndarray[tuple[int], np.dtype[np.bool_]]
     used_bytes: np.ndarray[tuple[int, int], np.dtype[np.int64]]
+    phase: PhaseCeilings
     totals: ReplayTotals
 
 
@@ -77,7 +80,7 @@ def replay(
 
     Errors: TraceError for blocks that the trace does not record; MemoryTooSmallError when no request fits.
     """
-    trace = trace.with_block(config.tokens_per_block)
+    recorded, trace = trace, trace.with_block(config.tokens_per_block)
     check_memory(trace, config)
     manager = KVCacheManager(config, memory=SimulatedMemory())
     matches, used_slots = _serve_all(trace, manager, _committer(config, prefill), progress)
@@ -85,7 +88,8 @@ def replay(
     if manager.max_capacity is not None:
         too_large = trace.prompt_tokens + 1 > manager.max_capacity
     ceilings = infinite_cache(trace, config.ssm_reuse_interval if config.has_ssm else None)
-    return _account(trace, config, ceilings, matches, too_large, used_slots, manager)
+    phase = phase_ceilings(recorded, config.ssm_reuse_interval if config.has_ssm else config.tokens_per_block)
+    return _account(trace, config, ceilings, phase, matches, too_large, used_slots, manager)
 
 
 def check_memory(trace: Trace, config: KVCacheManagerConfig) -> None:
@@ -180,6 +184,7 @@ def _account(
     trace: Trace,
     config: KVCacheManagerConfig,
     ceilings: Ceilings,
+    phase: PhaseCeilings,
     matches: list[ReuseMatch],
     too_large: np.ndarray[tuple[int], np.dtype[np.bool_]],
     used_slots: list[list[int]],
@@ -228,6 +233,7 @@ def _account(
         lost_snapshot=lost_snapshot,
         too_large=too_large,
         used_bytes=np.array(used_slots, dtype=np.int64) * slot_bytes[:, np.newaxis],
+        phase=phase,
         totals=totals,
     )
 
