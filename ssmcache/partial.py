@@ -56,6 +56,8 @@ def copy_partial(sequence: KVCache, partial: Partial) -> None:
     except TransferError as error:
         for tiers, slots in taken:
             tiers.pools[GPU_TIER].give_back(slots)
+        _end_partial(sequence, partial)
+        sequence.version = -1  # the match is not what it was
         if error.lost:
             store.lose(partial.run, partial.block)
         raise

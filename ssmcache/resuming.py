@@ -69,6 +69,7 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
         if found is not None:
             store.take_up_again(sequence, old)
         return shortage
+    del store.soft_holders[sequence]
     if found is not None:  # from here on the old match is not needed, and its room is
         if old is not None:
             store.end_soft_hold(old)

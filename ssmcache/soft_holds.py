@@ -118,12 +118,15 @@ class SoftHolds(TreeStructure):
 
     def drop_newest_soft_hold(self) -> None:
         """Make room: whoever was created last runs last, so it loses its match first."""
-        assert self.soft_holders, "room was promised that does not exist"
-        self.drop_soft_hold(next(reversed(self.soft_holders)))
+        newest = next((holder for holder in reversed(self.soft_holders) if holder.soft), None)
+        assert newest is not None, "room was promised that does not exist"
+        self.drop_soft_hold(newest)
 
     def drop_soft_holds_of(self, run: Run) -> None:
-        for holder in [holder for holder in self.soft_holders if run in (holder.cursor, _partial_run(holder))]:
-            self.drop_soft_hold(holder)
+        holders = [holder for holder in self.soft_holders if run in (holder.cursor, _partial_run(holder))]
+        for holder in holders:
+            if holder.soft:
+                self.drop_soft_hold(holder)
 
 
 def _partial_run(holder: PathHolder) -> Run | None:

@@ -63,10 +63,9 @@ class BlockStore(SoftHolds):
 
     def lock(self, holder: PathHolder) -> None:
         """Turn a soft hold into a lock of the whole path. The caller ends the soft hold of source and partial block,
-        and locks the pins.
+        and locks the pins; and takes the holder out of `soft_holders` if this is for good.
         """
         run = holder.cursor
-        del self.soft_holders[holder]
         run.soft_holds -= 1
         holder.soft, holder.locked = False, True
         locked = self._locked
@@ -83,7 +82,7 @@ class BlockStore(SoftHolds):
         """Undo `lock`: the hold is soft again, and nothing was touched."""
         run = holder.cursor
         holder.soft, holder.locked = True, False
-        self.soft_holders[holder] = None
+        self.soft_holders[holder] = None  # where it was, unless `lock` was for good
         run.soft_holds += 1
         while run.parent is not None:
             self.release(run)
