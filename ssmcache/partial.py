@@ -75,6 +75,7 @@ def _end_partial(sequence: KVCache, partial: Partial) -> None:
     for sparse, block, pin in sequence.pins:
         if block == partial.block:
             sparse.pins.end_soft(pin)
+    sequence.pins = [entry for entry in sequence.pins if entry[1] != partial.block]
     sequence.partial = None
     partial.run.soft_holds -= 1
     sequence.store.settle_leaf(partial.run)
