@@ -78,7 +78,10 @@ def replay_command(
     """Replay a trace through the cache: hit rates, where tokens were lost, and memory."""
     stopwatch = Stopwatch()
     memory_bytes, how = parse_size(gpu_memory), parse_prefill(prefill)
-    host_bytes, disk_bytes = parse_tier_size(host_memory, "--host-memory"), parse_tier_size(disk_memory, "--disk-memory")
+    host_bytes, disk_bytes = (
+        parse_tier_size(host_memory, "--host-memory"),
+        parse_tier_size(disk_memory, "--disk-memory"),
+    )
     if disk_path is not None and not disk_bytes:
         raise SizeError(f"--disk-path: expected --disk-memory beside it, got {str(disk_path)!r} alone")
     spec = load_model(model)
