@@ -73,34 +73,37 @@ def _add_peaks(table: Table, what: str, peaks: Sequence[LayerGroupPeak]) -> None
 
 def _add_moved(table: Table, totals: ReplayTotals) -> None:
     assert totals.moved is not None, "a replay counts moves"
-    table.add_section()
-    table.add_row("moved", "slots", "bytes")
+    sums: dict[str, tuple[int, int]] = {}
     for each in totals.moved:
-        where = f"{_TIERS[each.source_tier]} to {_TIERS[each.tier]}"
-        what = f"  {where}, {each.kind} (group {each.layer_group})"
-        table.add_row(what, f"{each.num_slots:,}", format_size(each.num_bytes))
+        is_copy = each.source_tier == each.tier
+        where = "within the GPU" if is_copy else f"{_TIERS[each.source_tier]} to {_TIERS[each.tier]}"
+        num_slots, num_bytes = sums.get(what := f"{where}, {each.kind}", (0, 0))
+        sums[what] = num_slots + each.num_slots, num_bytes + each.num_bytes
+    table.add_section()
+    table.add_row("moved or copied", "slots", "bytes")
+    for what, (num_slots, num_bytes) in sums.items():
+        table.add_row(f"  {what}", f"{num_slots:,}", format_size(num_bytes))
 
 
 def sweep_table(title: str, cells: Sequence[SweptCell]) -> None:
     """Prints the best cell of each memory size."""
     best: dict[tuple[int | None, int], SweptCell] = {}
     for cell in cells:
-        size = cell.settings.gpu_memory_bytes, cell.settings.host_memory_bytes
-        if size not in best or cell.totals.usable_hit_tokens > best[size].totals.usable_hit_tokens:
-            best[size] = cell
+        sizes = cell.settings.gpu_memory_bytes, cell.settings.host_memory_bytes
+        if sizes not in best or cell.totals.usable_hit_tokens > best[sizes].totals.usable_hit_tokens:
+            best[sizes] = cell
     table = Table(
         title=escape(f"{title}\nbest of each memory size"), caption=_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False
     )
-    has_host = any(host_size for _, host_size in best)
-    memory = ("GPU", "host") if has_host else ("memory",)
+    memory = ("GPU", "host") if any(host_size for _, host_size in best) else ("memory",)
     for heading in (*memory, "block", "interval", "usable hit rate", "ceiling"):
         table.add_column(heading, justify="right")
-    for (size, host_size), cell in best.items():
+    for (gpu_size, host_size), cell in best.items():
         totals, interval = cell.totals, cell.settings.ssm_reuse_interval
         rates = (totals.usable_token_hit_rate, totals.rate(totals.ceiling_hit_tokens))
         shape = (str(cell.settings.tokens_per_block), "-" if interval is None else str(interval))
-        sizes = (format_size(size), format_size(host_size) if host_size else "-")[: len(memory)]
-        table.add_row(*sizes, *shape, *(f"{rate:.2%}" for rate in rates))
+        shown = (format_size(gpu_size), format_size(host_size) if host_size else "-")[: len(memory)]
+        table.add_row(*shown, *shape, *(f"{rate:.2%}" for rate in rates))
     Console().print(table)
 
 

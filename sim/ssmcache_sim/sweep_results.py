@@ -100,6 +100,8 @@ def _tier_columns(totals: ReplayTotals) -> dict[str, int | float]:
             columns[f"peak_bytes_{tier.tier}"] = sum(peak.peak_bytes for peak in tier.peaks)
     if totals.moved is not None:
         for source, target in product(names, names):
+            if source == target != names[0]:
+                continue  # copies are made on the GPU alone
             moved = [each for each in totals.moved if (each.source_tier, each.tier) == (source, target)]
             columns[f"moved_slots_{source}_to_{target}"] = sum(each.num_slots for each in moved)
             columns[f"moved_bytes_{source}_to_{target}"] = sum(each.num_bytes for each in moved)
