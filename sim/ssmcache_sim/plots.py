@@ -4,6 +4,7 @@ Only matplotlib's objects are used, none of its global state, so that this is sa
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from ssmcache_sim.errors import OutputError
 from ssmcache_sim.results import ReplayRun, load_run
 from ssmcache_sim.sizes import UNLIMITED, format_size
 from ssmcache_sim.sweep_results import SWEEP_COMMAND, SweepRun, load_sweep
+from ssmcache_sim.tier_pictures import at_largest_host, has_tiers, hit_parts, hit_rate_by_tier
 
 _GIB = 1 << 30
 _MS_PER_MINUTE = 60_000
@@ -69,14 +71,26 @@ def replay_figures(run: ReplayRun) -> Iterator[tuple[str, Figure]]:
     settings = run.manifest["settings"]
     interval = settings["ssm_reuse_interval"]
     shape = f"block {settings['tokens_per_block']}" + ("" if interval is None else f", interval {interval}")
-    what = f"{_trace_and_model(run.manifest)}\n{shape}, memory {format_size(settings['gpu_memory_bytes'])}"
-    yield "memory_over_time", memory_over_time(run, f"Cache memory over time\n{what}")
+    lower = {"host": settings["host_memory_bytes"], "disk": settings["disk_memory_bytes"]}
+    tiers = "".join(f", {name} {format_size(size)}" for name, size in lower.items() if size)
+    memory = f"{'GPU' if tiers else 'memory'} {format_size(settings['gpu_memory_bytes'])}{tiers}"
+    what = f"{_trace_and_model(run.manifest)}\n{shape}, {memory}"
+    whose = "GPU memory of the cache" if tiers else "Cache memory"
+    yield "memory_over_time", memory_over_time(run, f"{whose} over time\n{what}")
     yield "lost_tokens_over_time", lost_tokens_over_time(run, f"Prompt tokens: hit, lost and new\n{what}")
 
 
 def sweep_figures(run: SweepRun) -> Iterator[tuple[str, Figure]]:
-    """For each block size hit rate and lost tokens against memory, and a heat map interval x block size."""
+    """For each block size hit rate and lost tokens against memory, and a heat map interval x block size; with other
+    tiers than the GPU hits by tier against host memory, and the others at the most host memory there is.
+    """
     what = _trace_and_model(run.manifest)
+    if has_tiers(run.cells):
+        for block, cells in _groups(run.cells, "tokens_per_block"):
+            title = f"Usable token hit rate by tier against host memory\n{what}, blocks of {block} tokens"
+            yield f"hit_rate_by_tier_block_{block}", hit_rate_by_tier(cells, title)
+        shown, lower = at_largest_host(run.cells)
+        run, what = replace(run, cells=shown), f"{what}, {lower}"
     for block, cells in _groups(run.cells, "tokens_per_block"):
         shape = f"{what}, blocks of {block} tokens"
         if cells["gpu_memory_bytes"].notna().any():
@@ -192,7 +206,8 @@ def lost_tokens_over_time(run: ReplayRun, title: str) -> Figure:
     base = np.zeros(_TIME_BINS)
     prompt_tokens = run.totals.prompt_tokens
     new_tokens = _floats(run.per_request, "prompt_tokens") - _floats(run.per_request, "kv_ceiling_hit_tokens")
-    parts = [(_floats(run.per_request, column), name, colour) for column, name, colour in _FATES]
+    fates = [*hit_parts(run.per_request), *_FATES[1:]]
+    parts = [(_floats(run.per_request, column), name, colour) for column, name, colour in fates]
     for tokens, name, colour in [*parts, (new_tokens, "new: above the KV ceiling", _NEW_COLOUR)]:
         millions = np.histogram(minutes, edges, weights=tokens)[0] / 1e6
         label = f"{name} ({tokens.sum() / prompt_tokens:.2%})"
