@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ssmcache.keys import Int64Array
@@ -25,11 +27,12 @@ def commit_blocks(sequence: KVCache, keys: Int64Array, base: int, first: int, la
     """
     store, kind = sequence.store, sequence.kind
     cursor = sequence.cursor
+    one_key = kind.width == 1
     start = position = cursor.end
     if position > first:
         _check_shared(sequence, keys, base, first, min(position, last))
     while position < last:
-        child = cursor.children.get(kind.edge_key(keys, position - base))
+        child = cursor.children.get(keys.item(position - base) if one_key else kind.edge_key(keys, position - base))
         if child is None:
             break
         comparable = min(child.end, last) - position
@@ -42,13 +45,16 @@ def commit_blocks(sequence: KVCache, keys: Int64Array, base: int, first: int, la
         store.lock_child(child)
         cursor = child
     if position < last:
+        if sequence.priority is None:
+            stretches: Iterable[tuple[int, int]] = ((last - position, DEFAULT_RANK),)
+        else:
+            stretches = _stretches(sequence, position, last)
         width = kind.width
-        for end, rank in _stretches(sequence, position, last):
-            count = end - position
+        for count, rank in stretches:
             pages = None if store.pages is None else sequence.take_own_pages(count)
-            part = keys[(position - base) * width : (end - base) * width]
-            cursor = store.append(cursor, part, count, pages, rank)
-            position = end
+            first_key = (position - base) * width
+            cursor = store.append(cursor, keys[first_key : first_key + count * width], count, pages, rank)
+            position += count
     sequence.cursor = cursor
     if sequence.priority is not None:
         raise_priorities(store, cursor, start, sequence.priority)
@@ -87,14 +93,14 @@ def _check_shared(sequence: KVCache, keys: Int64Array, base: int, first: int, la
         run = run.parent
 
 
-def _stretches(sequence: KVCache, first: int, last: int) -> list[tuple[int, int]]:
-    """Neighbouring blocks of equal priority: (end, rank) of each stretch."""
-    if sequence.priority is None or sequence.store.pages is None:
-        return [(last, DEFAULT_RANK)]
-    group = sequence.store.pages.layer_group
-    ranks = [rank_of(sequence.priority(group, block)) for block in range(first, last)]
-    ends = [first + index for index in range(1, len(ranks)) if ranks[index] != ranks[index - 1]]
-    return [(end, ranks[end - 1 - first]) for end in [*ends, last]]
+def _stretches(sequence: KVCache, first: int, last: int) -> Iterable[tuple[int, int]]:
+    """Neighbouring blocks of equal priority: (number of blocks, rank) of each stretch."""
+    pages, priority = sequence.store.pages, sequence.priority
+    assert priority is not None
+    if pages is None:
+        return ((last - first, DEFAULT_RANK),)
+    ranks = (rank_of(priority(pages.layer_group, block)) for block in range(first, last))
+    return [(len(list(same)), rank) for rank, same in groupby(ranks)]
 
 
 def raise_priorities(store: BlockStore, cursor: Run, first: int, priority: Priority) -> None:

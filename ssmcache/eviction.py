@@ -57,14 +57,15 @@ class EvictionQueue:
             if segment.run is None:
                 heappop(heap)
                 self._num_dead -= 1
-            elif not segment.may_go():
+                continue
+            now = segment.rank + segment.stamp - segment.tail
+            if now != time:
+                heapreplace(heap, (now, serial, segment))
+            elif segment.may_go():
+                return segment
+            else:
                 heappop(heap)
                 segment.queued = False
-            else:
-                now = segment.rank + segment.stamp - segment.tail
-                if now == time:
-                    return segment
-                heapreplace(heap, (now, serial, segment))
         return None
 
     def take_out(self, segment: Segment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from threading import RLock
 from typing import Any
 
@@ -12,7 +13,7 @@ from ssmcache.events import CacheEvent, EventLog
 from ssmcache.invariants import check_manager
 from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, TokenIds, Tokens
 from ssmcache.layout import BufferPlace, layer_groups
-from ssmcache.match import Found, find
+from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves
 from ssmcache.priority import PriorityCallback
 from ssmcache.sequence import KVCache
@@ -20,10 +21,10 @@ from ssmcache.stats import CacheStats, Counters, MemoryUsage, ReuseMatch, Shorta
 from ssmcache.store import BlockStore
 from ssmcache.streams import StreamOrder
 from ssmcache.tiers import Tiers
-from ssmcache.tree import Root
 from ssmcache.usage import collect_stats, memory_usage
 
 _DEFAULT_SCOPE = ReuseScope()
+_TRAFFIC_SEQUENCES = 256
 
 
 class KVCacheManager:
@@ -62,7 +63,7 @@ class KVCacheManager:
         self.streams = StreamOrder(memory)
         self.admission = IntervalAdmission(config.ssm_reuse_interval)
         self.counters = Counters(len(config.cache_tiers))
-        self.traffic = sizing.Traffic()
+        self.traffic: deque[tuple[int, int]] = deque(maxlen=_TRAFFIC_SEQUENCES)  # (capacity, history) at the end
         self.num_active = 0
         self.open_sequences: dict[KVCache, None] = {}
         self._closed = False
@@ -90,16 +91,20 @@ class KVCacheManager:
             adopt_kv: whether pages beyond the reusable tokens are taken up as they are; False for kernels that cannot
                 leave KV unwritten: they get pages of their own, which go when the tokens are committed.
         """
-        with self.lock:
-            self._require_open("create_kv_cache")
+        self.lock.acquire()
+        try:
+            if self._closed:
+                raise RuntimeError("create_kv_cache: expected an open manager, got one after shutdown")
             sequence = KVCache(self, input_tokens, reuse_scope, id, priority, adopt_kv)
             self.open_sequences[sequence] = None
             return sequence
+        finally:
+            self.lock.release()
 
     def forget(self, sequence: KVCache) -> None:
         """Called by a sequence that closes."""
         del self.open_sequences[sequence]
-        self.traffic.note(sequence.capacity, sequence.history_length)
+        self.traffic.append((sequence.capacity, sequence.history_length))
 
     def probe_reuse(self, tokens: Tokens, reuse_scope: ReuseScope = _DEFAULT_SCOPE) -> ReuseMatch:
         """What a sequence created with these tokens would reuse. Changes nothing."""
@@ -108,7 +113,8 @@ class KVCacheManager:
             root = self.store.roots.get(reuse_scope)
             if root is None or root.kind != kind:
                 return ReuseMatch(0, 0, 0)
-            return self.find(root, keys, num_blocks, num_tokens, True).reuse
+            partly = self.partly and not kind.prefix_unique
+            return find(self.store, root, keys, num_blocks, num_tokens, partly, True)[2]
 
     def token_array(self, tokens: Tokens) -> Int64Array:
         """Tokens as [n] int64, a copy; digests as negative ids. Errors: ValueError for anything else."""
@@ -130,11 +136,6 @@ class KVCacheManager:
         return self._token_kind, array, array.size // block, array.size
 
     # -- for the sequences -------------------------------------------------------------------------------------------
-
-    def find(self, root: Root, keys: Int64Array, num_blocks: int, num_tokens: int, adopt: bool) -> Found:
-        """Look a prompt up. Pure."""
-        partly = self.partly and not root.kind.prefix_unique
-        return find(self.store, root, keys, num_blocks, num_tokens, partly, adopt)
 
     def gate(self, sequence: KVCache) -> Shortage | None:
         """The resume gate: a shortage if sequences other than the asking one hold more than `max_util_for_resume` of a
@@ -167,17 +168,6 @@ class KVCacheManager:
         """Queue the copy of a state of some tier into a slot of the GPU."""
         self.copy(SlotMoves(self.state_group, tier, (source_slot,), GPU_TIER, (destination_slot,)), stream)
         self.counters.copied_states += 1
-
-    def count_lookup(self, num_tokens: int, match: ReuseMatch, usable_by_tier: tuple[int, ...]) -> None:
-        """A first resume succeeded. `usable_by_tier` is empty where there is the GPU alone."""
-        counters = self.counters
-        counters.lookups += 1
-        counters.lookup_tokens += num_tokens
-        counters.tree_tokens += match.tree_tokens
-        counters.attention_tokens += match.attention_tokens
-        counters.usable_tokens += match.usable_tokens
-        for below, tokens in enumerate(usable_by_tier[1:]):
-            counters.usable_tokens_below[below] += tokens
 
     # -- what it holds -----------------------------------------------------------------------------------------------
 
@@ -304,10 +294,6 @@ class KVCacheManager:
                 self.store.clear()
                 self.memory.close()
                 self._closed = True
-
-    def _require_open(self, call: str) -> None:
-        if self._closed:
-            raise RuntimeError(f"{call}: expected an open manager, got one after shutdown")
 
     def _require_no_open_sequences(self, call: str) -> None:
         if self.open_sequences:

@@ -22,21 +22,13 @@ class Partial(NamedTuple):
     num_tokens: int
 
 
-class Found(NamedTuple):
-    """The result of a look-up.
+_new = tuple.__new__  # half the price of a NamedTuple's own constructor
 
-    Attributes:
-        run, depth: the path to take up, and its length in blocks: what can be used, and the pages beyond that.
-        reuse: lengths in tokens.
-        snapshot: (segment, position) of the state to start from.
-        partial: the block that a last, partly matching block is copied from.
-    """
-
-    run: Run
-    depth: int
-    reuse: ReuseMatch
-    snapshot: tuple[SparseSegment, int] | None
-    partial: Partial | None
+Found = tuple[Run, int, ReuseMatch, SparseSegment | None, int, Partial | None]
+"""The result of a look-up: the path to take up and its length in blocks (what can be used, and the pages beyond that);
+lengths in tokens; the segment of the state to start from and its position there; the block that a last, partly matching
+block is copied from. A plain tuple: it is made for every request.
+"""
 
 
 def match_blocks(root: Root, keys: Int64Array, num_blocks: int) -> tuple[Run, int]:
@@ -47,8 +39,9 @@ def match_blocks(root: Root, keys: Int64Array, num_blocks: int) -> tuple[Run, in
     run: Run = root
     depth = 0
     kind = root.kind
+    one_key = kind.width == 1
     while depth < num_blocks:
-        child = run.children.get(kind.edge_key(keys, depth))
+        child = run.children.get(keys.item(depth) if one_key else kind.edge_key(keys, depth))
         if child is None:
             break
         run = child
@@ -104,13 +97,13 @@ def find(
         # one more block may be known than the tokens fill: it can be adopted, but not skipped
         block = structure.tokens_per_block
         usable = found = min(depth, num_tokens // block)
-        snapshot = None
+        segment, position = None, -1
         if snapshots is not None:
             usable, segment, position = snapshots.deepest(run, found)
-            snapshot = None if segment is None else (segment, position)
         if not adopt:
             depth = usable
-        return Found(run, depth, ReuseMatch(found * block, found * block, usable * block), snapshot, None)
+        reuse = _new(ReuseMatch, (found * block, found * block, usable * block))
+        return run, depth, reuse, segment, position, None
     block = structure.tokens_per_block
     partial = match_partial(run, depth, keys[depth * width : (depth + 1) * width]) if partly else None
     deepest = run if partial is None else partial.run
@@ -120,13 +113,12 @@ def find(
     usable = cut.longest(attention, with_states=True)
     if usable < tree:
         partial = None
-    snapshot = None
+    segment, position = None, -1
     if snapshots is not None:
         _, segment, position = snapshots.deepest(run, usable // block)
-        snapshot = None if segment is None else (segment, position)
     if partial is None:
         depth = cut.adopted(usable // block, depth) if adopt else usable // block
-    return Found(run, depth, ReuseMatch(tree, attention, usable), snapshot, partial)
+    return run, depth, ReuseMatch(tree, attention, usable), segment, position, partial
 
 
 class _Cut:

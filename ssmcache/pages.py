@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ssmcache.memory.base import Memory
 from ssmcache.pools import PagePool, SlotArray
-from ssmcache.segments import PageSegment
+from ssmcache.segments import PageSegment, Segment
 from ssmcache.tiers import Tiers
 from ssmcache.tree import Run, runs_below
 
@@ -42,7 +42,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
 
     def drop(self, tier: int, count: int) -> None:
         queue = self.queues[tier]
-        passed_over: list[PageSegment] = []
+        passed_over: list[Segment] = []
         while count > 0:
             segment = queue.oldest()
             if segment is None:
@@ -51,7 +51,6 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
                 passed_over.clear()
                 self._store.drop_newest_soft_hold()
                 continue
-            assert isinstance(segment, PageSegment)
             run = segment.run
             assert run is not None
             if tier < self.last_tier:

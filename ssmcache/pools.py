@@ -105,6 +105,10 @@ class PagePool(SlotPool[SlotArray]):
         """`SlotPool.take`: [count] int32."""
         self._count(count)
         stack = self._stack
+        if stack and stack[-1].size > count:
+            last = stack[-1]
+            stack[-1] = last[:-count] if count else last
+            return last[last.size - count :]
         parts: list[SlotArray] = []
         missing = count
         while missing and stack:

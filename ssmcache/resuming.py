@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssmcache.committing import raise_priorities
 from ssmcache.keys import Int64Array
-from ssmcache.match import Partial
+from ssmcache.match import Partial, find
 from ssmcache.memory.base import GPU_TIER, SlotMoves, TransferError
 from ssmcache.parking import Parked
 from ssmcache.sparse import Pin, SparseStore
@@ -46,17 +46,21 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
     if shortage is not None:
         return shortage
     current = sequence.soft and sequence.version == store.version
-    found = None if current else manager.find(sequence.root, keys, num_blocks, num_tokens, sequence.adopt)
+    found = None
+    if not current:
+        found = find(store, sequence.root, keys, num_blocks, num_tokens, sequence.partly, sequence.adopt)
     old = None if found is None else store.hold_softly(sequence, found)
-    match = sequence.reuse_match if found is None else found.reuse
+    reuse = sequence.reuse_match if found is None else found[2]
     store.lock(sequence)
-    _lock_windows(sequence, match.usable_tokens)
-    needs = _needs_of_first(sequence)
-    shortage = _shortage(sequence, needs, GPU_TIER)
-    if shortage is not None and _can_take_over(sequence):
-        needs[0] = needs[0]._replace(beside=0)
+    needs: list[_Need] = []
+    if store.has_tiers or sequence.partial is not None or sequence.windows:
+        _lock_windows(sequence, reuse.usable_tokens)
+        needs = _needs_of_first(sequence)
         shortage = _shortage(sequence, needs, GPU_TIER)
-    if shortage is None and states is not None:
+        if shortage is not None and _can_take_over(sequence):
+            needs[0] = needs[0]._replace(beside=0)
+            shortage = _shortage(sequence, needs, GPU_TIER)
+    if states is not None and shortage is None:
         own = 1 + (old is not None and old[1] is sequence.source)
         shortage = states.shortage_of_live_state(sequence.source, own)
     if shortage is not None:
@@ -67,14 +71,23 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
     if found is not None:  # from here on the old match is not needed, and its room is
         if old is not None:
             store.end_soft_hold(old)
-        sequence.apply(found)
-    if store.has_tiers:
+        sequence.apply(reuse)
+    if needs or states is not None:
+        shortage = _bring_first(sequence, needs)
+    if sequence.priority is not None and shortage is None:
+        raise_priorities(store, sequence.cursor, 0, sequence.priority)
+    return shortage
+
+
+def _bring_first(sequence: KVCache, needs: list[_Need]) -> Shortage | None:
+    """Bring up, copy and start what a first resume needs, for which there is room."""
+    if sequence.store.has_tiers:
         sequence.usable_tokens_by_tier = _usable_tokens_by_tier(sequence)
     try:
         for need in needs:
             need.tiers.bring(need.lifts, GPU_TIER, need.beside, sequence.stream)
-        if states is not None:
-            states.start(sequence.cursor, sequence.source)
+        if sequence.states is not None:
+            sequence.states.start(sequence.cursor, sequence.source)
             sequence.source = None
         if sequence.partial is not None:
             if needs[0].beside:
@@ -83,10 +96,8 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
                 _take_over_partial(sequence, sequence.partial)
     except TransferError as error:
         _undo_lock(sequence)
-        store.free_lost()
+        sequence.store.free_lost()
         return transfer_shortage(sequence, error)
-    if sequence.priority is not None:
-        raise_priorities(store, sequence.cursor, 0, sequence.priority)
     return None
 
 
@@ -199,7 +210,7 @@ def _end_partial(sequence: KVCache, partial: Partial) -> None:
     _protect_partial(sequence, False)
     for sparse, block, pin in sequence.pins:
         if block == partial.block:
-            sparse.count_pin(pin, soft=-1)
+            sparse.end_soft_pin(pin)
     sequence.partial = None
     partial.run.soft_holds -= 1
     sequence.store.settle_leaf(partial.run)

@@ -24,12 +24,12 @@ GROWTH = 1.25
 DEFAULT_PRIORITY = 35
 # a priority weighs more than any time: the clock counts touched blocks and stays far below this
 _PRIORITY_SHIFT = 54
-DEFAULT_RANK = DEFAULT_PRIORITY << _PRIORITY_SHIFT
+DEFAULT_RANK = 0  # small numbers are fast
 
 
 def rank_of(priority: int) -> int:
     """A priority as a number to be added to times: a higher one outweighs every recency."""
-    return priority << _PRIORITY_SHIFT
+    return (priority - DEFAULT_PRIORITY) << _PRIORITY_SHIFT
 
 
 class Segment:
@@ -39,18 +39,15 @@ class Segment:
     the eviction queue of its tier has an entry for it.
     """
 
-    __slots__ = ("queued", "rank", "run", "serial", "stamp", "tier")
+    __slots__ = ("queued", "rank", "run", "serial", "stamp", "tail", "tier")
 
     run: Run | None
     stamp: int
     rank: int
     serial: int
+    tail: int
     tier: int
     queued: bool
-
-    @property
-    def tail(self) -> int:
-        raise AssertionError("a segment is of pages or sparse")
 
     def may_go(self) -> bool:
         """Whether eviction may take the tail of this segment, which is in the tree: move it down, or drop it."""
@@ -71,12 +68,9 @@ class PageSegment(Segment):
         self.run, self.stamp, self.rank, self.serial, self.tier, self.queued = run, stamp, rank, serial, tier, False
         self.colder = colder
         self.start = start
-        self.count = len(slots)
+        self.count = count = len(slots)
+        self.tail = start + count - 1
         self._buffer = slots
-
-    @property
-    def tail(self) -> int:
-        return self.start + self.count - 1
 
     def may_go(self) -> bool:
         run = self.run
@@ -102,6 +96,7 @@ class PageSegment(Segment):
             self._buffer = grown
         self._buffer[self.count : end] = slots
         self.count = end
+        self.tail = self.start + end - 1
 
     def prepend(self, slots: SlotArray) -> None:
         self._buffer = np.concatenate((slots, self.slots))
@@ -110,6 +105,7 @@ class PageSegment(Segment):
 
     def drop_tail(self, count: int) -> SlotArray:
         """Forget the last `count` blocks and return their slots, in memory that is not written again."""
+        self.tail -= count
         if count == self.count:
             self.count = 0
             return self._buffer if self._buffer.size == count else self._buffer[:count]
@@ -147,37 +143,35 @@ class SparseSegment(Segment):
         self.run, self.stamp, self.rank, self.serial, self.tier, self.queued = run, stamp, rank, serial, tier, False
         self.ordinals = ordinals
         self.slots = slots
-
-    @property
-    def tail(self) -> int:
-        return self.ordinals[-1]
+        self.tail = ordinals[-1]
 
     def may_go(self) -> bool:
         return True
-
-    def drop_tail(self, from_ordinal: int) -> IntArray:
-        """Forget the slots of blocks `from_ordinal` and deeper and return them."""
-        keep = bisect_left(self.ordinals, from_ordinal)
-        dropped = self.slots[keep:]
-        del self.ordinals[keep:], self.slots[keep:]
-        return dropped
 
     def take_oldest(self, count: int, kept: Container[int]) -> tuple[IntArray, IntArray]:
         """Forget up to `count` slots that are not among `kept`, the deepest first: (ordinals, ascending, slots)."""
         if not kept:
             first = max(0, len(self.slots) - count)
-            taken = self.ordinals[first:], self.slots[first:]
-            del self.ordinals[first:], self.slots[first:]
-            return taken
+            return self.cut(first)
         deepest_first = range(len(self.slots) - 1, -1, -1)
         victims = [index for index in deepest_first if self.slots[index] not in kept][:count]
         return self.take(victims[::-1])
+
+    def cut(self, first: int) -> tuple[IntArray, IntArray]:
+        """Forget the slots from position `first` on: (their ordinals, the slots)."""
+        taken = self.ordinals[first:], self.slots[first:]
+        del self.ordinals[first:], self.slots[first:]
+        if first:
+            self.tail = self.ordinals[-1]
+        return taken
 
     def take(self, indices: list[int]) -> tuple[IntArray, IntArray]:
         """Forget the slots at some positions, ascending: (their ordinals, the slots)."""
         taken = int_array(self.ordinals[index] for index in indices), int_array(self.slots[index] for index in indices)
         for index in reversed(indices):
             del self.ordinals[index], self.slots[index]
+        if self.ordinals:
+            self.tail = self.ordinals[-1]
         return taken
 
     def split_upper(self, upper: Run, at: int, serial: int) -> SparseSegment | None:
@@ -192,11 +186,16 @@ class SparseSegment(Segment):
         return above
 
     def absorb(self, other: SparseSegment) -> None:
-        """Take over the slots of another segment, in the order of their blocks. Cost: O(1) each if it is deeper."""
+        """Take over the slots of another segment, in the order of their blocks. Cost: O(1) each if one is deeper."""
         if other.ordinals[0] > self.ordinals[-1]:
             self.ordinals += other.ordinals
             self.slots += other.slots
-            return
-        pairs = sorted(zip(self.ordinals + other.ordinals, self.slots + other.slots, strict=True))
-        self.ordinals = int_array(ordinal for ordinal, _ in pairs)
-        self.slots = int_array(slot for _, slot in pairs)
+        elif other.ordinals[-1] < self.ordinals[0]:
+            other.ordinals += self.ordinals
+            other.slots += self.slots
+            self.ordinals, self.slots = other.ordinals, other.slots
+        else:
+            pairs = sorted(zip(self.ordinals + other.ordinals, self.slots + other.slots, strict=True))
+            self.ordinals = int_array(ordinal for ordinal, _ in pairs)
+            self.slots = int_array(slot for _, slot in pairs)
+        self.tail = self.ordinals[-1]

@@ -11,7 +11,7 @@ import numpy as np
 from ssmcache import resuming
 from ssmcache.committing import commit_blocks, commit_tail
 from ssmcache.keys import BlockKeys, Int64Array, ReuseScope, Tokens
-from ssmcache.match import Found
+from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.parking import Parked
 from ssmcache.pools import NO_SLOTS, SlotArray
@@ -19,7 +19,7 @@ from ssmcache.priority import Priority, PriorityCallback
 from ssmcache.rows import PageRows
 from ssmcache.sequence_windows import SequenceWindow
 from ssmcache.states import SequenceStates
-from ssmcache.stats import Shortage
+from ssmcache.stats import ReuseMatch, Shortage
 from ssmcache.store import PathHolder
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ class KVCache(PathHolder):
     is held, but may move to the tiers below.
 
     Each call takes the manager's lock: sequences of one manager may be used from several threads, each from one at a
-    time.
+    time. (Those made for every request do so by hand: `with` costs twice as much.)
     """
 
     __slots__ = (
         "_input", "_rows", "_stopped", "adopt", "capacity", "history_length", "id", "kind",
-        "manager", "num_committed_tokens", "own_pages", "parked", "pending", "priority", "reuse_match", "shortage",
-        "states", "status", "store", "stream", "usable_tokens_by_tier", "version", "windows",
+        "manager", "num_committed_tokens", "own_pages", "parked", "partly", "pending", "priority", "reuse_match",
+        "shortage", "states", "status", "store", "stream", "usable_tokens_by_tier", "version", "windows",
     )  # fmt: skip
 
     def __init__(
@@ -84,16 +84,19 @@ class KVCache(PathHolder):
         self._stopped = False
         self._rows: PageRows | None = None
         self.states = None if store.snapshots is None else SequenceStates(manager, self.priority)
-        self.windows = tuple(SequenceWindow(window, self, self.priority) for window in store.windows)
-        found = manager.find(self.root, keys, num_blocks, num_tokens, adopt)
+        self.windows: tuple[SequenceWindow, ...] = ()
+        if store.windows:
+            self.windows = tuple(SequenceWindow(window, self, self.priority) for window in store.windows)
+        self.partly = manager.partly and not kind.prefix_unique
+        found = find(store, self.root, keys, num_blocks, num_tokens, self.partly, adopt)
         store.hold_softly(self, found)
-        self.apply(found)
+        self.apply(found[2])
 
-    def apply(self, found: Found) -> None:
+    def apply(self, reuse: ReuseMatch) -> None:
         """The lengths are those of a look-up from now on, which is held."""
         self.version = self.store.version
-        self.reuse_match = found.reuse
-        self.num_committed_tokens = self.history_length = self.capacity = found.reuse.usable_tokens
+        self.reuse_match = reuse
+        self.num_committed_tokens = self.history_length = self.capacity = reuse.usable_tokens
 
     # -- what it has -------------------------------------------------------------------------------------------------
 
@@ -129,12 +132,15 @@ class KVCache(PathHolder):
         Returns False, with `shortage` set and nothing changed, if there is no room; only where a tier below could not
         be read or written (`shortage.reason` "lost" or "io") some pages may have moved, and lost ones are gone.
         """
-        with self.manager.lock:
+        lock = self.manager.lock
+        lock.acquire()
+        try:
             if self.status is not _SUSPENDED:
                 raise StateError(f"resume: expected a SUSPENDED sequence, got {self.status.name}")
             manager = self.manager
             self.stream = stream
-            manager.streams.acquire(stream)
+            if manager.streams.only is not stream:
+                manager.streams.acquire(stream)
             if self.states is not None:
                 self.states.stream = stream
             if self._input is None:
@@ -143,23 +149,34 @@ class KVCache(PathHolder):
                 if self.priority is not None:
                     self.priority.prepare(-(-self._input[2] // manager.tokens_per_block) + 1)
                 self.shortage = resuming.first_resume(self, *self._input)
+                if self.shortage is None:
+                    self._start(*self._input)
             if self.shortage is not None:
                 return False
-            if self._input is not None:
-                self._start(*self._input)
             self.status = _ACTIVE
             manager.num_active += 1
             return True
+        finally:
+            lock.release()
 
     def _start(self, keys: Int64Array, num_blocks: int, num_tokens: int) -> None:
         """The first resume has succeeded."""
-        match = self.reuse_match
         self._input = None
-        self.pins = []
-        full = match.usable_tokens // self.manager.tokens_per_block * self.manager.tokens_per_block
-        if full < match.usable_tokens:
-            self.pending = keys[full : match.usable_tokens].copy()
-        self.manager.count_lookup(num_tokens, match, self.usable_tokens_by_tier)
+        counters = self.manager.counters
+        tree, attention, usable = self.reuse_match
+        counters.lookups += 1
+        counters.lookup_tokens += num_tokens
+        counters.tree_tokens += tree
+        counters.attention_tokens += attention
+        counters.usable_tokens += usable
+        if self.partly:
+            rest = usable % self.manager.tokens_per_block
+            self.pending = keys[usable - rest : usable].copy()
+        if self.store.has_tiers:
+            for below, tokens in enumerate(self.usable_tokens_by_tier[1:]):
+                counters.usable_tokens_below[below] += tokens
+        if self.windows:
+            self.pins = ()  # they are locks of the windows now
 
     def suspend(self) -> None:
         """Stop computing. Touches the path; slots reserved for snapshots go back. With tiers below, everything that
@@ -190,7 +207,9 @@ class KVCache(PathHolder):
 
     def close(self) -> None:
         """Leave: committed blocks stay for reuse, everything private goes back. Idempotent."""
-        with self.manager.lock:
+        lock = self.manager.lock
+        lock.acquire()
+        try:
             if self.status is _CLOSED:
                 return
             manager, store = self.manager, self.store
@@ -200,18 +219,15 @@ class KVCache(PathHolder):
                 leaf = None
                 if self.status is _ACTIVE:
                     manager.num_active -= 1
-                    manager.streams.release(self.stream)
-                if manager.partly and self.parked is None:
+                    if manager.streams.only is not self.stream:
+                        manager.streams.release(self.stream)
+                if self.pending.size and manager.partly and self.parked is None:
                     leaf = commit_tail(self)
                 if self.states is not None:
                     self.states.close()
-                for window in self.windows:
-                    window.close(self.parked is not None)
-                if self.parked is not None:
-                    self.parked.discard()
-                    self.parked = None
-                if self.own_pages.size:
-                    assert store.pages is not None
+                if self.windows or self.parked is not None:
+                    self._give_up_rest()
+                if store.pages is not None and self.own_pages.size:
                     store.pages.pools[GPU_TIER].give_back(self.own_pages)
                     self.own_pages = NO_SLOTS
                 store.touch_and_release(self, leaf)
@@ -222,6 +238,16 @@ class KVCache(PathHolder):
             self._rows = None
             store.leave_scope(self.root)
             manager.forget(self)
+        finally:
+            lock.release()
+
+    def _give_up_rest(self) -> None:
+        """Give window pages back, and what lies in tiers below."""
+        for window in self.windows:
+            window.close(self.parked is not None)
+        if self.parked is not None:
+            self.parked.discard()
+            self.parked = None
 
     # -- lengths -----------------------------------------------------------------------------------------------------
 
@@ -233,7 +259,9 @@ class KVCache(PathHolder):
         Cost: O(pages added or removed); with windows, O(their pages) where a block is crossed.
         Errors: StateError unless ACTIVE; ValueError for lengths out of order.
         """
-        with self.manager.lock:
+        lock = self.manager.lock
+        lock.acquire()
+        try:
             if self.status is not _ACTIVE:
                 self._require_active("resize")
             history = self.history_length if history_length is None else history_length
@@ -245,56 +273,66 @@ class KVCache(PathHolder):
             num_blocks = -(-capacity // self.manager.tokens_per_block)
             if self._rows is not None:
                 self._rows.check(num_blocks)
-            missing = 0
             pages = self.store.pages
-            if pages is not None:
-                missing = num_blocks - self.cursor.end - self.own_pages.size
-                if missing > 0:
-                    pool = pages.pools[GPU_TIER]
-                    if missing > pool.capacity - pool.used and missing > pages.obtainable():
-                        self.shortage = self.manager.shortage("slots", pages, missing)
-                        return False
-            if self.windows and not self._windows_have_room(history, num_blocks):
-                return False
-            self.shortage = self._change_pages(missing, history, num_blocks)
-            if self.shortage is not None:
+            missing = 0 if pages is None else num_blocks - self.cursor.end - self.own_pages.size
+            shortage = self._shortage_of_windows(history, num_blocks) if self.windows else None
+            if missing and shortage is None:
+                shortage = self._change_pages(missing)
+            if self.windows and shortage is None:
+                shortage = self._change_windows(history, num_blocks, missing)
+            self.shortage = shortage
+            if shortage is not None:
                 return False
             self.capacity = capacity
             self.history_length = history
             if self._rows is not None:
                 self._rows.refresh()
             return True
+        finally:
+            lock.release()
 
-    def _windows_have_room(self, history: int, num_blocks: int) -> bool:
-        for window in self.windows:
-            missing = window.missing(history, num_blocks)
-            if missing > 0 and missing > window.store.obtainable():
-                self.shortage = self.manager.shortage("slots", window.store, missing)
-                return False
-        return True
-
-    def _change_pages(self, missing: int, history: int, num_blocks: int) -> Shortage | None:
-        """Take pages, or give some back, as was found possible."""
-        pages, own = self.store.pages, self.own_pages
-        try:
-            if missing > 0:
-                assert pages is not None
-                self.manager.streams.acquire(self.stream)
-                taken = pages.take(missing, self.stream)
-                self.own_pages = np.concatenate((own, taken)) if own.size else taken
-            for window in self.windows:
-                window.resize(history, num_blocks, self.stream)
-        except TransferError as error:
-            if pages is not None and self.own_pages.size > own.size:
-                pages.pools[GPU_TIER].give_back(self.own_pages[own.size :])
-                self.own_pages = own
-            return resuming.transfer_shortage(self, error)
-        if missing < 0 and own.size:
-            assert pages is not None
-            self.manager.streams.release(self.stream)
+    def _change_pages(self, missing: int) -> Shortage | None:
+        """Take `missing` pages, or give some back if it is negative."""
+        manager, pages, own = self.manager, self.store.pages, self.own_pages
+        assert pages is not None
+        if missing > 0:
+            if manager.streams.only is not self.stream:
+                manager.streams.acquire(self.stream)
+            try:
+                taken = pages.try_take(missing, self.stream)
+            except TransferError as error:
+                return resuming.transfer_shortage(self, error)
+            if taken is None:
+                return manager.shortage("slots", pages, missing)
+            self.own_pages = np.concatenate((own, taken)) if own.size else taken
+        elif own.size:
+            if manager.streams.only is not self.stream:
+                manager.streams.release(self.stream)
             keep = max(0, own.size + missing)
             pages.pools[GPU_TIER].give_back(own[keep:])
             self.own_pages = own[:keep]
+        return None
+
+    def _shortage_of_windows(self, history: int, num_blocks: int) -> Shortage | None:
+        for window in self.windows:
+            needed = window.missing(history, num_blocks)
+            if needed > 0 and needed > window.store.obtainable():
+                return self.manager.shortage("slots", window.store, needed)
+        return None
+
+    def _change_windows(self, history: int, num_blocks: int, new_pages: int) -> Shortage | None:
+        """Take what windows need, for which there is room, and give up what is stale. `new_pages` were just taken."""
+        streams = self.manager.streams
+        if streams.only is not self.stream:
+            streams.acquire(self.stream)
+            streams.release(self.stream)
+        try:
+            for window in self.windows:
+                window.resize(history, num_blocks, self.stream)
+        except TransferError as error:
+            if new_pages > 0:
+                self._change_pages(-new_pages)
+            return resuming.transfer_shortage(self, error)
         return None
 
     # -- committing --------------------------------------------------------------------------------------------------
@@ -323,7 +361,9 @@ class KVCache(PathHolder):
         Errors: StateError unless ACTIVE; ValueError for points that are not after the committed tokens and within
         the capacity, or without SSM layers.
         """
-        with self.manager.lock:
+        lock = self.manager.lock
+        lock.acquire()
+        try:
             self._require_active("reserve_snapshots")
             wanted = points if isinstance(points, range) and points.step > 0 else sorted(points)
             if self.states is None:
@@ -335,8 +375,11 @@ class KVCache(PathHolder):
                     f"reserve_snapshots: expected points in {self.num_committed_tokens + 1}..{self.capacity}, "
                     f"got {wanted}"
                 )
-            self.manager.streams.acquire(self.stream)
+            if self.manager.streams.only is not self.stream:
+                self.manager.streams.acquire(self.stream)
             return self.states.reserve(wanted, self.cursor)
+        finally:
+            lock.release()
 
     def commit(self, tokens: Tokens) -> None:
         """Offer the next computed tokens, from `num_committed_tokens` on, for reuse by others.
@@ -352,7 +395,9 @@ class KVCache(PathHolder):
         Errors: StateError unless ACTIVE and committing; ValueError for tokens beyond the capacity, or that differ
         from those that the sequence was created with where it shares pages.
         """
-        with self.manager.lock:
+        lock = self.manager.lock
+        lock.acquire()
+        try:
             if self.status is not _ACTIVE:
                 self._require_active("commit")
             if self._stopped:
@@ -378,9 +423,12 @@ class KVCache(PathHolder):
                 self.history_length = end
                 for window in self.windows:
                     window.forget_stale(end, -(-self.capacity // block))
-            self.manager.streams.release(self.stream)
+            if self.manager.streams.only is not self.stream:
+                self.manager.streams.release(self.stream)
             if self._rows is not None:
                 self._rows.refresh()
+        finally:
+            lock.release()
 
     def _keys_of_commit(self, tokens: Tokens, first: int, last: int) -> tuple[Int64Array, int, Int64Array]:
         """Keys that cover the blocks that a commit completes, the block that they start from, and the tokens of the

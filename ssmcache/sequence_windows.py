@@ -92,13 +92,15 @@ class SequenceWindow:
         self.pins = pins
         self._stamp = self.store.stamp_of_activity()
         for pin in pins.values():
-            self.store.count_pin(pin, locked=1, soft=-1)
+            self.store.count_pin(pin, locked=1)
+            self.store.end_soft_pin(pin)
         self._shape = self._shape_for(history_length, num_blocks)
 
     def unlock_softly(self) -> dict[int, Pin]:
         """Undo `lock`."""
         for pin in self.pins.values():
-            self.store.count_pin(pin, locked=-1, soft=1)
+            pin.soft += 1
+            self.store.count_pin(pin, locked=-1)
         self.store.release(self._holder.cursor)
         pins, self.pins = self.pins, {}
         return pins

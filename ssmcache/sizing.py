@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.compaction import compact
@@ -30,7 +30,6 @@ AnyPool = PagePool | StatePool
 # under way: enough for a copy to run at full speed, little beside any host memory
 _STAGING_BYTES = 64 << 20
 _TOLERATED_RATIO = 1.25
-_TRAFFIC_SEQUENCES = 256
 
 
 def kind_of(tier: CacheTierConfig) -> int:
@@ -106,29 +105,13 @@ def _gpu_slots_of(tiers: Tiers[Any, Any], sequence: KVCache) -> int:
     return count
 
 
-class Traffic:
-    """The sequences closed lately, as far as the sizes of pools depend on them: sums that halve now and then."""
-
-    __slots__ = ("_capacity", "_history", "_num")
-
-    def __init__(self) -> None:
-        self._num = self._capacity = self._history = 0
-
-    def note(self, capacity: int, history_length: int) -> None:
-        self._num += 1
-        self._capacity += capacity
-        self._history += history_length
-        if self._num >= 2 * _TRAFFIC_SEQUENCES:
-            self._num //= 2
-            self._capacity //= 2
-            self._history //= 2
-
-    def step(self) -> BatchDesc | None:
-        """The mean sequence as a batch; None before any had room."""
-        if not self._num or self._capacity < self._num:
-            return None
-        capacity = self._capacity // self._num
-        return BatchDesc((KVCacheDesc(capacity, min(capacity, self._history // self._num)),))
+def step_of(traffic: Collection[tuple[int, int]]) -> BatchDesc | None:
+    """The mean of the sequences closed lately, as a batch; None before any had room."""
+    capacity = sum(capacity for capacity, _ in traffic)
+    if capacity < len(traffic) or not traffic:
+        return None
+    history = sum(history for _, history in traffic) // len(traffic)
+    return BatchDesc((KVCacheDesc(capacity // len(traffic), min(history, capacity // len(traffic))),))
 
 
 def need_adjustment(manager: KVCacheManager) -> bool:
@@ -143,7 +126,7 @@ def need_adjustment(manager: KVCacheManager) -> bool:
 
 def _wanted_slots(manager: KVCacheManager, tier: int, quota: int | None) -> tuple[int, ...] | None:
     """The split that the traffic wants; None without a quota or without traffic."""
-    step = manager.traffic.step()
+    step = step_of(manager.traffic)
     if step is None or quota is None:
         return None
     return split_tier(manager.groups, manager.config, tier, quota, step, manager.memory.grain(tier))

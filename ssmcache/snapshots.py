@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ssmcache.memory.base import Memory
 from ssmcache.pools import IntArray, StatePool
-from ssmcache.segments import DEFAULT_RANK, SparseSegment
+from ssmcache.segments import SparseSegment
 from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 
@@ -23,46 +23,30 @@ class SnapshotStore(SparseStore):
 
     def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Memory) -> None:
         super().__init__(store, layer_group, pools, memory)
-        self._was_reused = [bytearray() for _ in pools]  # by tier and slot: whether anybody has started from it
-        self.num_evicted_unused = 0
+        self._reused: list[set[int]] = [set() for _ in pools]  # by tier: slots that somebody has started from
 
     def note_reuse(self, tier: int, slot: int) -> None:
-        self._was_reused[tier][slot] = 1
+        self._reused[tier].add(slot)
 
     def reused_slots(self) -> set[tuple[int, int]]:
         """(tier, slot) of the snapshots that somebody has started from."""
-        return {(tier, slot) for tier, flags in enumerate(self._was_reused) for slot, flag in enumerate(flags) if flag}
-
-    def _make_flags(self, tier: int) -> None:
-        missing = self.pools[tier].num_ever_used - len(self._was_reused[tier])
-        if missing > 0:
-            self._was_reused[tier].extend(bytes(missing))
-
-    def add(self, cursor: Run, ordinals: IntArray, slots: IntArray, stamp: int, rank: int = DEFAULT_RANK) -> None:
-        self._make_flags(0)
-        super().add(cursor, ordinals, slots, stamp, rank)
+        return {(tier, slot) for tier, slots in enumerate(self._reused) for slot in slots}
 
     def _forgotten(self, tier: int, slots: Sequence[int]) -> int:
-        flags = self._was_reused[tier]
-        if not flags:
+        reused = self._reused[tier]
+        if not reused:
             return 0
-        num_reused = sum(map(flags.__getitem__, slots))
-        if num_reused:
-            for slot in slots:
-                flags[slot] = 0
-        return num_reused
-
-    def _note_evicted(self, run: Run, tier: int, ordinals: IntArray, slots: IntArray) -> None:
-        super()._note_evicted(run, tier, ordinals, slots)
-        self.num_evicted_unused += len(slots) - self._forgotten(tier, slots)
+        num_before = len(reused)
+        reused.difference_update(slots)
+        return num_before - len(reused)
 
     def _follow(self, old_tier: int, old_slots: IntArray, tier: int, slots: IntArray) -> None:
         super()._follow(old_tier, old_slots, tier, slots)
-        self._make_flags(tier)
-        self._make_flags(old_tier)
-        old, new = self._was_reused[old_tier], self._was_reused[tier]
+        old, new = self._reused[old_tier], self._reused[tier]
         for slot, new_slot in zip(old_slots, slots, strict=True):
-            new[new_slot], old[slot] = old[slot], 0
+            if slot in old:
+                old.discard(slot)
+                new.add(new_slot)
 
     def stamp(self, run: Run, stamp: int) -> None:
         """Stamp the snapshots of a run, which makes one segment of those that lie in the same tier."""

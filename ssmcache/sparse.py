@@ -43,30 +43,36 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         self._pins: list[dict[int, Pin]] = [{} for _ in pools]
         self._locked = [0] * len(pools)
         self._held = [0] * len(pools)
+        self.num_evicted_unused = 0
         self._moved_runs: dict[Run, None] = {}  # by the batch under way
         self._own: Run | None = None
-        self._own_runs: set[Run] = set()
+        self._own_runs: set[Run] | None = None
 
     # -- pins --------------------------------------------------------------------------------------------------------
 
     def pin(self, tier: int, slot: int) -> Pin:
-        """The pin of a slot, for the caller to count on with `count_pin`."""
+        """The pin of a slot, for the caller to count on: `soft` by hand, the rest with `count_pin`."""
         pins = self._pins[tier]
         pin = pins.get(slot)
         if pin is None:
             pin = pins[slot] = Pin(tier, slot)
         return pin
 
-    def count_pin(self, pin: Pin, soft: int = 0, held: int = 0, locked: int = 0) -> None:
+    def count_pin(self, pin: Pin, held: int = 0, locked: int = 0) -> None:
         """Add to the counts of a pin; without counts it is gone."""
         if pin.slot < 0:
             return
         self._count_class(pin, -1)
-        pin.soft += soft
         pin.held += held
         pin.locked += locked
         self._count_class(pin, 1)
         if not (pin.soft or pin.held or pin.locked):
+            del self._pins[pin.tier][pin.slot]
+
+    def end_soft_pin(self, pin: Pin) -> None:
+        """One less of those who were created only."""
+        pin.soft -= 1
+        if not (pin.soft or pin.held or pin.locked) and pin.slot >= 0:
             del self._pins[pin.tier][pin.slot]
 
     def _count_class(self, pin: Pin, change: int) -> None:
@@ -113,13 +119,17 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     def num_droppable(self, tier: int) -> int:
         return self.cached[tier] - self._held[tier] - self._locked[tier] - self._num_own(tier)
 
+    def has_room_for(self, count: int) -> bool:
+        """Whether so many GPU slots are certainly obtainable; a quick answer, False may be wrong."""
+        return self.gpu_pool.free + self.cached[GPU_TIER] - len(self._pins[GPU_TIER]) >= count
+
     def num_held(self, tier: int) -> int:
         return self._held[tier]
 
     def protect(self, own: Run | None) -> None:
         """From now on nothing goes from the path of `own`, which is locked, until `protect(None)`."""
         self._own = own
-        self._own_runs = set()
+        self._own_runs = None
 
     def _num_own(self, tier: int) -> int:
         if self._own is None:
@@ -137,7 +147,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     def _is_own(self, run: Run) -> bool:
         if self._own is None or not run.holds:
             return False
-        if not self._own_runs:
+        if self._own_runs is None:
             self._own_runs = set(self._own.path())
         return run in self._own_runs
 
@@ -186,7 +196,8 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         return False
 
     def _note_evicted(self, run: Run, tier: int, ordinals: IntArray, slots: IntArray) -> None:
-        self.num_evicted += len(ordinals)
+        self.num_evicted += len(slots)
+        self.num_evicted_unused += len(slots) - self._forgotten(tier, slots)
         self._store.version += 1
         if self._store.events is not None:
             self._store.events.removed(self.layer_group, tier, run, ordinals)
@@ -280,12 +291,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     def _merge(self, run: Run, left: SparseSegment, right: SparseSegment) -> SparseSegment:
         """One segment of two with equal times. The one with the deeper tail stays, so that none gets older."""
         kept, other = (left, right) if left.tail > right.tail else (right, left)
-        if other.tail < kept.ordinals[0]:  # the usual case, O(1) for each of the deeper ones
-            other.ordinals += kept.ordinals
-            other.slots += kept.slots
-            kept.ordinals, kept.slots = other.ordinals, other.slots
-        else:
-            kept.absorb(other)
+        kept.absorb(other)
         if other.queued:
             self.queues[kept.tier].put(kept)
         self.queues[kept.tier].retire(other)
@@ -326,19 +332,19 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         return (segment for segment in run.items if segment.store is self)
 
     def drop_from(self, run: Run, segment: SparseSegment, new_end: int) -> None:
-        """The blocks from `new_end` on leave the tree: so does what the segment has there."""
-        if segment.ordinals[-1] < new_end:
-            return
+        """The blocks from `new_end` on leave the tree: so does what the segment has there, which is something."""
         tier = segment.tier
-        ordinals = segment.ordinals[bisect_left(segment.ordinals, new_end) :]
-        slots = segment.drop_tail(new_end)
+        if segment.ordinals[0] >= new_end:  # all of it: the usual end of a run
+            ordinals, slots = segment.ordinals, segment.slots
+            run.items = tuple(other for other in run.items if other is not segment)
+            self.queues[tier].retire(segment)
+        else:
+            ordinals, slots = segment.cut(bisect_left(segment.ordinals, new_end))
         if self._pins[tier]:
             for slot in slots:
                 self._break_pin(tier, slot)
         self.give_back(tier, slots)
         self._note_evicted(run, tier, ordinals, slots)
-        if not segment.slots:
-            self._drop_empty(run)
 
     def _drop_empty(self, run: Run) -> None:
         for segment in run.items:
@@ -426,7 +432,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         assert run is not None
         by_rank: dict[int, list[int]] = {}
         for index, ordinal in enumerate(segment.ordinals):
-            rank = rank_of(priority(self.layer_group, ordinal)) if ordinal >= first else 0
+            rank = rank_of(priority(self.layer_group, ordinal)) if ordinal >= first else segment.rank
             if rank > segment.rank:
                 by_rank.setdefault(rank, []).append(index)
         old = list(zip(segment.ordinals, segment.slots, strict=True))

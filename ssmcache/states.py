@@ -47,8 +47,7 @@ class SequenceStates:
         holds softly so many times (0 or 1).
         """
         snapshots = self._snapshots
-        pool = snapshots.gpu_pool
-        if pool.used < pool.capacity:
+        if snapshots.has_room_for(2):
             return None
         room = snapshots.obtainable()
         if source is not None and source.tier == GPU_TIER:
@@ -70,18 +69,15 @@ class SequenceStates:
             self.live_slot = snapshots.take_one(self.stream)
             return
         tier, pool = source.tier, snapshots.gpu_pool
-        if tier == GPU_TIER and pool.used >= pool.capacity and snapshots.obtainable() <= 1:
+        crowded = pool.used >= pool.capacity and not snapshots.has_room_for(2)
+        if crowded and tier == GPU_TIER and snapshots.obtainable() <= 1:
             # the source is all there is: it becomes the live state itself
             self.live_slot = source.slot
-            snapshots.count_pin(source, soft=-1)
+            snapshots.end_soft_pin(source)
             manager.store.version += 1
             snapshots.take_over(cursor, tier, self.live_slot)
         else:
-            snapshots.count_pin(source, locked=1)
-            try:
-                slot = snapshots.take_one(self.stream)
-            finally:
-                snapshots.count_pin(source, locked=-1)
+            slot = self._take_one_beside(source)
             try:
                 manager.copy_state(tier, source.slot, slot, self.stream)
             except TransferError as error:
@@ -91,15 +87,26 @@ class SequenceStates:
                 raise
             snapshots.note_reuse(tier, source.slot)
             self.live_slot = slot
-            snapshots.count_pin(source, soft=-1)
+            snapshots.end_soft_pin(source)
         manager.counters.snapshots_reused += 1
+
+    def _take_one_beside(self, source: Pin) -> int:
+        """A slot, while the source stays where it is."""
+        snapshots = self._snapshots
+        if snapshots.last_tier == GPU_TIER:  # nothing that is pinned can move
+            return snapshots.take_one(self.stream)
+        snapshots.count_pin(source, locked=1)
+        try:
+            return snapshots.take_one(self.stream)
+        finally:
+            snapshots.count_pin(source, locked=-1)
 
     def _room_beside(self, cursor: Run, wanted: int) -> int:
         """Slots, up to `wanted`, that can be had without giving up a snapshot of one's own path."""
         snapshots, manager = self._snapshots, self._manager
         # counting the own ones takes a walk; they are never more than the points of the path
         num_points = len(manager.admission.points(0, cursor.end * manager.tokens_per_block))
-        if snapshots.obtainable() - num_points >= wanted:
+        if snapshots.has_room_for(wanted + num_points):
             return wanted
         snapshots.protect(cursor)
         room = snapshots.obtainable()

@@ -22,7 +22,7 @@ from ssmcache.tiers import Tiers
 from ssmcache.tree import Root, Run
 from ssmcache.windows import Window, WindowStore
 
-Pins = list[tuple[WindowStore, int, Pin]]  # with the block of each
+Pins = Sequence[tuple[WindowStore, int, Pin]]  # with the block of each
 
 
 class PathHolder:
@@ -38,13 +38,12 @@ class PathHolder:
 
     def __init__(self, root: Root) -> None:
         self.root = root
-        self.cursor: Run = root
-        self.source: Pin | None = None
-        self.pins: Pins = []
-        self.partial: Partial | None = None
-        self.soft = False
-        self.locked = False
-        self.idle = False
+        self.soft = self.locked = self.idle = False
+        # set by `BlockStore.hold_softly`
+        self.cursor: Run
+        self.source: Pin | None
+        self.pins: Pins
+        self.partial: Partial | None
 
 
 SoftHold = tuple[Run, Pin | None, Pins, Partial | None]
@@ -66,7 +65,7 @@ class BlockStore(TreeStructure):
         tokens_per_block: int,
         events: EventLog | None,
     ) -> None:
-        super().__init__(tokens_per_block, events)
+        super().__init__(tokens_per_block, len(pools[0]) > 1, events)
         self.pages = None
         self.snapshots = None
         windows: list[WindowStore] = []
@@ -84,7 +83,9 @@ class BlockStore(TreeStructure):
         self.windows = tuple(windows)
         groups_there = (self.pages, *windows, self.snapshots)
         self._all_tiers = tuple(tiers for tiers in groups_there if tiers is not None)
-        self.has_tiers = len(pools[0]) > 1
+        # page counts by tier, which change with every hold
+        self._locked = [] if self.pages is None else self.pages.locked
+        self._held = [] if self.pages is None else self.pages.held
         self.soft_holders: dict[PathHolder, None] = {}  # oldest first
 
     # -- soft holds --------------------------------------------------------------------------------------------------
@@ -94,38 +95,38 @@ class BlockStore(TreeStructure):
         which is returned: the caller ends it, or takes it up again.
         """
         old = (holder.cursor, holder.source, holder.pins, holder.partial) if holder.soft else None
+        run, depth, reuse, segment, position, partial = found
         source = None
-        if found.snapshot is not None:  # before a split moves it to another segment
-            assert self.snapshots is not None
-            segment, position = found.snapshot
+        if segment is not None and self.snapshots is not None:  # before a split moves it to another segment
             source = self.snapshots.pin(segment.tier, segment.slots[position])
-            self.snapshots.count_pin(source, soft=1)
-        run, depth = found.run, found.depth
-        while depth <= run.start and run.parent is not None:
-            run = run.parent
+            source.soft += 1
         if depth < run.end:
-            run = self.split(run, depth)
-        partial = found.partial
+            while depth <= run.start and run.parent is not None:
+                run = run.parent
+            if depth < run.end:
+                run = self.split(run, depth)
         if partial is not None:
             if partial.block + 1 < partial.run.end:
                 partial = partial._replace(run=self.split(partial.run, partial.block + 1))
             partial.run.soft_holds += 1
         run.soft_holds += 1
-        pins = self._pin_windows(run if partial is None else partial.run, found) if self.windows else []
+        pins: Pins = ()
+        if self.windows:
+            deepest, num_blocks = (run, depth) if partial is None else (partial.run, depth + 1)
+            pins = self._pin_windows(deepest, num_blocks, reuse.usable_tokens)
         holder.cursor, holder.source, holder.pins, holder.partial = run, source, pins, partial
         holder.soft = True
         self.soft_holders[holder] = None
         return old
 
-    def _pin_windows(self, deepest: Run, found: Found) -> Pins:
-        pins: Pins = []
-        num_blocks = found.depth + (found.partial is not None)
+    def _pin_windows(self, deepest: Run, num_blocks: int, usable_tokens: int) -> Pins:
+        pins: list[tuple[WindowStore, int, Pin]] = []
         for store in self.windows:
             places = store.find(deepest, 0, num_blocks)
-            for block in store.window.needed_blocks(found.reuse.usable_tokens, num_blocks):
+            for block in store.window.needed_blocks(usable_tokens, num_blocks):
                 segment, position = places[block]
                 pin = store.pin(segment.tier, segment.slots[position])
-                store.count_pin(pin, soft=1)
+                pin.soft += 1
                 pins.append((store, block, pin))
         return pins
 
@@ -142,7 +143,7 @@ class BlockStore(TreeStructure):
         """Let go without a touch: the path is as old as it was."""
         del self.soft_holders[holder]
         old = holder.cursor, holder.source, holder.pins, holder.partial
-        holder.cursor, holder.source, holder.pins, holder.partial = holder.root, None, [], None
+        holder.cursor, holder.source, holder.pins, holder.partial = holder.root, None, (), None
         holder.soft = False
         self.end_soft_hold(old)
 
@@ -151,9 +152,9 @@ class BlockStore(TreeStructure):
         run.soft_holds -= 1
         if source is not None:
             assert self.snapshots is not None
-            self.snapshots.count_pin(source, soft=-1)
+            self.snapshots.end_soft_pin(source)
         for store, _, pin in pins:
-            store.count_pin(pin, soft=-1)
+            store.end_soft_pin(pin)
         if partial is not None:
             partial.run.soft_holds -= 1
             self.settle_leaf(partial.run)
@@ -178,8 +179,14 @@ class BlockStore(TreeStructure):
         del self.soft_holders[holder]
         run.soft_holds -= 1
         holder.soft, holder.locked = False, True
+        locked = self._locked
         while run.parent is not None:
-            self.lock_child(run)
+            pages = run.pages
+            if pages is not None and run.holds == run.idle_holds:
+                locked[pages.tier] += pages.count
+                if run.holds:
+                    self._held[pages.tier] -= pages.count
+            run.holds += 1
             run = run.parent
 
     def unlock(self, holder: PathHolder) -> None:
@@ -197,11 +204,9 @@ class BlockStore(TreeStructure):
         """Hold one more run, below a path that the caller has locked."""
         pages = child.pages
         if pages is not None and child.holds == child.idle_holds:
-            assert self.pages is not None
-            num_blocks = child.end - child.start
-            self.pages.locked[pages.tier] += num_blocks
+            self._locked[pages.tier] += pages.count
             if child.holds:
-                self.pages.held[pages.tier] -= num_blocks
+                self._held[pages.tier] -= pages.count
         child.holds += 1
 
     def release(self, run: Run) -> None:
@@ -209,11 +214,9 @@ class BlockStore(TreeStructure):
         run.holds -= 1
         pages = run.pages
         if pages is not None and run.holds == run.idle_holds:
-            assert self.pages is not None
-            num_blocks = run.end - run.start
-            self.pages.locked[pages.tier] -= num_blocks
+            self._locked[pages.tier] -= pages.count
             if run.holds:
-                self.pages.held[pages.tier] += num_blocks
+                self._held[pages.tier] += pages.count
 
     def set_idle(self, holder: PathHolder, idle: bool) -> None:
         """The holder is suspended: what it alone locks is merely held from now on; or the other way round."""
@@ -224,10 +227,9 @@ class BlockStore(TreeStructure):
             run.idle_holds += change
             is_locked = run.holds > run.idle_holds
             if run.pages is not None and was_locked != is_locked:
-                assert self.pages is not None
                 num_blocks = run.end - run.start
-                self.pages.locked[run.pages.tier] += num_blocks if is_locked else -num_blocks
-                self.pages.held[run.pages.tier] -= num_blocks if is_locked else -num_blocks
+                self._locked[run.pages.tier] += num_blocks if is_locked else -num_blocks
+                self._held[run.pages.tier] -= num_blocks if is_locked else -num_blocks
                 self.settle_leaf(run)
 
     def forget_holds(self, run: Run, holds: int, idle_holds: int) -> None:
@@ -237,11 +239,10 @@ class BlockStore(TreeStructure):
             above.holds -= holds
             above.idle_holds -= idle_holds
             if above.pages is not None:
-                assert self.pages is not None
                 tier, num_blocks = above.pages.tier, above.end - above.start
                 is_locked, is_held = above.holds > above.idle_holds, above.holds > 0
-                self.pages.locked[tier] += num_blocks * (is_locked - was_locked)
-                self.pages.held[tier] += num_blocks * ((is_held and not is_locked) - (was_held and not was_locked))
+                self._locked[tier] += num_blocks * (is_locked - was_locked)
+                self._held[tier] += num_blocks * ((is_held and not is_locked) - (was_held and not was_locked))
             self.settle_leaf(above)
 
     def lifts(self, cursor: Run, tier: int = GPU_TIER) -> list[PageSegment]:
@@ -262,7 +263,10 @@ class BlockStore(TreeStructure):
         run = holder.cursor
         stamp = self.clock.touch(run.end + num_private + 1)
         while run.parent is not None:
-            self._stamp(run, stamp)
+            if run.pages is not None:
+                run.pages.stamp = stamp
+            if run.items:
+                self._stamp_items(run, stamp)
             run = run.parent
         if self.windows:
             self._touch_windows(holder.cursor, stamp)
@@ -277,21 +281,30 @@ class BlockStore(TreeStructure):
         below: Run | None = None
         if holder.idle:
             self.set_idle(holder, False)
-        while run.parent is not None:
-            parent = run.parent
-            self.release(run)
-            alone = not run.holds and below is not None and len(run.children) == 1 and not run.soft_holds
+        locked, has_tiers = self._locked, self.has_tiers
+        parent = run.parent
+        while parent is not None:
+            run.holds = holds = run.holds - 1
+            pages = run.pages
+            if pages is not None:
+                pages.stamp = stamp
+                if holds == run.idle_holds:
+                    locked[pages.tier] -= pages.count
+                    if holds:
+                        self._held[pages.tier] += pages.count
+            if run.items:
+                self._stamp_items(run, stamp)
+            alone = below is not None and not holds and not run.soft_holds and len(run.children) == 1
             if alone and below is not None and self.can_absorb(below):
                 self.absorb_parent(below)
+                if below.items:
+                    self._stamp_items(below, stamp)
                 run = below
-            if below is not None and run is not below:
-                self._stamp(below, stamp)
-                self._settle_in_tier(below)
+            if has_tiers:  # it may be the last of its tier now
+                self.settle_leaf(run)
             below = run
             run = parent
-        if below is not None:
-            self._stamp(below, stamp)
-            self._settle_in_tier(below)
+            parent = run.parent
         holder.locked = False
         if leaf is not None:
             assert leaf.pages is not None
@@ -301,16 +314,13 @@ class BlockStore(TreeStructure):
             self._touch_windows(cursor if leaf is None else leaf, stamp)
         self.settle_leaf(cursor)
 
-    def _settle_in_tier(self, run: Run) -> None:
-        """With tiers a run may be the last of its tier although others lie below it."""
-        if self.has_tiers:
-            self.settle_leaf(run)
-
-    def _stamp(self, run: Run, stamp: int) -> None:
-        if run.pages is not None:
-            run.pages.stamp = stamp
-        if run.items and self.snapshots is not None:
-            self.snapshots.stamp(run, stamp)
+    def _stamp_items(self, run: Run, stamp: int) -> None:
+        """Stamp the snapshots of a run."""
+        items, snapshots = run.items, self.snapshots
+        if len(items) == 1 and items[0].store is snapshots:
+            items[0].stamp = stamp
+        elif snapshots is not None:
+            snapshots.stamp(run, stamp)
 
     def _touch_windows(self, cursor: Run, stamp: int) -> None:
         """Stamp what a sequence needs that goes on at the end of the path, in hybrids also at its snapshots."""

@@ -7,6 +7,8 @@ from typing import Any
 
 from ssmcache.memory.base import Memory
 
+_NO_STREAM, _SEVERAL = object(), object()
+
 
 class StreamOrder:
     """Makes a stream that takes slots wait for every other that has given some since.
@@ -17,6 +19,7 @@ class StreamOrder:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
+        self.only: object = _NO_STREAM  # the one stream that there is: its own calls need not come here
         self._releases: dict[Hashable, tuple[int, Any]] = {}  # stream -> (number of its last release, event)
         self._seen: dict[tuple[Hashable, Hashable], int] = {}  # (stream, other) -> release of the other waited for
         self._count = 0
@@ -29,6 +32,7 @@ class StreamOrder:
                 for other in list(releases):
                     self._record(other)
             releases[stream] = (0, None)
+            self.only = stream if len(releases) == 1 else _SEVERAL
         if len(releases) == 1:
             return
         for other, (number, event) in releases.items():
@@ -38,7 +42,7 @@ class StreamOrder:
 
     def release(self, stream: Hashable) -> None:
         """What was queued on `stream` so far may be followed by others."""
-        if len(self._releases) > 1:
+        if self.only is _SEVERAL:
             self._record(stream)
 
     def _record(self, stream: Hashable) -> None:

@@ -11,7 +11,7 @@ from ssmcache.recency import Clock
 from ssmcache.segments import PageSegment
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.sparse import SparseStore
-from ssmcache.tree import Root, Run, runs_below
+from ssmcache.tree import PartialRun, Root, Run, runs_below
 from ssmcache.windows import WindowStore
 
 
@@ -22,8 +22,9 @@ class TreeStructure:
     snapshots: SnapshotStore | None
     windows: tuple[WindowStore, ...]
 
-    def __init__(self, tokens_per_block: int, events: EventLog | None) -> None:
+    def __init__(self, tokens_per_block: int, has_tiers: bool, events: EventLog | None) -> None:
         self.tokens_per_block = tokens_per_block
+        self.has_tiers = has_tiers
         self.roots: dict[ReuseScope, Root] = {}
         self.clock = Clock()
         self.version = 0
@@ -100,28 +101,28 @@ class TreeStructure:
             if slots is not None:
                 self._give_pages(child, slots, rank)
             run = child
-        if slots is not None:
-            assert self.pages is not None
-            self.pages.cached[GPU_TIER] += num_blocks
-            self.pages.locked[GPU_TIER] += num_blocks
+        tiers = self.pages
+        if tiers is not None:
+            tiers.cached[GPU_TIER] += num_blocks
+            tiers.locked[GPU_TIER] += num_blocks
         if self.events is not None:
-            self.events.stored(run, num_blocks, None if self.pages is None else self.pages.layer_group)
+            self.events.stored(run, num_blocks, None if tiers is None else tiers.layer_group)
         return run
 
     def _give_pages(self, run: Run, slots: SlotArray, rank: int) -> None:
         """Put GPU pages on a run without pages, whose parent, if it has pages, has them on the GPU."""
-        assert self.pages is not None
-        run.pages = self.pages.new_segment(run, 0, rank, GPU_TIER, slots)
-        assert run.parent is not None
-        if run.parent.pages is not None:
+        tiers = self.pages
+        assert tiers is not None
+        has_tiers = self.has_tiers
+        run.pages = PageSegment(run, 0, rank, tiers.serial(), GPU_TIER, has_tiers, run.start, slots)
+        if has_tiers and run.parent is not None and run.parent.pages is not None:
             run.parent.warm_children += 1
 
     def add_leaf(self, run: Run, keys: Int64Array, slots: SlotArray, rank: int) -> Run:
         """A partial block below `run`, held by nobody, with the tokens `keys` and one page; returns its run."""
         assert self.pages is not None
         self.version += 1
-        leaf = Run(run, run.kind, keys.tobytes(), run.end, run.end + 1, keys)
-        leaf.num_tokens = keys.size
+        leaf = PartialRun(run, keys)
         run.children[leaf.edge] = leaf
         self._give_pages(leaf, slots, rank)
         self.pages.cached[GPU_TIER] += 1
@@ -167,34 +168,31 @@ class TreeStructure:
         """Take the last blocks of a leaf that nobody holds out of the tree, with all that lies on them."""
         self.version += 1
         new_end = run.end - num_blocks
-        pages = run.pages
-        if pages is not None:
+        pages, tiers = run.pages, self.pages
+        if pages is not None and tiers is not None:
+            tier = pages.tier
             if self.events is not None:
-                assert self.pages is not None
-                self.events.removed(self.pages.layer_group, pages.tier, run, range(new_end, run.end))
-            self._free_tail(pages, num_blocks)
+                self.events.removed(tiers.layer_group, tier, run, range(new_end, run.end))
+            tiers.pools[tier].give_back(pages.drop_tail(num_blocks))
+            tiers.cached[tier] -= num_blocks
         for segment in run.items:
-            segment.store.drop_from(run, segment, new_end)
+            if segment.ordinals[-1] >= new_end:
+                segment.store.drop_from(run, segment, new_end)
         run.end = new_end
-        run.digests = run.digests[: new_end - run.start]
+        if run.digests:
+            run.digests = run.digests[: new_end - run.start]
         if new_end > run.start:
-            self.settle_leaf(run)
+            if pages is None or not pages.queued:
+                self.settle_leaf(run)
             return
         parent = run.parent
         assert parent is not None
         del parent.children[run.edge]
-        if pages is not None:
-            assert self.pages is not None
-            self.pages.queues[pages.tier].retire(pages)
-            if parent.pages is not None and parent.pages.tier == pages.tier:
+        if pages is not None and tiers is not None:
+            tiers.queues[tier].retire(pages)
+            if self.has_tiers and parent.pages is not None and parent.pages.tier == tier:
                 parent.warm_children -= 1
         self.settle_leaf(parent)
-
-    def _free_tail(self, pages: PageSegment, num_blocks: int) -> None:
-        tiers = self.pages
-        assert tiers is not None
-        tiers.pools[pages.tier].give_back(pages.drop_tail(num_blocks))
-        tiers.cached[pages.tier] -= num_blocks
 
     def take_over_leaf(self, run: Run) -> SlotArray:
         """Take a leaf of one block, which is on the GPU and which nobody holds, out of the tree; its page becomes the
@@ -210,11 +208,13 @@ class TreeStructure:
 
     def settle_leaf(self, run: Run) -> None:
         """If the tail of the run may go now, by eviction, say so; drop what nothing lies on any more."""
-        pages = run.pages
-        if pages is not None:
-            if not pages.queued and pages.may_go():
-                assert self.pages is not None
-                self.pages.queues[pages.tier].put(pages)
+        pages, tiers = run.pages, self.pages
+        if pages is not None and tiers is not None:
+            if self.has_tiers:
+                if not pages.queued and pages.may_go():
+                    tiers.queues[pages.tier].put(pages)
+            elif not (run.children or run.holds or run.soft_holds or pages.queued):
+                tiers.queues[pages.tier].put(pages)
         elif run.children or run.holds or run.soft_holds:
             return
         elif isinstance(run, Root):

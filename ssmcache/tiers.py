@@ -108,16 +108,28 @@ class Tiers(Generic[S, Slots]):
         return room
 
     def take(self, count: int, stream: Any) -> Slots:
-        """`count` slots of the GPU for new content; what is in the way goes. The caller has checked `obtainable`.
+        """`try_take` for a count that is known to be obtainable."""
+        slots = self.try_take(count, stream)
+        assert slots is not None, "room was promised that does not exist"
+        return slots
+
+    def try_take(self, count: int, stream: Any) -> Slots | None:
+        """`count` slots of the GPU for new content; what is in the way goes. None, and nothing has changed, if so many
+        cannot be had.
 
         Errors: TransferError; no slot was taken then.
         """
         pool = self.pools[GPU_TIER]
-        if count > pool.capacity - pool.used:
-            if self.last_tier == GPU_TIER:
-                self.drop(GPU_TIER, count - (pool.capacity - pool.used))
-            else:
+        short = count - (pool.capacity - pool.used)
+        if short > 0:
+            if self.last_tier > GPU_TIER:
+                if count > self.obtainable():
+                    return None
                 self.bring([], GPU_TIER, count, stream)
+            elif short > self.num_droppable(GPU_TIER):
+                return None
+            else:
+                self.drop(GPU_TIER, short)
         return pool.take(count)
 
     def bring(self, lifts: list[S], tier: int, beside: int, stream: Any) -> None:

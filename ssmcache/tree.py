@@ -21,8 +21,7 @@ from ssmcache.segments import GROWTH, PageSegment, SparseSegment
 class Run:
     """One node: blocks `start`..`end - 1` of the paths through it.
 
-    `key_buffer` begins with the keys of the run and may have room behind them; `num_tokens` is less than a whole block
-    for a partial block, which is a run of its own without children, and 0 else.
+    `key_buffer` begins with the keys of the run and may have room behind them.
 
     `holds` counts the sequences that were resumed and whose path goes through the run, `idle_holds` those of them that
     are suspended: while there are others, the run is locked. `soft_holds` counts the sequences that were created but
@@ -31,9 +30,10 @@ class Run:
     """
 
     __slots__ = (
-        "children", "digests", "edge", "end", "holds", "idle_holds", "items", "key_buffer", "kind", "num_tokens",
-        "pages", "parent", "soft_holds", "start", "warm_children",
+        "children", "digests", "edge", "end", "holds", "idle_holds", "items", "key_buffer", "kind", "pages", "parent",
+        "soft_holds", "start", "warm_children",
     )  # fmt: skip
+    num_tokens = 0  # less than a whole block
 
     def __init__(
         self, parent: Run | None, kind: KeyKind, edge: EdgeKey, start: int, end: int, keys: Int64Array
@@ -49,7 +49,6 @@ class Run:
         self.idle_holds = 0
         self.soft_holds = 0
         self.warm_children = 0
-        self.num_tokens = 0
         self.pages: PageSegment | None = None
         self.items: tuple[SparseSegment, ...] = ()
         self.digests: tuple[bytes, ...] = ()
@@ -91,6 +90,16 @@ class Run:
         while run.parent is not None:
             yield run
             run = run.parent
+
+
+class PartialRun(Run):
+    """A leaf of one block that is not full, with the tokens `keys`."""
+
+    __slots__ = ("num_tokens",)
+
+    def __init__(self, parent: Run, keys: Int64Array) -> None:
+        super().__init__(parent, parent.kind, keys.tobytes(), parent.end, parent.end + 1, keys)
+        self.num_tokens = keys.size
 
 
 class Root(Run):
