@@ -46,20 +46,24 @@ def commit_blocks(sequence: KVCache, keys: Int64Array, base: int, first: int, la
         cursor = child
     if position < last:
         if sequence.priority is None:
-            stretches: Iterable[tuple[int, int]] = ((last - position, DEFAULT_RANK),)
+            cursor = _append(sequence, cursor, keys, position - base, last - position, DEFAULT_RANK)
         else:
-            stretches = _stretches(sequence, position, last)
-        width = kind.width
-        for count, rank in stretches:
-            pages = None if store.pages is None else sequence.take_own_pages(count)
-            first_key = (position - base) * width
-            cursor = store.append(cursor, keys[first_key : first_key + count * width], count, pages, rank)
-            position += count
+            for count, rank in _stretches(sequence, position, last):
+                cursor = _append(sequence, cursor, keys, position - base, count, rank)
+                position += count
     sequence.cursor = cursor
     if sequence.priority is not None:
         raise_priorities(store, cursor, start, sequence.priority)
     for window in sequence.windows:
         window.commit(cursor, start, last)
+
+
+def _append(sequence: KVCache, cursor: Run, keys: Int64Array, first: int, count: int, rank: int) -> Run:
+    """Put `count` blocks, whose keys are those from block `first` of `keys` on, below a path where there are none."""
+    width, own, pages = sequence.kind.width, sequence.own_pages, None
+    if sequence.store.pages is not None:
+        pages, sequence.own_pages = own[:count], own[count:]
+    return sequence.store.append(cursor, keys[first * width : (first + count) * width], count, pages, rank)
 
 
 def rebase(store: BlockStore, run: Run, own: SlotArray) -> None:

@@ -39,7 +39,7 @@ def match_blocks(root: Root, keys: Int64Array, num_blocks: int) -> tuple[Run, in
     run: Run = root
     depth = 0
     kind = root.kind
-    one_key = kind.width == 1
+    one_key, unique = kind.width == 1, kind.prefix_unique
     while depth < num_blocks:
         child = run.children.get(keys.item(depth) if one_key else kind.edge_key(keys, depth))
         if child is None:
@@ -49,10 +49,14 @@ def match_blocks(root: Root, keys: Int64Array, num_blocks: int) -> tuple[Run, in
         comparable = num_blocks - depth
         if comparable > length:
             comparable = length
-        common = kind.common_blocks(run.key_buffer, 0, keys, depth, comparable)
-        depth += common
-        if common < length:
-            break
+        # as `common_blocks` does, without a call for what is the rule
+        if unique and keys.item(depth + comparable - 1) == run.key_buffer.item(comparable - 1):
+            depth += comparable
+        else:
+            common = kind.common_blocks(run.key_buffer, 0, keys, depth, comparable)
+            depth += common
+            if common < length:
+                break
     return run, depth
 
 

@@ -59,12 +59,6 @@ class SlotPool(Generic[Slots]):
         """Take slots back; nobody may use them from here on, nor write the array."""
         raise NotImplementedError
 
-    def _count(self, taken: int) -> None:
-        assert taken <= self.capacity + self.staging - self.used, f"{taken} slots taken, {self.free} free"
-        self.used += taken
-        if self.used > self.peak_used:
-            self.peak_used = self.used
-
     @property
     def num_ever_used(self) -> int:
         return self._next_fresh
@@ -103,7 +97,10 @@ class PagePool(SlotPool[SlotArray]):
 
     def take(self, count: int) -> SlotArray:
         """`SlotPool.take`: [count] int32."""
-        self._count(count)
+        self.used = used = self.used + count
+        assert used <= self.capacity + self.staging, f"{count} slots taken, {self.capacity + count - used} free"
+        if used > self.peak_used:
+            self.peak_used = used
         stack = self._stack
         if stack and stack[-1].size > count:
             last = stack[-1]
@@ -148,7 +145,10 @@ class StatePool(SlotPool[IntArray]):
         self._stack = int_array()
 
     def take(self, count: int) -> IntArray:
-        self._count(count)
+        self.used = used = self.used + count
+        assert used <= self.capacity + self.staging, f"{count} slots taken, {self.capacity + count - used} free"
+        if used > self.peak_used:
+            self.peak_used = used
         stack = self._stack
         if len(stack) >= count:
             slots = stack[-count:]
@@ -162,9 +162,9 @@ class StatePool(SlotPool[IntArray]):
 
     def take_one(self) -> int:
         """Hand out one slot. The caller has checked that one is free."""
-        if not self._stack:
+        if not self._stack or self.used >= self.peak_used:
             return self.take(1)[0]
-        self._count(1)
+        self.used += 1
         return self._stack.pop()
 
     def give_back(self, slots: IntArray) -> None:

@@ -66,7 +66,8 @@ class KVCache(PathHolder):
     ) -> None:  # fmt: skip
         kind, keys, num_blocks, num_tokens = manager.keys_of(tokens)
         store = manager.store
-        super().__init__(store.enter_scope(scope, kind))
+        self.root = store.enter_scope(scope, kind)
+        self.soft = self.locked = self.idle = False
         self.manager = manager
         self.store = store
         self.kind = kind
@@ -148,9 +149,10 @@ class KVCache(PathHolder):
             else:
                 if self.priority is not None:
                     self.priority.prepare(-(-self._input[2] // manager.tokens_per_block) + 1)
-                self.shortage = resuming.first_resume(self, *self._input)
+                keys, num_blocks, num_tokens = self._input
+                self.shortage = resuming.first_resume(self, keys, num_blocks, num_tokens)
                 if self.shortage is None:
-                    self._start(*self._input)
+                    self._start(keys, num_tokens)
             if self.shortage is not None:
                 return False
             self.status = _ACTIVE
@@ -159,7 +161,7 @@ class KVCache(PathHolder):
         finally:
             lock.release()
 
-    def _start(self, keys: Int64Array, num_blocks: int, num_tokens: int) -> None:
+    def _start(self, keys: Int64Array, num_tokens: int) -> None:
         """The first resume has succeeded."""
         self._input = None
         counters = self.manager.counters
@@ -364,7 +366,8 @@ class KVCache(PathHolder):
         lock = self.manager.lock
         lock.acquire()
         try:
-            self._require_active("reserve_snapshots")
+            if self.status is not _ACTIVE:
+                self._require_active("reserve_snapshots")
             wanted = points if isinstance(points, range) and points.step > 0 else sorted(points)
             if self.states is None:
                 if wanted:

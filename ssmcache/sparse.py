@@ -173,8 +173,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
             ordinals, slots = segment.take_oldest(count, kept)
             if slots:
                 count -= len(slots)
-                self.give_back(tier, slots)
-                self._note_evicted(run, tier, ordinals, slots)
+                self._evict(run, tier, ordinals, slots)
                 losers.append((run, ordinals[0]))
             if not segment.slots:
                 self._drop_empty(run)
@@ -195,9 +194,13 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         """Whether a segment that could not go comes back to the queue by other means."""
         return False
 
-    def _note_evicted(self, run: Run, tier: int, ordinals: IntArray, slots: IntArray) -> None:
-        self.num_evicted += len(slots)
-        self.num_evicted_unused += len(slots) - self._forgotten(tier, slots)
+    def _evict(self, run: Run, tier: int, ordinals: IntArray, slots: IntArray) -> None:
+        """Slots that were taken out of a run go."""
+        count = len(slots)
+        self.pools[tier].give_back(slots)
+        self.cached[tier] -= count
+        self.num_evicted += count
+        self.num_evicted_unused += count - self._forgotten(tier, slots)
         self._store.version += 1
         if self._store.events is not None:
             self._store.events.removed(self.layer_group, tier, run, ordinals)
@@ -334,17 +337,17 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     def drop_from(self, run: Run, segment: SparseSegment, new_end: int) -> None:
         """The blocks from `new_end` on leave the tree: so does what the segment has there, which is something."""
         tier = segment.tier
-        if segment.ordinals[0] >= new_end:  # all of it: the usual end of a run
+        if segment.ordinals[0] >= new_end:
             ordinals, slots = segment.ordinals, segment.slots
-            run.items = tuple(other for other in run.items if other is not segment)
             self.queues[tier].retire(segment)
+            if new_end > run.start:  # else the run goes, with all that is on it
+                run.items = tuple(other for other in run.items if other is not segment)
         else:
             ordinals, slots = segment.cut(bisect_left(segment.ordinals, new_end))
         if self._pins[tier]:
             for slot in slots:
                 self._break_pin(tier, slot)
-        self.give_back(tier, slots)
-        self._note_evicted(run, tier, ordinals, slots)
+        self._evict(run, tier, ordinals, slots)
 
     def _drop_empty(self, run: Run) -> None:
         for segment in run.items:

@@ -36,14 +36,15 @@ class PathHolder:
 
     __slots__ = ("cursor", "idle", "locked", "partial", "pins", "root", "soft", "source")
 
-    def __init__(self, root: Root) -> None:
-        self.root = root
-        self.soft = self.locked = self.idle = False
-        # set by `BlockStore.hold_softly`
-        self.cursor: Run
-        self.source: Pin | None
-        self.pins: Pins
-        self.partial: Partial | None
+    root: Root
+    soft: bool
+    locked: bool
+    idle: bool
+    # these are set by `BlockStore.hold_softly`
+    cursor: Run
+    source: Pin | None
+    pins: Pins
+    partial: Partial | None
 
 
 SoftHold = tuple[Run, Pin | None, Pins, Partial | None]

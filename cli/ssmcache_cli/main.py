@@ -11,6 +11,7 @@ from ssmcache_cli.models import models_command
 from ssmcache_cli.plot import plot_command
 from ssmcache_cli.recommend import recommend_command
 from ssmcache_cli.replay import replay_command
+from ssmcache_cli.report import report_command
 from ssmcache_cli.sweep import sweep_command
 from ssmcache_cli.trace import trace_app
 from ssmcache_sim.errors import UserError
@@ -21,6 +22,7 @@ app.command("replay")(replay_command)
 app.command("sweep")(sweep_command)
 app.command("recommend")(recommend_command)
 app.command("plot")(plot_command)
+app.command("report")(report_command)
 app.command("models")(models_command)
 app.add_typer(trace_app, name="trace")
 

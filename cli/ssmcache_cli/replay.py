@@ -111,6 +111,6 @@ def replay_command(
         if folder is not None:
             write_replay(folder, result, manifest, times)
     if as_json:
-        typer.echo(json.dumps(summary(result.totals, manifest_with_times(manifest, times))))
+        typer.echo(json.dumps(summary(result, manifest_with_times(manifest, times))))
     elif not quiet:
-        replay_table(requests.label, settings, result.totals)
+        replay_table(requests.label, settings, result.totals, result.phase.summary())

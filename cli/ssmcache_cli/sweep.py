@@ -31,14 +31,19 @@ from ssmcache_cli.console import (
     progress_bar,
     read_options,
 )
-from ssmcache_cli.tables import sweep_table
+from ssmcache_cli.tables import phase_table, sweep_table
 from ssmcache_sim.engines import parse_engine, parse_pools
+from ssmcache_sim.errors import UserError
 from ssmcache_sim.formats import read_trace
+from ssmcache_sim.phase import phase_ceilings
+from ssmcache_sim.phase_cells import MAX_SHIFTS, num_shifted, period_of, phase_cells
 from ssmcache_sim.ranges import parse_int_values, parse_size_values, parse_tier_size_values
 from ssmcache_sim.settings import parse_prefill
 from ssmcache_sim.sizes import parse_tier_size
-from ssmcache_sim.sweep import SkippedCell, SweepSpec, plan_sweep, run_sweep
+from ssmcache_sim.sweep import SkippedCell, SweepPlan, SweepSpec, plan_sweep, run_sweep
+from ssmcache_sim.sweep_details import SweepPhases, write_details
 from ssmcache_sim.sweep_results import begin_sweep, finish_sweep
+from ssmcache_sim.trace import Trace
 
 _MAX_REASONS = 5
 
@@ -83,6 +88,14 @@ def sweep_command(
             help="`separate`: a pool for KV and one for snapshots; `arena`: one budget of bytes for both, as an ideal."
         ),
     ] = "separate",
+    phase: Annotated[
+        bool,
+        typer.Option(
+            "--phase",
+            help="Also with all prompts shifted by 0 to interval tokens, as by a longer system prompt: does the hit "
+            f"rate hang on it? Up to {MAX_SHIFTS} shifts, each another pass or replay.",
+        ),
+    ] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a CPU.")] = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -94,6 +107,8 @@ def sweep_command(
     host_sizes = parse_tier_size_values(host_memory, "--host-memory")
     disk_bytes = parse_tier_size(disk_memory, "--disk-memory")
     how, by, memory = parse_prefill(prefill), parse_engine(engine), parse_pools(pools)
+    if phase and memory == "arena":
+        raise UserError("phase: expected separate pools, got an arena, whose prompts are not shifted")
     spec = load_model(model)
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
     with interruptible("finished cells are kept; run the same command again to go on"):
@@ -119,15 +134,26 @@ def sweep_command(
         manifest = begin_sweep(out, sweep, requests, spec)
         with progress_bar("sweep", len(plan.cells), shown=not quiet) as progress:
             cells = run_sweep(sweep, requests, plan, jobs or os.cpu_count() or 1, progress)
+        phases = _phases(requests, plan, shown=not quiet) if phase else None
+        write_details(out, sweep, requests, spec, list(zip(plan.cells, cells, strict=True)), phases)
         finish_sweep(out, manifest, cells, plan.skipped, stopwatch.times())
     _print_skipped(plan.skipped)
     if not quiet:
         sweep_table(
             f"{requests.label}, {spec.name}" + ("\none arena for KV and snapshots" if memory == "arena" else ""), cells
         )
+        if phases is not None:
+            phase_table(phases, cells)
         by_grid = sum(cell.engine == "grid" for cell in cells)
         finished = len(plan.finished)
         typer.echo(f"{len(cells)} cells, {by_grid} of them by the grid, {finished} finished before: {out}")
+
+
+def _phases(requests: Trace, plan: SweepPlan, shown: bool) -> SweepPhases:
+    periods = sorted({period_of(cell.settings) for cell in plan.cells})
+    ceilings = tuple(phase_ceilings(requests, period) for period in periods)
+    with progress_bar("phases", num_shifted(requests, plan.cells), shown) as progress:
+        return SweepPhases(phase_cells(requests, plan.cells, progress), ceilings)
 
 
 def _print_skipped(skipped: Sequence[SkippedCell]) -> None:

@@ -7,14 +7,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ssmcache_sim.phase import PhaseSummary
+from ssmcache_sim.phase_cells import PhaseCell
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.sizes import format_size
 from ssmcache_sim.sweep import SweptCell
+from ssmcache_sim.sweep_details import SweepPhases
 from ssmcache_sim.totals import LayerGroupPeak, ReplayTotals
 
 _DEFINITION = (
     "usable: prompt tokens that a request skips (full blocks, at least one token is computed), of all prompt tokens"
 )
+_PHASE_DEFINITION = "of the trace's own prompt tokens, those in front not counted; ceiling: unlimited memory"
 _SKIP_REASONS = {
     "crossed": "boundary inside a commit",
     "no_room": "no room",
@@ -24,8 +28,8 @@ _SKIP_REASONS = {
 _TIERS = {"gpu": "GPU", "host": "host", "disk": "disk"}
 
 
-def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals) -> None:
-    """Prints everything that one replay counted."""
+def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals, phase: PhaseSummary) -> None:
+    """Prints everything that one replay counted, and a warning where the hit rate hangs on the phase."""
     interval = settings.ssm_reuse_interval
     shape = f"block {settings.tokens_per_block}" + (f", interval {interval}" if interval else ", no SSM layers")
     title = f"{trace_name}, {settings.model}\n{shape}, {_memory(settings)}"
@@ -43,6 +47,9 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
     table.add_row("  prefix known (tree)", *_tokens(totals, totals.tree_hit_tokens))
     table.add_row("ceiling at this interval", *_tokens(totals, totals.ceiling_hit_tokens))
     table.add_row("KV ceiling (attention alone)", *_tokens(totals, totals.kv_ceiling_hit_tokens), end_section=True)
+    table.add_row("ceiling if all prompts began later", "", "")
+    table.add_row(f"  worst, by {phase.worst_shift_tokens:,} tokens", "", f"{phase.worst_rate:.2%}")
+    table.add_row(f"  best, by {phase.best_shift_tokens:,} tokens", "", f"{phase.best_rate:.2%}", end_section=True)
     table.add_row("lost of the KV ceiling", "", "")
     table.add_row("  KV evicted", *_tokens(totals, totals.lost_evicted_tokens))
     table.add_row("  alignment to the interval", *_tokens(totals, totals.lost_alignment_tokens))
@@ -54,7 +61,50 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
         _add_moved(table, totals)
     if interval:
         _add_snapshots(table, totals)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if phase.hangs_on_phase:
+        console.print(
+            f"[bold]warning: the hit rate hangs on the phase of the prompt lengths.[/bold] With the same tokens in "
+            f"front of every prompt, as from a longer system prompt, the ceiling ranges from {phase.worst_rate:.2%} "
+            f"({phase.worst_shift_tokens:,} tokens more) to {phase.best_rate:.2%} ({phase.best_shift_tokens:,} more); "
+            f"now {phase.now_rate:.2%}. `ssmcache sweep --phase` shows it for each interval and memory.",
+            highlight=False,
+        )
+
+
+def phase_table(phases: SweepPhases, cells: Sequence[SweptCell]) -> None:
+    """Prints the spread over the shifts: of the best cell of each memory size, and of the ceilings."""
+    title = "hit rate if all prompts began later, by 0 tokens to a whole interval (in brackets: by how many)"
+    table = Table(title=title, caption=_PHASE_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    best_of = _best_by_memory(cells)
+    for heading in (*_memory_headings(best_of), "block", "interval", "now", "worst", "best"):
+        table.add_column(heading, justify="right")
+    of_cell: dict[ReplaySettings, list[PhaseCell]] = {}
+    for cell in phases.cells:
+        of_cell.setdefault(cell.settings, []).append(cell)
+    for sizes, best in best_of.items():
+        shifts = of_cell[best.settings]
+        worst, top = (pick(shifts, key=lambda cell: cell.own_hit_rate) for pick in (min, max))
+        shape = (str(best.settings.tokens_per_block), str(best.settings.ssm_reuse_interval or "-"))
+        shown = (f"{cell.own_hit_rate:.2%} ({cell.shift_tokens:,})" for cell in (worst, top))
+        table.add_row(*_sizes(sizes, best_of), *shape, f"{shifts[0].own_hit_rate:.2%}", *shown)
+    table.add_section()
+    summaries = [one.summary() for one in phases.ceilings]
+    for summary in summaries:
+        table.add_row(
+            "ceiling",
+            *[""] * len(_memory_headings(best_of)),  # under host memory, if any, and block
+            str(summary.period_tokens),
+            f"{summary.now_rate:.2%}",
+            f"{summary.worst_rate:.2%} ({summary.worst_shift_tokens:,})",
+            f"{summary.best_rate:.2%} ({summary.best_shift_tokens:,})",
+        )
+    console = Console()
+    console.print(table)
+    if hanging := [str(summary.period_tokens) for summary in summaries if summary.hangs_on_phase]:
+        where = f"at {', '.join(hanging)} tokens"
+        console.print(f"[bold]warning: the hit rate hangs on the phase {where}.[/bold]", highlight=False)
 
 
 def _memory(settings: ReplaySettings) -> str:
@@ -87,24 +137,40 @@ def _add_moved(table: Table, totals: ReplayTotals) -> None:
 
 def sweep_table(title: str, cells: Sequence[SweptCell]) -> None:
     """Prints the best cell of each memory size."""
-    best: dict[tuple[int | None, int], SweptCell] = {}
+    best = _best_by_memory(cells)
+    table = Table(
+        title=escape(f"{title}\nbest of each memory size"), caption=_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for heading in (*_memory_headings(best), "block", "interval", "usable hit rate", "ceiling"):
+        table.add_column(heading, justify="right")
+    for sizes, cell in best.items():
+        totals, interval = cell.totals, cell.settings.ssm_reuse_interval
+        rates = (totals.usable_token_hit_rate, totals.rate(totals.ceiling_hit_tokens))
+        shape = (str(cell.settings.tokens_per_block), "-" if interval is None else str(interval))
+        table.add_row(*_sizes(sizes, best), *shape, *(f"{rate:.2%}" for rate in rates))
+    Console().print(table)
+
+
+_Sizes = tuple[int | None, int]  # of the GPU, and of the host
+
+
+def _best_by_memory(cells: Sequence[SweptCell]) -> dict[_Sizes, SweptCell]:
+    best: dict[_Sizes, SweptCell] = {}
     for cell in cells:
         sizes = cell.settings.gpu_memory_bytes, cell.settings.host_memory_bytes
         if sizes not in best or cell.totals.usable_hit_tokens > best[sizes].totals.usable_hit_tokens:
             best[sizes] = cell
-    table = Table(
-        title=escape(f"{title}\nbest of each memory size"), caption=_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    memory = ("GPU", "host") if any(host_size for _, host_size in best) else ("memory",)
-    for heading in (*memory, "block", "interval", "usable hit rate", "ceiling"):
-        table.add_column(heading, justify="right")
-    for (gpu_size, host_size), cell in best.items():
-        totals, interval = cell.totals, cell.settings.ssm_reuse_interval
-        rates = (totals.usable_token_hit_rate, totals.rate(totals.ceiling_hit_tokens))
-        shape = (str(cell.settings.tokens_per_block), "-" if interval is None else str(interval))
-        shown = (format_size(gpu_size), format_size(host_size) if host_size else "-")[: len(memory)]
-        table.add_row(*shown, *shape, *(f"{rate:.2%}" for rate in rates))
-    Console().print(table)
+    return best
+
+
+def _memory_headings(best: dict[_Sizes, SweptCell]) -> tuple[str, ...]:
+    return ("GPU", "host") if any(host_size for _, host_size in best) else ("memory",)
+
+
+def _sizes(sizes: _Sizes, best: dict[_Sizes, SweptCell]) -> tuple[str, ...]:
+    """Under `_memory_headings`."""
+    gpu_size, host_size = sizes
+    return (format_size(gpu_size), format_size(host_size) if host_size else "-")[: len(_memory_headings(best))]
 
 
 def _tokens(totals: ReplayTotals, tokens: int, bold: bool = False) -> tuple[str, str]:

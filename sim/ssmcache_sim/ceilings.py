@@ -24,24 +24,22 @@ def infinite_cache(trace: Trace, ssm_reuse_interval: int | None) -> Ceilings:
 
     Cost: one write for each block, then O(requests * log(blocks of a request)).
     """
-    num_blocks = trace.block_keys.size
-    first_place = np.zeros(trace.num_keys, dtype=np.int64)
-    # Of several values for one index the last one stays: written back to front, that is the first place of a key.
-    first_place[trace.block_keys[::-1]] = np.arange(num_blocks - 1, -1, -1, dtype=np.int64)
-    matched = _count_seen_before(trace, first_place)
     block = trace.tokens_per_block
-    kv_tokens = np.minimum(matched, np.maximum(trace.prompt_tokens - 1, 0) // block) * block
+    kv_tokens = np.minimum(blocks_seen_before(trace), np.maximum(trace.prompt_tokens - 1, 0) // block) * block
     if ssm_reuse_interval is None:
         return Ceilings(kv_tokens, kv_tokens)
     return Ceilings(kv_tokens, kv_tokens // ssm_reuse_interval * ssm_reuse_interval)
 
 
-def _count_seen_before(trace: Trace, first_place: Int64Array) -> Int64Array:
+def blocks_seen_before(trace: Trace) -> Int64Array:
     """[num_requests] leading full blocks of each prompt whose key comes first in an earlier prompt.
 
     Keys are unique per prefix: all blocks before one that was seen were seen. So a binary search finds the first new
-    block, for all requests at once.
+    block, for all requests at once. Cost: as that of `infinite_cache`.
     """
+    first_place = np.zeros(trace.num_keys, dtype=np.int64)
+    # Of several values for one index the last one stays: written back to front, that is the first place of a key.
+    first_place[trace.block_keys[::-1]] = np.arange(trace.block_keys.size - 1, -1, -1, dtype=np.int64)
     starts = trace.offsets[:-1]
     low, high = np.zeros_like(starts), np.diff(trace.offsets)  # the answer lies in low..high
     while (open_requests := np.flatnonzero(low < high)).size:

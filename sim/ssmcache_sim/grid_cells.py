@@ -30,6 +30,11 @@ class GridCapacity:
     snapshots: int | None
     lower_blocks: tuple[int, ...] = ()
 
+    @property
+    def all_blocks(self) -> int:
+        """Blocks of all tiers together: what hits is a matter of these alone."""
+        return self.blocks + sum(self.lower_blocks)
+
 
 @dataclass(frozen=True, slots=True)
 class ArenaCapacity:

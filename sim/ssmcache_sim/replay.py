@@ -22,6 +22,7 @@ from ssmcache import (
 )
 from ssmcache_sim.ceilings import Ceilings, infinite_cache
 from ssmcache_sim.errors import MemoryTooSmallError
+from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
 from ssmcache_sim.replay_tiers import TierTokens, check_lower_tiers, moved_slots, peak, tier_totals, tokens_by_tier
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.sizes import format_size
@@ -50,6 +51,7 @@ class ReplayResult:
         used_bytes: [num_layer_groups, num_requests] GPU memory in use after each request.
         usable_by_tier: [num_tiers, num_requests] of `usable`, by the tier where the pages lay when the request came
             (without attention layers: where the state lay).
+        phase: the ceilings of the same prompts, shifted against blocks and interval.
     """
 
     trace: Trace
@@ -64,6 +66,7 @@ class ReplayResult:
     too_large: np.ndarray[tuple[int], np.dtype[np.bool_]]
     used_bytes: np.ndarray[tuple[int, int], np.dtype[np.int64]]
     usable_by_tier: TierTokens
+    phase: PhaseCeilings
     totals: ReplayTotals
 
 
@@ -81,7 +84,7 @@ def replay(
 
     Errors: TraceError for blocks that the trace does not record; MemoryTooSmallError when no request fits.
     """
-    trace = trace.with_block(config.tokens_per_block)
+    recorded, trace = trace, trace.with_block(config.tokens_per_block)
     check_memory(trace, config)
     manager = KVCacheManager(config, memory=SimulatedMemory())
     served = _serve_all(trace, manager, _committer(config, prefill), progress)
@@ -89,7 +92,8 @@ def replay(
     if manager.max_capacity is not None:
         too_large = trace.prompt_tokens + 1 > manager.max_capacity
     ceilings = infinite_cache(trace, config.ssm_reuse_interval if config.has_ssm else None)
-    return _account(trace, config, ceilings, served, too_large, manager)
+    phase = phase_ceilings(recorded, config.ssm_reuse_interval if config.has_ssm else config.tokens_per_block)
+    return _account(trace, config, ceilings, phase, served, too_large, manager)
 
 
 def check_memory(trace: Trace, config: KVCacheManagerConfig) -> None:
@@ -198,6 +202,7 @@ def _account(
     trace: Trace,
     config: KVCacheManagerConfig,
     ceilings: Ceilings,
+    phase: PhaseCeilings,
     served: _Served,
     too_large: np.ndarray[tuple[int], np.dtype[np.bool_]],
     manager: KVCacheManager,
@@ -250,6 +255,7 @@ def _account(
         too_large=too_large,
         used_bytes=np.array(served.used_slots, dtype=np.int64) * slot_bytes[:, np.newaxis],
         usable_by_tier=by_tier,
+        phase=phase,
         totals=totals,
     )
 

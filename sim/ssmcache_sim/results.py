@@ -1,9 +1,10 @@
-"""The result directory of one replay: `manifest.json`, `summary.json`, `per_request.parquet`.
+"""The result directory of one replay: `manifest.json`, `summary.json`, `per_request.parquet`, `phase_ceilings.parquet`.
 
 The same input gives the same bytes in the data files; when and how long is said in the manifest alone.
 """
 
 import platform
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from ssmcache import __version__
 from ssmcache_sim.directories import MANIFEST, TOOL, json_bytes, new_directory, read_manifest, write_file
 from ssmcache_sim.errors import OutputError
+from ssmcache_sim.phase import PhaseCeilings
 from ssmcache_sim.replay import ReplayResult
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.totals import ReplayTotals
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 PER_REQUEST = "per_request.parquet"
+PHASE_CEILINGS = "phase_ceilings.parquet"
+REPORT = "report.html"  # of a replay or a sweep
 REPLAY_COMMAND = "replay"
 
 
@@ -65,20 +69,21 @@ def manifest_with_times(manifest: dict[str, Any], times: RunTimes) -> dict[str, 
     return {**manifest, "run": asdict(times)}
 
 
-def summary(totals: ReplayTotals, manifest: dict[str, Any]) -> dict[str, Any]:
+def summary(result: ReplayResult, manifest: dict[str, Any]) -> dict[str, Any]:
     """The object that `--json` prints and `summary.json` holds."""
-    return {**totals.to_json(), "manifest": manifest}
+    return {**result.totals.to_json(), "phase": asdict(result.phase.summary()), "manifest": manifest}
 
 
 def replay_directory(path: Path) -> AbstractContextManager[Path]:
     """A folder for `write_replay` that becomes `path` at the end of the block. Errors: OutputError, see there."""
-    return new_directory(path, REPLAY_COMMAND, frozenset({SUMMARY, PER_REQUEST}))
+    return new_directory(path, REPLAY_COMMAND, frozenset({SUMMARY, PER_REQUEST, PHASE_CEILINGS, REPORT}))
 
 
 def write_replay(folder: Path, result: ReplayResult, manifest: dict[str, Any], times: RunTimes) -> None:
-    """Writes the three files into `folder`. Errors: OutputError."""
+    """Writes the four files into `folder`. Errors: OutputError."""
     write_parquet(folder / PER_REQUEST, per_request_columns(result))
-    write_file(folder / SUMMARY, json_bytes(summary(result.totals, manifest)))
+    write_parquet(folder / PHASE_CEILINGS, phase_ceilings_columns([result.phase]))
+    write_file(folder / SUMMARY, json_bytes(summary(result, manifest)))
     write_file(folder / MANIFEST, json_bytes(manifest_with_times(manifest, times)))
 
 
@@ -115,6 +120,34 @@ def per_request_columns(result: ReplayResult) -> dict[str, np.ndarray[Any, Any]]
     }
 
 
+def phase_ceilings_columns(ceilings: Sequence[PhaseCeilings]) -> dict[str, np.ndarray[Any, Any]]:
+    """One entry a shift for each column, one period after the other; no columns for no ceilings."""
+    parts = [
+        {
+            "period_tokens": np.full(one.period_tokens, one.period_tokens, dtype=np.int64),
+            "step_tokens": np.full(one.period_tokens, one.step_tokens, dtype=np.int64),
+            "shift_tokens": np.arange(one.period_tokens, dtype=np.int64),
+            "prompt_tokens": np.full(one.period_tokens, one.prompt_tokens, dtype=np.int64),
+            "own_hit_tokens_low": one.low,
+            "own_hit_tokens_high": one.high,
+        }
+        for one in ceilings
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+
+def phase_ceilings_of(frame: "pd.DataFrame") -> tuple[PhaseCeilings, ...]:
+    """The reverse of `phase_ceilings_columns`."""
+    columns = {str(name): frame[name].to_numpy(dtype=np.int64) for name in frame}
+    ceilings = []
+    for period in np.unique(columns["period_tokens"]).tolist():
+        rows = {name: values[columns["period_tokens"] == period] for name, values in columns.items()}
+        step_tokens, prompt_tokens = int(rows["step_tokens"][0]), int(rows["prompt_tokens"][0])
+        low, high = rows["own_hit_tokens_low"], rows["own_hit_tokens_high"]
+        ceilings.append(PhaseCeilings(period, step_tokens, prompt_tokens, low, high))
+    return tuple(ceilings)
+
+
 def write_parquet(path: Path, columns: dict[str, Any]) -> None:
     """Writes columns (arrays or lists, None: missing) as one Parquet file. Errors: OutputError."""
     import pyarrow as pa
@@ -142,6 +175,7 @@ class ReplayRun:
     manifest: dict[str, Any]
     totals: ReplayTotals
     per_request: "pd.DataFrame"
+    phase: PhaseCeilings
 
 
 def load_run(directory: str | Path) -> ReplayRun:
@@ -156,4 +190,5 @@ def load_run(directory: str | Path) -> ReplayRun:
         totals = ReplayTotals.from_json(json.loads((directory / SUMMARY).read_bytes()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{directory / SUMMARY}: expected the summary of a replay: {error}") from error
-    return ReplayRun(manifest, totals, read_parquet(directory / PER_REQUEST))
+    (phase,) = phase_ceilings_of(read_parquet(directory / PHASE_CEILINGS))
+    return ReplayRun(manifest, totals, read_parquet(directory / PER_REQUEST), phase)

@@ -11,6 +11,7 @@ from ssmcache_sim.directories import MANIFEST, json_bytes, open_directory, read_
 from ssmcache_sim.errors import OutputError
 from ssmcache_sim.results import RunTimes, manifest_head, manifest_with_times, read_parquet, write_parquet
 from ssmcache_sim.sweep import SkippedCell, SweepSpec, SweptCell
+from ssmcache_sim.sweep_details import SweepDetails, load_details
 from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
 
@@ -114,6 +115,7 @@ class SweepRun:
 
     manifest: dict[str, Any]
     cells: "pd.DataFrame"
+    details: SweepDetails
 
 
 def load_sweep(directory: str | Path) -> SweepRun:
@@ -124,4 +126,4 @@ def load_sweep(directory: str | Path) -> SweepRun:
         raise OutputError(f"{directory}: expected the result of a sweep, got one of {manifest.get('command')!r}")
     if "run" not in manifest:  # written at the end
         raise OutputError(f"{directory}: expected a finished sweep, got an interrupted one: run it again to go on")
-    return SweepRun(manifest, read_parquet(directory / CELLS))
+    return SweepRun(manifest, read_parquet(directory / CELLS), load_details(directory))

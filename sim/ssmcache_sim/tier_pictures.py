@@ -1,24 +1,19 @@
 """Pictures of what the tiers below the GPU add."""
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
+from ssmcache_sim.picture_parts import GIB, FloatArray, gib_name, panels, percent_axis
 from ssmcache_sim.sizes import format_size
 
-_GIB = 1 << 30
-_PANELS_PER_ROW = 3
 # tier, name, colour (told apart by colour-blind people too)
 _TIERS = (
     ("gpu", "hit: pages on the GPU", "#009e73"),
     ("host", "hit: pages in host memory", "#56b4e9"),
     ("disk", "hit: pages on disk", "#0072b2"),
 )
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def has_tiers(cells: pd.DataFrame) -> bool:
@@ -45,22 +40,15 @@ def hit_rate_by_tier(cells: pd.DataFrame, title: str) -> Figure:
     """A panel for each GPU memory and interval, a bar for each size of host memory: usable hits by the tier where they
     lay, and what unlimited memory would give.
     """
-    panels = list(cells.groupby(["gpu_memory_bytes", "ssm_reuse_interval"], dropna=False))
-    num_columns = min(len(panels), _PANELS_PER_ROW)
-    num_rows = -(-len(panels) // _PANELS_PER_ROW)
-    width = max(7.0, 1.6 + num_columns * max(2.8, 0.45 * max(len(group) for _, group in panels)))
-    figure = Figure(figsize=(width, 1.6 + 2.9 * num_rows), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    places = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flatten().tolist()
-    for axes, (_, group) in zip(places, panels, strict=False):
+    cases = list(cells.groupby(["gpu_memory_bytes", "ssm_reuse_interval"], dropna=False))
+    width = max(2.8, 0.45 * max(len(group) for _, group in cases))
+    figure, places = panels(title, len(cases), width, 2.9)
+    for axes, (_, group) in zip(places, cases, strict=True):
         _stack_tiers(axes, group)
         gpu_bytes, interval = (_one_of(group, column) for column in ("gpu_memory_bytes", "ssm_reuse_interval"))
         shape = "no SSM layers" if interval is None else f"interval {interval}"
         axes.set_title(f"GPU {format_size(gpu_bytes)}, {shape}", fontsize=10)
-    for spare in places[len(panels) :]:
-        spare.remove()
-    top = max(_floats(cells, "kv_ceiling_token_hit_rate").max(), 1e-3)
-    places[0].set_ylim(0, 1.1 * top)  # shared by all
+    places[0].set_ylim(0, 1.1 * max(_floats(cells, "kv_ceiling_token_hit_rate").max(), 1e-3))  # shared by all
     figure.supylabel("usable token hit rate (% of prompt tokens)", fontsize=10)
     handles, labels = places[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -86,16 +74,10 @@ def _stack_tiers(axes: Axes, cells: pd.DataFrame) -> None:
     axes.axhline(ceiling, color="black", linestyle="--", linewidth=1, label="ceiling: unlimited memory")
     if kv_ceiling > ceiling:
         axes.axhline(kv_ceiling, color="#808080", linestyle=":", linewidth=1, label="ceiling of attention alone")
-    sizes = [_gib_name(size / _GIB) for size in _floats(cells, "host_memory_bytes")]
+    sizes = [gib_name(size / GIB) if size else "none" for size in _floats(cells, "host_memory_bytes")]
     axes.set_xticks(bars, sizes, rotation=90 if len(sizes) > 6 else 0)
     axes.set_xlabel("host memory (GiB)")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
-
-
-def _gib_name(gib: float) -> str:
-    if not gib:
-        return "none"
-    return f"{gib:.0f}" if gib >= 100 else f"{gib:.3g}"
+    percent_axis(axes)
 
 
 def _one_of(cells: pd.DataFrame, column: str) -> int | None:

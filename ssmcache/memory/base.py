@@ -1,8 +1,7 @@
 """The contract of a memory. One contract test runs on every implementation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ssmcache.config import CacheTierConfig
 
@@ -24,8 +23,7 @@ class TransferError(Exception):
         self.lost = tuple(lost)
 
 
-@dataclass(frozen=True, slots=True)
-class SlotMoves:
+class SlotMoves(NamedTuple):
     """A batch of copies within one layer group: slot `sources[i]` of one tier to slot `destinations[i]` of another or
     the same. No destination is a source of the batch, and none comes twice.
     """

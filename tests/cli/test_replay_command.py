@@ -134,6 +134,7 @@ def test_out_writes_a_directory_that_reads_back(run_here: RunHere, sample: str, 
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "manifest.json",
         "per_request.parquet",
+        "phase_ceilings.parquet",
         "summary.json",
     ]
     assert load_run(tmp_path / "run").totals.requests == 1000
@@ -240,3 +241,23 @@ def test_an_interrupted_replay_ends_with_130_and_one_line(
     code, out, err = run_here("replay", sample, *MODEL, "--out", tmp_path / "run")
     assert (code, out, err) == (130, "", "interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warning_where_the_hit_rate_hangs_on_the_phase(run_here: RunHere, tmp_path: Path) -> None:
+    """A shared start of 100 tokens, one too few for an interval of 101."""
+    ids = [[*range(100), *range(1000 * user, 1000 * user + 20)] for user in range(1, 9)]
+    rows = [{"timestamp": 0, "input_length": 120, "output_length": 1, "hash_ids": row} for row in ids]
+    path = tmp_path / "short.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    command = ("replay", path, *MODEL, "--trace-block", "1", "--ssm-reuse-interval")
+    code, out, err = run_here(*command, "101")
+    assert (code, err) == (0, "")
+    text = " ".join(out.split())
+    assert "warning: the hit rate hangs on the phase of the prompt lengths." in text
+    assert "from 0.00% (0 tokens more) to 72.92% (1 more); now 0.00%" in text  # 7 of 8 prompts, 100 of 120 tokens
+    published = json.loads(run_here(*command, "101", "--json")[1])
+    assert published["phase"]["hangs_on_phase"]
+    assert (published["phase"]["best_shift_tokens"], published["phase"]["period_tokens"]) == (1, 101)
+    steady = run_here(*command, "10")[1]
+    assert "ceiling if all prompts began later" in steady
+    assert "warning" not in steady

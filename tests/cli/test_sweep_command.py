@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -6,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from ssmcache_sim.sweep_results import load_sweep
@@ -74,7 +76,44 @@ def test_sizes_of_host_memory_are_swept_and_shown(run_here: RunHere, sample: str
 
 def test_quiet_prints_nothing(run_here: RunHere, sample: str, tmp_path: Path) -> None:
     assert run_here("sweep", sample, *SMALL, "--out", tmp_path / "s", "--quiet") == (0, "", "")
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["cells.parquet", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
+        "cells.parquet",
+        "explorer.parquet",
+        "hit_depths.parquet",
+        "manifest.json",
+        "planes.parquet",
+        "splits.parquet",
+    ]
+
+
+def test_phase_shows_the_spread_of_the_best_cells_and_of_the_ceilings(
+    run_here: RunHere, sample: str, tmp_path: Path
+) -> None:
+    code, out, err = run_here("sweep", sample, *SMALL, "--out", tmp_path / "s", "--phase")
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    phases, run = pd.read_parquet(tmp_path / "s" / "phases.parquet"), load_sweep(tmp_path / "s")
+    for period in (512, 1024, 2048):
+        (row,) = (row for row in rows if row[:2] == ["ceiling", str(period)])
+        unlimited = phases[(phases["ssm_reuse_interval"] == period) & phases["gpu_memory_bytes"].isna()]
+        assert row[2] == f"{unlimited['own_hit_rate'].iloc[0]:.2%}"
+        assert float(row[5][:-1]) >= round(100 * unlimited["own_hit_rate"].max(), 2)
+    best = run.cells.loc[run.cells[run.cells["gpu_memory_bytes"] == 200 << 30]["usable_token_hit_rate"].idxmax()]
+    shown = ["200", "GiB", "512", str(best["ssm_reuse_interval"]), f"{best['usable_token_hit_rate']:.2%}"]
+    assert shown in [row[:5] for row in rows]
+    assert "warning" not in out
+
+
+def test_phase_warns_of_the_intervals_that_hang_on_it(run_here: RunHere, tmp_path: Path) -> None:
+    """A shared start of 100 tokens, one too few for an interval of 101."""
+    ids = [[*range(100), *range(1000 * user, 1000 * user + 20)] for user in range(1, 9)]
+    rows = [{"timestamp": 0, "input_length": 120, "output_length": 1, "hash_ids": row} for row in ids]
+    path = tmp_path / "short.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = ("--trace-block", "1", "--ssm-reuse-interval", "10,101", "--gpu-memory", "80GiB", "--phase")
+    code, out, _ = run_here("sweep", path, *MODEL, *options, "--out", tmp_path / "s")
+    assert code == 0
+    assert "warning: the hit rate hangs on the phase at 101 tokens." in out
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_a_run_read_back_is_what_was_written(tmp_path: Path, replayed: tuple[Rep
 
 def test_the_summary_holds_what_is_promised(replayed: tuple[ReplayResult, dict[str, Any]]) -> None:
     result, manifest = replayed
-    published = json.loads(json.dumps(summary(result.totals, manifest)))
+    published = json.loads(json.dumps(summary(result, manifest)))
     assert published.keys() >= PROMISED
     assert published["usable_token_hit_rate"] == published["usable_hit_tokens"] / published["prompt_tokens"]
     assert set(published["peak_bytes"]) == {"attention", "ssm", "total"}

@@ -1,0 +1,137 @@
+"""What the pictures of all kinds share: axes, colours, columns as arrays."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from ssmcache_sim.phase import PhaseCeilings
+from ssmcache_sim.sizes import UNLIMITED, format_size
+
+GIB = 1 << 30
+_PANELS_PER_ROW = 3
+_MAX_MARKS = 32  # on a curve
+# what became of the tokens below the KV ceiling: column, name, colour (told apart by colour-blind people too)
+FATES = (
+    ("usable_hit_tokens", "usable hit", "#009e73"),
+    ("lost_snapshot_tokens", "lost: no snapshot", "#cc79a7"),
+    ("lost_alignment_tokens", "lost: alignment to the interval", "#e69f00"),
+    ("lost_evicted_tokens", "lost: evicted KV", "#d55e00"),
+)
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def stack_bars(axes: Axes, places: npt.NDArray[Any], width: float, frame: pd.DataFrame, whole: FloatArray) -> None:
+    base = np.zeros(len(frame))
+    for column, name, colour in FATES:
+        share = floats(frame, column) / whole
+        axes.bar(places, share, width, bottom=base, color=colour, label=name)
+        base += share
+
+
+def figure_with_axes(title: str, width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    return figure, figure.subplots()
+
+
+def memory_axis(axes: Axes, gib: FloatArray) -> None:
+    """Logarithmic, with ticks at the sizes that were replayed, as many as can be read."""
+    sizes = sorted(set(gib[np.isfinite(gib)].tolist()))
+    axes.set_xscale("log")
+    kept = [sizes[0]] + [size for before, size in pairwise(sizes) if size / before > 1.05]
+    axes.set_xticks(kept, list(map(gib_name, kept)))
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("cache memory (GiB)")
+    axes.grid(alpha=0.3)
+
+
+def percent_axis(axes: Axes) -> None:
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
+
+
+def trace_and_model(manifest: dict[str, Any]) -> str:
+    """For titles: a dollar of a name is a dollar, and begins no formula."""
+    settings = manifest["settings"]
+    arena = ", one arena for KV and snapshots" if settings.get("pools") == "arena" else ""
+    return f"{manifest['trace']['name']}, {settings['model']}{arena}".replace("$", r"\$")
+
+
+def groups(cells: pd.DataFrame, column: str) -> list[tuple[int | None, pd.DataFrame]]:
+    """Rows by the integer in a column, rising; None where it is missing."""
+    numbers = np.asarray(cells[column].to_numpy(dtype=np.float64, na_value=np.nan))
+    groups: list[tuple[int | None, pd.DataFrame]] = []
+    for number in np.unique(numbers):  # counts all NaN as one, the last
+        is_missing = bool(np.isnan(number))
+        rows = np.isnan(numbers) if is_missing else numbers == number
+        groups.append((None if is_missing else int(number), cells[rows]))
+    return groups
+
+
+def interval_name(interval: int | None) -> str:
+    return "none (no SSM layers)" if interval is None else f"{interval} tokens"
+
+
+def floats(frame: pd.DataFrame, column: str) -> FloatArray:
+    return np.array(frame[column].to_numpy(dtype=np.float64), dtype=np.float64)
+
+
+def memory_bytes(cells: pd.DataFrame) -> FloatArray:
+    """Infinity where unlimited."""
+    return np.array(cells["gpu_memory_bytes"].to_numpy(dtype=np.float64, na_value=np.inf), dtype=np.float64)
+
+
+def largest_memory(cells: pd.DataFrame) -> float:
+    """The largest size given; infinity only where there is no other: unlimited memory hides all differences."""
+    sizes = memory_bytes(cells)
+    finite = sizes[np.isfinite(sizes)]
+    return float(finite.max()) if finite.size else np.inf
+
+
+def panels(title: str, count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels of that size in inches each, in rows; all with the same vertical axis."""
+    num_rows, num_columns = -(-count // _PANELS_PER_ROW), min(count, _PANELS_PER_ROW)
+    figure = Figure(figsize=(max(7.0, 1.6 + num_columns * width), 1.6 + num_rows * height), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    places = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flatten().tolist()
+    for spare in places[count:]:
+        spare.remove()
+    return figure, places[:count]
+
+
+def gib_name(gib: float) -> str:
+    """A size in GiB for an axis, to three digits; infinity: unlimited."""
+    if np.isinf(gib):
+        return UNLIMITED
+    return f"{gib:.0f}" if gib >= 100 else f"{gib:.3g}"
+
+
+def memory_name(num_bytes: float) -> str:
+    """For legends and titles; infinity: unlimited."""
+    return format_size(None if np.isinf(num_bytes) else int(num_bytes))
+
+
+def phase_band(axes: Axes, ceilings: PhaseCeilings) -> None:
+    """Draws the ceilings of one period against the shift, from 0 to the period: bounds, and dots where they meet."""
+    period, step = ceilings.period_tokens, ceilings.step_tokens
+    low, high = ceilings.low / ceilings.prompt_tokens, ceilings.high / ceilings.prompt_tokens
+    shifts = np.arange(period + 1)
+    low, high = np.append(low, low[0]), np.append(high, high[0])  # a whole period is no shift
+    bounds = axes.fill_between(shifts, low, high, step="post", color="#bbbbbb", linewidth=0)
+    bounds.set(label="ceiling: within these bounds", rasterized=True)  # of thousands of points
+    axes.plot(shifts[::step], low[::step], color="black", linewidth=0.8, linestyle=":" if step > 1 else "-")
+    known = shifts[:: step * max(1, period // step // _MAX_MARKS)]
+    axes.plot(known, low[known], "o", color="black", markersize=3.5, label="ceiling: exact")
+    axes.set_xlim(0, period)
+    axes.set_xlabel("tokens in front of every prompt")
+    axes.grid(alpha=0.3)
+    percent_axis(axes)
+    axes.margins(y=0.08)

@@ -1,0 +1,204 @@
+"""What a sweep leaves for pictures and the report besides its cells: files that each have one kind of row.
+
+| file | a row | missing |
+|---|---|---|
+| `planes.parquet` | sizes of both pools, of a block and an interval: usable hits | shapes that the grid cannot do |
+| `splits.parquet` | a memory, divided: usable hits; `ssm_fraction` missing: as the sweep's own cell | the same |
+| `hit_depths.parquet` | a cell and a percentage of the requests: the hit depth they do not exceed | replayed cells |
+| `explorer.parquet` | a cell of any model at more memory sizes | what the grid cannot do |
+| `phases.parquet` | a cell at one shift of all prompts | unless `sweep --phase` |
+| `phase_ceilings.parquet` | a period and a shift: bounds of the hits of unlimited memory | unless `sweep --phase` |
+
+A file without rows is not written. All are made from the trace alone: the same input gives the same bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssmcache.models import ModelSpec
+from ssmcache_sim.explorer import explorer_cells
+from ssmcache_sim.grid import StackDistances, stack_distances
+from ssmcache_sim.grid_cells import GridCapacity
+from ssmcache_sim.hit_depth import PERCENTS, hit_depths
+from ssmcache_sim.phase import PhaseCeilings
+from ssmcache_sim.phase_cells import PhaseCell
+from ssmcache_sim.plane import memory_steps, split_plane, splits, used_bytes
+from ssmcache_sim.results import PHASE_CEILINGS, phase_ceilings_columns, phase_ceilings_of, read_parquet, write_parquet
+from ssmcache_sim.settings import ReplaySettings
+from ssmcache_sim.sweep import PlannedCell, SweepSpec, SweptCell
+from ssmcache_sim.totals import ReplayTotals
+from ssmcache_sim.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PLANES = "planes.parquet"
+SPLITS = "splits.parquet"
+HIT_DEPTHS = "hit_depths.parquet"
+EXPLORER = "explorer.parquet"
+PHASES = "phases.parquet"
+DETAIL_FILES = (PLANES, SPLITS, HIT_DEPTHS, EXPLORER, PHASES, PHASE_CEILINGS)
+_NUM_SPLIT_SIZES = 16
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPhases:
+    """What `sweep --phase` found: the cells at each shift, and the ceilings by period."""
+
+    cells: tuple[PhaseCell, ...]
+    ceilings: tuple[PhaseCeilings, ...]
+
+
+def write_details(
+    directory: Path,
+    spec: SweepSpec,
+    trace: Trace,
+    model: ModelSpec,
+    cells: Sequence[tuple[PlannedCell, SweptCell]],
+    phases: SweepPhases | None,
+) -> None:
+    """Writes the files into a sweep's directory, and removes those of an earlier sweep that have no rows now.
+
+    An arena has no plane, no split and no depths. Cost: two passes over the trace where the grid did any other cells.
+    Errors: OutputError.
+    """
+    rows: dict[str, list[Row]] = {name: [] for name in DETAIL_FILES}
+    by_grid = [(planned, swept) for planned, swept in cells if isinstance(planned.grid, GridCapacity)]
+    if by_grid:
+        periods = {planned.settings.ssm_reuse_interval or 0 for planned, _ in by_grid} - {0}
+        distances = stack_distances(trace, periods | {planned.settings.tokens_per_block for planned, _ in by_grid})
+        rows[HIT_DEPTHS] = [row for planned, _ in by_grid for row in _depth_rows(trace, distances, planned)]
+        for shape in _by_shape(by_grid):
+            planes, divided = _plane_rows(trace, distances, shape)
+            rows[PLANES] += planes
+            rows[SPLITS] += divided
+        # with the GPU alone, also where the sweep has other tiers
+        rows[EXPLORER] = [_explorer_row(*cell) for cell in explorer_cells(spec, trace, model)]
+    if phases is not None:
+        rows[PHASES] = [_phase_row(cell) for cell in phases.cells]
+    files: dict[str, Mapping[str, Any]] = {name: _columns(of_file) for name, of_file in rows.items()}
+    files[PHASE_CEILINGS] = phase_ceilings_columns(phases.ceilings if phases else ())
+    for name, columns in files.items():
+        _write_or_remove(directory / name, columns)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SweepDetails:
+    """The files read back; None or empty for one without rows."""
+
+    planes: "pd.DataFrame | None"
+    splits: "pd.DataFrame | None"
+    hit_depths: "pd.DataFrame | None"
+    explorer: "pd.DataFrame | None"
+    phases: "pd.DataFrame | None"
+    phase_ceilings: tuple[PhaseCeilings, ...]
+
+
+def load_details(directory: Path) -> SweepDetails:
+    """Reads what `write_details` wrote. Errors: OutputError for a file that cannot be read."""
+    frames = {name: _read_if_there(directory / name) for name in DETAIL_FILES}
+    ceilings = frames[PHASE_CEILINGS]
+    return SweepDetails(
+        planes=frames[PLANES],
+        splits=frames[SPLITS],
+        hit_depths=frames[HIT_DEPTHS],
+        explorer=frames[EXPLORER],
+        phases=frames[PHASES],
+        phase_ceilings=() if ceilings is None else phase_ceilings_of(ceilings),
+    )
+
+
+def _read_if_there(path: Path) -> "pd.DataFrame | None":
+    return read_parquet(path) if path.exists() else None
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+
+
+def _write_or_remove(path: Path, columns: Mapping[str, Any]) -> None:
+    if columns:
+        write_parquet(path, dict(columns))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _by_shape(cells: Sequence[tuple[PlannedCell, SweptCell]]) -> list[list[tuple[PlannedCell, SweptCell]]]:
+    """Cells with attention and SSM layers, by block and interval."""
+    shapes: dict[tuple[int, int], list[tuple[PlannedCell, SweptCell]]] = {}
+    for planned, swept in cells:
+        interval = planned.settings.ssm_reuse_interval
+        if interval is not None:
+            shapes.setdefault((planned.settings.tokens_per_block, interval), []).append((planned, swept))
+    return list(shapes.values())
+
+
+def _plane_rows(
+    trace: Trace, distances: StackDistances, shape: Sequence[tuple[PlannedCell, SweptCell]]
+) -> tuple[list[Row], list[Row]]:
+    """Rows of the plane and of the splits; none where the sweep has unlimited memory alone."""
+    planned = shape[0][0]
+    sizes = [cell.settings.gpu_memory_bytes for cell, _ in shape]
+    finite = [size for size in sizes if size is not None]
+    plane = split_plane(trace, distances, planned.config, max(finite)) if finite else None
+    if plane is None:
+        return [], []
+    head = {
+        "tokens_per_block": planned.settings.tokens_per_block,
+        "ssm_reuse_interval": planned.settings.ssm_reuse_interval,
+    }
+    prompt_tokens = int(trace.prompt_tokens.sum())
+    planes = [
+        {**head, "kv_bytes": kv_bytes, "ssm_bytes": ssm_bytes, "usable_token_hit_rate": hits / prompt_tokens}
+        for kv_bytes, of_kv in zip(plane.kv_bytes.tolist(), plane.hit_tokens.tolist(), strict=True)
+        for ssm_bytes, hits in zip(plane.ssm_bytes.tolist(), of_kv, strict=True)
+    ]
+    found = splits(trace, distances, planned.config, memory_steps(finite, _NUM_SPLIT_SIZES))
+    tried: list[tuple[int, float | None, int, int, int]] = [astuple(split) for split in found]
+    for cell, swept in shape:
+        size = cell.settings.gpu_memory_bytes
+        if size is not None:
+            tried.append((size, None, *used_bytes(cell.config), swept.totals.usable_hit_tokens))
+    names = ("gpu_memory_bytes", "ssm_fraction", "kv_bytes", "ssm_bytes")
+    divided = [
+        {**head, **dict(zip(names, split, strict=True)), "usable_token_hit_rate": hits / prompt_tokens}
+        for *split, hits in tried
+    ]
+    return planes, divided
+
+
+def _depth_rows(trace: Trace, distances: StackDistances, planned: PlannedCell) -> list[Row]:
+    assert isinstance(planned.grid, GridCapacity)
+    settings = planned.settings
+    depths = hit_depths(distances, settings.tokens_per_block, settings.ssm_reuse_interval, planned.grid)
+    tokens, shares = depths.quantiles(trace.num_requests)
+    return [
+        {**_varied(settings), "percent_of_requests": percent, "usable_hit_tokens": depth, "share_of_prompt": share}
+        for percent, depth, share in zip(PERCENTS, tokens.tolist(), shares.tolist(), strict=True)
+    ]
+
+
+def _varied(settings: ReplaySettings) -> Row:
+    names = ("tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes", "host_memory_bytes", "disk_memory_bytes")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _explorer_row(settings: ReplaySettings, totals: ReplayTotals) -> Row:
+    counted = asdict(totals)
+    names = ("prompt_tokens", "usable_hit_tokens", "ceiling_hit_tokens", "kv_ceiling_hit_tokens")
+    lost = ("lost_evicted_tokens", "lost_alignment_tokens", "lost_snapshot_tokens")
+    return {"model": settings.model, **_varied(settings), **{name: counted[name] for name in (*names, *lost)}}
+
+
+def _phase_row(cell: PhaseCell) -> Row:
+    return {
+        **_varied(cell.settings),
+        "shift_tokens": cell.shift_tokens,
+        "own_hit_tokens": cell.own_hit_tokens,
+        "own_hit_rate": cell.own_hit_rate,
+        "engine": cell.engine,
+    }
