@@ -35,19 +35,15 @@ def check_lower_tiers(config: KVCacheManagerConfig) -> None:
 
 
 def tokens_by_tier(found: Sequence[tuple[int, ...]], num_tiers: int, usable: Int64Array) -> TierTokens:
-    """Usable tokens in full blocks by tier, [num_tiers, num_requests].
+    """Usable tokens by tier, [num_tiers, num_requests].
 
     Args:
-        found: by request, tokens by tier as the manager tells them, a last block in part included; empty for none.
-        usable: [num_requests] in full blocks.
+        found: by request, tokens by tier as the manager tells them; empty for none.
+        usable: [num_requests] of all tiers, which a trace's ready keys match in full blocks only.
     """
     none = (0,) * num_tiers
-    by_tier = np.array([tokens or none for tokens in found], dtype=np.int64).reshape(-1, num_tiers).T.copy()
-    beyond = by_tier.sum(axis=0) - usable
-    # a path lies on ever colder tiers from the top down, so what is beyond the last full block lies on the coldest
-    coldest = num_tiers - 1 - np.argmax(by_tier[::-1] > 0, axis=0)
-    by_tier[coldest, np.arange(usable.size)] -= beyond
-    assert (by_tier >= 0).all(), "more tokens beyond the last full block than the coldest tier has"
+    by_tier = np.array([tokens or none for tokens in found], dtype=np.int64).T.copy()
+    assert (by_tier.sum(axis=0) == usable).all(), "hits by tier that are not the hits"
     return by_tier
 
 

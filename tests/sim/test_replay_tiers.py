@@ -166,7 +166,7 @@ def test_moves_of_a_hybrid_are_those_that_the_memory_counted(
         assert each.kind == ("attention", "ssm")[each.layer_group]
 
 
-def test_tokens_beyond_the_last_full_block_are_counted_on_no_tier(trace_of: TraceOf, tiny_config: TinyConfig) -> None:
+def test_full_blocks_alone_are_counted_on_the_tier_where_they_lay(trace_of: TraceOf, tiny_config: TinyConfig) -> None:
     first, second = [0] * 8, [1] * 8
     # a stack of 3 blocks on the GPU: after the second prompt the first block of the first one is the oldest there
     result = replay(trace_of([first, second, first, first], 4), with_tiers(tiny_config(4, num_pages=4), 100))
