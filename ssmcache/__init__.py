@@ -15,7 +15,8 @@ from ssmcache.keys import BlockKeys, ReuseScope
 from ssmcache.manager import KVCacheManager
 from ssmcache.memory.host import HostMemory
 from ssmcache.memory.simulated import SimulatedMemory
-from ssmcache.sequence import KVCache, KVCacheStatus, StateError
+from ssmcache.sequence import KVCache
+from ssmcache.sequence_pages import KVCacheStatus, StateError
 from ssmcache.stats import CacheStats, LayerGroupUsage, MemoryUsage, ReuseMatch, Shortage
 
 __all__ = [

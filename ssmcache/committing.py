@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from ssmcache.keys import Int64Array
 from ssmcache.match import match_partial
 from ssmcache.memory.base import GPU_TIER
-from ssmcache.pools import SlotArray
+from ssmcache.pools import SlotArray, int_array
 from ssmcache.priority import Priority
-from ssmcache.segments import DEFAULT_RANK, rank_of
+from ssmcache.segments import DEFAULT_RANK, SparseSegment, rank_of
+from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def raise_priorities(store: BlockStore, cursor: Run, first: int, priority: Prior
     for sparse in store.sparse_stores():
         for holder in list(cursor.path()):
             for segment in list(sparse.on(holder)):
-                sparse.raise_rank(segment, priority, first)
+                _raise_sparse(sparse, segment, priority, first)
 
 
 def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
@@ -138,6 +139,25 @@ def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
         # the lower part keeps its identity, as a holder of this run expects
         run = store.split(run, run.start + first_equal)
         pages.rank = ranks[-1]
+
+
+def _raise_sparse(store: SparseStore, segment: SparseSegment, priority: Priority, first: int) -> None:
+    """Give the slots of blocks from `first` on their priority, as segments of their own."""
+    run = segment.run
+    assert run is not None
+    by_rank: dict[int, list[int]] = {}
+    for index, ordinal in enumerate(segment.ordinals):
+        rank = rank_of(priority(store.layer_group, ordinal)) if ordinal >= first else segment.rank
+        if rank > segment.rank:
+            by_rank.setdefault(rank, []).append(index)
+    ordinals, slots = segment.ordinals[:], segment.slots[:]
+    for rank, indices in by_rank.items():
+        chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
+        part = store.new_segment(run, segment.stamp, rank, segment.tier, *chosen)
+        store.queues[segment.tier].put(part)
+    segment.take(sorted(index for indices in by_rank.values() for index in indices))
+    if not segment.slots:
+        store.drop_empty(run)
 
 
 def commit_tail(sequence: KVCache) -> Run | None:

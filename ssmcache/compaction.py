@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssmcache.memory.base import GPU_TIER, SlotMoves
+from ssmcache.pools import int_array
 from ssmcache.segments import Segment, SparseSegment
 from ssmcache.sparse import SparseStore
 from ssmcache.tiers import Tiers
@@ -75,7 +76,10 @@ def private_slots(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> list[int]:
 def _renumber(tiers: Tiers[Any, Any], segment: Segment, table: dict[int, int]) -> None:
     if isinstance(segment, SparseSegment):
         assert isinstance(tiers, SparseStore)
-        tiers.renumber(segment, table)
+        for index, slot in enumerate(segment.slots):
+            if slot in table:
+                segment.slots[index] = table[slot]
+                tiers.follow(segment.tier, int_array((slot,)), segment.tier, int_array((table[slot],)))
     else:
         old = tiers.slots_of(segment)
         segment.renumber(_mapped(old, table))  # type: ignore[attr-defined]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ssmcache.compaction import private_slots, segments_of
 from ssmcache.memory.base import GPU_TIER
+from ssmcache.pins import Pin
 from ssmcache.segments import Segment
-from ssmcache.sparse import Pin, SparseStore
+from ssmcache.sparse import SparseStore
 from ssmcache.tiers import Tiers
 from ssmcache.tree import Root, Run
 
@@ -171,7 +172,7 @@ def _check_pins(manager: KVCacheManager) -> None:
                 count(pin, 1)
     for store in manager.store.sparse_stores():
         places = {(segment.tier, slot) for segment in segments_of(manager, store) for slot in segment.slots}
-        for pin in store.all_pins():
+        for pin in store.pins.all():
             _expect((pin.tier, pin.slot) in places, f"a pin of slot {pin.slot} of tier {pin.tier}, which has no block")
             found = [pin.soft, pin.held, pin.locked]
             _expect(found == counts.get(pin), f"a pin is counted {found} times, by {counts.get(pin)} sequences")

@@ -14,7 +14,7 @@ from ssmcache.invariants import check_manager
 from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, TokenIds, Tokens
 from ssmcache.layout import BufferPlace, layer_groups
 from ssmcache.match import find
-from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves
+from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves, TransferError
 from ssmcache.priority import PriorityCallback
 from ssmcache.sequence import KVCache
 from ssmcache.stats import CacheStats, Counters, MemoryUsage, ReuseMatch, Shortage
@@ -159,6 +159,10 @@ class KVCacheManager:
         evictable = tiers.obtainable(tier) - pool.free
         held = pool.used - evictable
         return Shortage(reason, tiers.layer_group, self.tier_names[tier], needed, pool.free, evictable, held)
+
+    def transfer_shortage(self, error: TransferError) -> Shortage:
+        """A failed move as a reason."""
+        return Shortage("lost" if error.lost else "io", 0, self.tier_names[error.tier], 0, 0, 0, 0)
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         self.memory.copy(moves, stream)

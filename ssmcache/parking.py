@@ -9,9 +9,10 @@ import numpy as np
 
 from ssmcache.keys import KeyKind, ReuseScope
 from ssmcache.memory.base import GPU_TIER
-from ssmcache.pools import NO_SLOTS
-from ssmcache.segments import DEFAULT_RANK, PageSegment
-from ssmcache.sparse import Pin
+from ssmcache.pins import Pin
+from ssmcache.pools import NO_SLOTS, int_array
+from ssmcache.segments import DEFAULT_RANK, PageSegment, SparseSegment
+from ssmcache.sparse import SparseStore
 from ssmcache.tree import Root, Run, runs_below
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ class Parked:
         self.states = Run(self.root, _KIND, _STATES, start, start + self._num_pages, np.empty(0, dtype=np.int64))
         self.states.holds = self.states.idle_holds = 1
         for window in sequence.windows:
-            self._pins += window.store.park(self.states, window.own.keys(), window.own.values(), stamp)
+            self._pins += _park(window.store, self.states, window.own, stamp)
             window.own = {}
         if sequence.states is not None:
             assert self._store.snapshots is not None
             live = sequence.states.give_up_live()
-            self._pins += self._store.snapshots.park(self.states, (start + self._num_pages,), (live,), stamp)
+            self._pins += _park(self._store.snapshots, self.states, {start + self._num_pages: live}, stamp)
 
     def _park_pages(self, start: int, stamp: int) -> None:
         tiers, count = self._store.pages, self._num_pages
@@ -81,8 +82,8 @@ class Parked:
             self._store.pages.locked[run.pages.tier] -= change * run.pages.count
             self._store.settle_leaf(run)
         for segment in self.states.items:
-            for pin in segment.store.pins_of(segment):
-                segment.store.count_pin(pin, held=change, locked=-change)
+            for pin in segment.store.pins.of(segment.tier, segment.slots):
+                segment.store.pins.count(pin, held=change, locked=-change)
             segment.store.queues[segment.tier].put(segment)
 
     def page_lifts(self, tier: int) -> list[PageSegment]:
@@ -105,10 +106,10 @@ class Parked:
             tiers.queues[GPU_TIER].retire(run.pages)
         sequence.own_pages = np.concatenate(slots) if slots else NO_SLOTS
         for window in sequence.windows:
-            window.own = window.store.unpark(self.states)
+            window.own = _unpark(window.store, self.states)
         if sequence.states is not None:
             assert store.snapshots is not None
-            (sequence.states.live_slot,) = store.snapshots.unpark(self.states).values()
+            (sequence.states.live_slot,) = _unpark(store.snapshots, self.states).values()
 
     def discard(self) -> None:
         """Free everything, in whatever tier it is; it is idle."""
@@ -123,9 +124,46 @@ class Parked:
             tiers.cached[pages.tier] -= count
             tiers.queues[pages.tier].retire(pages)
         for sparse in self._store.sparse_stores():
-            sparse.discard(self.states)
+            _discard(sparse, self.states)
 
     def contents(self) -> Iterator[Any]:
         """Every segment, for checks."""
         yield from (run.pages for run in self.page_runs())
         yield from self.states.items
+
+
+def _park(store: SparseStore, run: Run, own: dict[int, int], stamp: int) -> list[Pin]:
+    """Put private GPU slots, by block, on a run of their own: from now on they may move."""
+    if not own:
+        return []
+    segment = store.new_segment(run, stamp, DEFAULT_RANK, GPU_TIER, int_array(own.keys()), int_array(own.values()))
+    pins = [store.pins.pin(GPU_TIER, slot) for slot in segment.slots]
+    for pin in pins:
+        store.pins.count(pin, held=1)
+    store.cached[GPU_TIER] += len(pins)
+    store.queues[GPU_TIER].put(segment)
+    return pins
+
+
+def _unpark(store: SparseStore, run: Run) -> dict[int, int]:
+    """Take all slots off a parked run, which are on the GPU: {block: slot}."""
+    own: dict[int, int] = {}
+    for segment in list(store.on(run)):
+        own.update(zip(segment.ordinals, segment.slots, strict=True))
+        store.cached[segment.tier] -= len(segment.slots)
+        _take_off(store, run, segment)
+    return own
+
+
+def _discard(store: SparseStore, run: Run) -> None:
+    """Free all slots of a parked run, in whatever tier."""
+    for segment in list(store.on(run)):
+        store.give_back(segment.tier, segment.slots)
+        _take_off(store, run, segment)
+
+
+def _take_off(store: SparseStore, run: Run, segment: SparseSegment) -> None:
+    for slot in segment.slots:
+        store.pins.break_off(segment.tier, slot)
+    store.queues[segment.tier].retire(segment)
+    run.items = tuple(other for other in run.items if other is not segment)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssmcache.committing import raise_priorities
 from ssmcache.keys import Int64Array
-from ssmcache.match import Partial, find
-from ssmcache.memory.base import GPU_TIER, SlotMoves, TransferError
+from ssmcache.match import find
+from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.parking import Parked
-from ssmcache.sparse import Pin, SparseStore
+from ssmcache.partial import can_take_over, copy_partial, protect_partial, release_windows, take_over_partial
+from ssmcache.pins import Pin
+from ssmcache.sparse import SparseStore
 from ssmcache.stats import Shortage
 from ssmcache.tiers import Tiers
-from ssmcache.tree import Run
 
 if TYPE_CHECKING:
     from ssmcache.sequence import KVCache
@@ -57,7 +58,7 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
         _lock_windows(sequence, reuse.usable_tokens)
         needs = _needs_of_first(sequence)
         shortage = _shortage(sequence, needs, GPU_TIER)
-        if shortage is not None and _can_take_over(sequence):
+        if shortage is not None and can_take_over(sequence):
             needs[0] = needs[0]._replace(beside=0)
             shortage = _shortage(sequence, needs, GPU_TIER)
     if states is not None and shortage is None:
@@ -68,6 +69,7 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
         if found is not None:
             store.take_up_again(sequence, old)
         return shortage
+    del store.soft_holders[sequence]
     if found is not None:  # from here on the old match is not needed, and its room is
         if old is not None:
             store.end_soft_hold(old)
@@ -91,13 +93,13 @@ def _bring_first(sequence: KVCache, needs: list[_Need]) -> Shortage | None:
             sequence.source = None
         if sequence.partial is not None:
             if needs[0].beside:
-                _copy_partial(sequence, sequence.partial)
+                copy_partial(sequence, sequence.partial)
             else:
-                _take_over_partial(sequence, sequence.partial)
+                take_over_partial(sequence, sequence.partial)
     except TransferError as error:
         _undo_lock(sequence)
         sequence.store.free_lost()
-        return transfer_shortage(sequence, error)
+        return sequence.manager.transfer_shortage(error)
     return None
 
 
@@ -111,31 +113,11 @@ def _lock_windows(sequence: KVCache, usable_tokens: int) -> None:
     for window in sequence.windows:
         pins = {block: pin for store, block, pin in sequence.pins if store is window.store and block < end}
         window.lock(pins, usable_tokens, num_blocks)
-    _protect_partial(sequence, True)
-
-
-def _protect_partial(sequence: KVCache, protected: bool) -> None:
-    """Keep the block that is about to be copied where it is, or let it go as before."""
-    if sequence.partial is None:
-        return
-    if protected:
-        sequence.store.lock_child(sequence.partial.run)
-    else:
-        sequence.store.release(sequence.partial.run)
-    for sparse, block, pin in sequence.pins:
-        if block == sequence.partial.block:
-            sparse.count_pin(pin, locked=1 if protected else -1)
-    if not protected:
-        _release_windows(sequence, sequence.partial.run)
-
-
-def _release_windows(sequence: KVCache, deepest: Run) -> None:
-    for window in sequence.windows:
-        window.store.release(deepest)
+    protect_partial(sequence, True)
 
 
 def _undo_lock(sequence: KVCache) -> None:
-    _protect_partial(sequence, False)
+    protect_partial(sequence, False)
     for window in sequence.windows:
         window.unlock_softly()
     sequence.store.unlock(sequence)
@@ -172,66 +154,6 @@ def _usable_tokens_by_tier(sequence: KVCache) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _copy_partial(sequence: KVCache, partial: Partial) -> None:
-    """Queue the copies of a block that matches in part into private pages, from the tiers where it lies.
-
-    Errors: TransferError; nothing was taken then.
-    """
-    store = sequence.store
-    copies: list[tuple[Tiers[Any, Any], int, int]] = []
-    if store.pages is not None:
-        pages = partial.run.pages
-        assert pages is not None
-        copies.append((store.pages, pages.tier, int(pages.slots[partial.block - partial.run.start])))
-    copies += [(sparse, pin.tier, pin.slot) for sparse, block, pin in sequence.pins if block == partial.block]
-    taken: list[tuple[Tiers[Any, Any], Any]] = []
-    try:
-        for tiers, tier, slot in copies:
-            slots = tiers.take(1, sequence.stream)
-            taken.append((tiers, slots))
-            moves = SlotMoves(tiers.layer_group, tier, (slot,), GPU_TIER, slots.tolist())
-            sequence.manager.copy(moves, sequence.stream)
-    except TransferError as error:
-        for tiers, slots in taken:
-            tiers.pools[GPU_TIER].give_back(slots)
-        if error.lost:
-            store.lose(partial.run, partial.block)
-        raise
-    for tiers, slots in taken:
-        if tiers is store.pages:
-            sequence.own_pages = slots
-        for window in sequence.windows:
-            if window.store is tiers:
-                window.own[partial.block] = slots[0]
-    _end_partial(sequence, partial)
-
-
-def _end_partial(sequence: KVCache, partial: Partial) -> None:
-    _protect_partial(sequence, False)
-    for sparse, block, pin in sequence.pins:
-        if block == partial.block:
-            sparse.end_soft_pin(pin)
-    sequence.partial = None
-    partial.run.soft_holds -= 1
-    sequence.store.settle_leaf(partial.run)
-
-
-def _can_take_over(sequence: KVCache) -> bool:
-    """Whether the block that would be copied may become the sequence's own: nobody else has a use for it now."""
-    partial = sequence.partial
-    if partial is None or sequence.windows or partial.run.pages is None:
-        return False
-    run = partial.run
-    alone = run.holds == 1 and run.soft_holds == 1 and not run.children and run.end - run.start == 1
-    return alone and partial.run.pages.tier == GPU_TIER
-
-
-def _take_over_partial(sequence: KVCache, partial: Partial) -> None:
-    """There is no room for a copy: the page itself becomes the sequence's own."""
-    _end_partial(sequence, partial)
-    sequence.own_pages = sequence.store.take_over_leaf(partial.run)
-
-
 def resume_again(sequence: KVCache) -> Shortage | None:
     """Bring back what a suspended sequence holds, and lock it."""
     manager, parked = sequence.manager, sequence.parked
@@ -253,7 +175,7 @@ def _with_locks(sequence: KVCache, parked: Parked, bring_up: Callable[[], Shorta
     try:
         shortage = bring_up()
     except TransferError as error:
-        shortage = transfer_shortage(sequence, error)
+        shortage = sequence.manager.transfer_shortage(error)
     if shortage is not None:
         _set_idle(sequence, parked, True)
     return shortage
@@ -307,16 +229,16 @@ def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
         pins.append((store.snapshots, sequence.source))
     store.lock(sequence)
     for sparse, pin in pins:
-        sparse.count_pin(pin, locked=1)
+        sparse.pins.count(pin, locked=1)
     try:
         return _bring_up(sequence, None, tier)
     except TransferError as error:
-        return transfer_shortage(sequence, error)
+        return sequence.manager.transfer_shortage(error)
     finally:
         for sparse, pin in pins:
-            sparse.count_pin(pin, locked=-1)
+            sparse.pins.count(pin, locked=-1)
         store.unlock(sequence)
-        _release_windows(sequence, sequence.cursor if sequence.partial is None else sequence.partial.run)
+        release_windows(sequence, sequence.cursor if sequence.partial is None else sequence.partial.run)
 
 
 def suspend(sequence: KVCache) -> None:
@@ -339,9 +261,3 @@ def is_lost(sequence: KVCache) -> bool:
         root = root.parent
     lost = root is not sequence.root
     return lost or sequence.parked.is_lost() or any(window.is_lost() for window in sequence.windows)
-
-
-def transfer_shortage(sequence: KVCache, error: TransferError) -> Shortage:
-    """A failed move as a reason."""
-    name = sequence.manager.tier_names[error.tier]
-    return Shortage("lost" if error.lost else "io", 0, name, 0, 0, 0, 0)

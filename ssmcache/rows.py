@@ -9,7 +9,7 @@ import numpy as np
 from ssmcache.pools import SlotArray
 
 if TYPE_CHECKING:
-    from ssmcache.sequence import KVCache
+    from ssmcache.sequence_pages import SequencePages
 
 
 class PageRows:
@@ -17,7 +17,7 @@ class PageRows:
 
     __slots__ = ("_bound", "_sequence")
 
-    def __init__(self, sequence: KVCache) -> None:
+    def __init__(self, sequence: SequencePages) -> None:
         self._sequence = sequence
         self._bound: dict[int, tuple[SlotArray, int]] = {}  # layer group -> (row, entries in use)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +11,14 @@ from ssmcache import resuming
 from ssmcache.committing import commit_blocks, commit_tail
 from ssmcache.keys import BlockKeys, Int64Array, ReuseScope, Tokens
 from ssmcache.match import find
-from ssmcache.memory.base import GPU_TIER, TransferError
+from ssmcache.memory.base import GPU_TIER
 from ssmcache.parking import Parked
-from ssmcache.pools import NO_SLOTS, SlotArray
+from ssmcache.pools import NO_SLOTS
 from ssmcache.priority import Priority, PriorityCallback
-from ssmcache.rows import PageRows
+from ssmcache.sequence_pages import ACTIVE, CLOSED, SUSPENDED, SequencePages, StateError
 from ssmcache.sequence_windows import SequenceWindow
 from ssmcache.states import SequenceStates
 from ssmcache.stats import ReuseMatch, Shortage
-from ssmcache.store import PathHolder
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
@@ -28,21 +26,7 @@ if TYPE_CHECKING:
 _NO_TOKENS: Int64Array = np.empty(0, dtype=np.int64)
 
 
-class KVCacheStatus(Enum):
-    SUSPENDED = "suspended"
-    ACTIVE = "active"
-    CLOSED = "closed"
-
-
-# looking a member up in its class costs more than the rest of the comparison
-_SUSPENDED, _ACTIVE, _CLOSED = KVCacheStatus
-
-
-class StateError(RuntimeError):
-    """A call that the status of the sequence does not allow: a mistake of the caller, nothing has changed."""
-
-
-class KVCache(PathHolder):
+class KVCache(SequencePages):
     """The cache of one sequence; made by `KVCacheManager.create_kv_cache`.
 
     Lengths are in tokens: `num_committed_tokens` <= `history_length` <= `capacity`. Blocks below `cursor.end` lie in
@@ -55,9 +39,8 @@ class KVCache(PathHolder):
     """
 
     __slots__ = (
-        "_input", "_rows", "_stopped", "adopt", "capacity", "history_length", "id", "kind",
-        "manager", "num_committed_tokens", "own_pages", "parked", "partly", "pending", "priority", "reuse_match",
-        "shortage", "states", "status", "store", "stream", "usable_tokens_by_tier", "version", "windows",
+        "_input", "_stopped", "adopt", "id", "kind", "partly", "pending", "priority", "reuse_match",
+        "usable_tokens_by_tier", "version",
     )  # fmt: skip
 
     def __init__(
@@ -74,7 +57,7 @@ class KVCache(PathHolder):
         self.id = id
         self.adopt = adopt
         self.priority = None if priority is None else Priority(priority, len(manager.groups))
-        self.status = _SUSPENDED
+        self.status = SUSPENDED
         self.shortage: Shortage | None = None
         self.stream: Any = None
         self.parked: Parked | None = None
@@ -83,7 +66,7 @@ class KVCache(PathHolder):
         self._input: tuple[Int64Array, int, int] | None = (keys, num_blocks, num_tokens)
         self.usable_tokens_by_tier: tuple[int, ...] = ()  # where the match lay at the first resume, with several tiers
         self._stopped = False
-        self._rows: PageRows | None = None
+        self._rows = None
         self.states = None if store.snapshots is None else SequenceStates(manager, self.priority)
         self.windows: tuple[SequenceWindow, ...] = ()
         if store.windows:
@@ -108,20 +91,7 @@ class KVCache(PathHolder):
             return 0
         return max(self.cursor.end * self.manager.tokens_per_block, self.reuse_match.usable_tokens)
 
-    @property
-    def num_own_pages(self) -> int:
-        return self.own_pages.size
-
-    def take_own_pages(self, count: int) -> SlotArray:
-        """The first private pages, which are no longer the sequence's."""
-        taken, self.own_pages = self.own_pages[:count], self.own_pages[count:]
-        return taken
-
     # -- status ------------------------------------------------------------------------------------------------------
-
-    def _require_active(self, call: str) -> None:
-        if self.status is not _ACTIVE:
-            raise StateError(f"{call}: expected an ACTIVE sequence, got {self.status.name}")
 
     def resume(self, stream: Any = None) -> bool:
         """Make the sequence ACTIVE: all its pages are on the GPU and locked, and `stream` may compute.
@@ -136,7 +106,7 @@ class KVCache(PathHolder):
         lock = self.manager.lock
         lock.acquire()
         try:
-            if self.status is not _SUSPENDED:
+            if self.status is not SUSPENDED:
                 raise StateError(f"resume: expected a SUSPENDED sequence, got {self.status.name}")
             manager = self.manager
             self.stream = stream
@@ -155,7 +125,7 @@ class KVCache(PathHolder):
                     self._start(keys, num_tokens)
             if self.shortage is not None:
                 return False
-            self.status = _ACTIVE
+            self.status = ACTIVE
             manager.num_active += 1
             return True
         finally:
@@ -191,7 +161,7 @@ class KVCache(PathHolder):
                 self.states.give_back_reserved()
             self._rows = None
             resuming.suspend(self)
-            self.status = _SUSPENDED
+            self.status = SUSPENDED
             self.manager.num_active -= 1
 
     def prefetch(self, tier: int = GPU_TIER) -> bool:
@@ -200,7 +170,7 @@ class KVCache(PathHolder):
         Returns False, with `shortage` set and nothing changed, if there is no room.
         """
         with self.manager.lock:
-            if self.status is not _SUSPENDED:
+            if self.status is not SUSPENDED:
                 raise StateError(f"prefetch: expected a SUSPENDED sequence, got {self.status.name}")
             if not 0 <= tier < len(self.manager.tier_names):
                 raise ValueError(f"prefetch: expected a tier in 0..{len(self.manager.tier_names) - 1}, got {tier}")
@@ -212,14 +182,14 @@ class KVCache(PathHolder):
         lock = self.manager.lock
         lock.acquire()
         try:
-            if self.status is _CLOSED:
+            if self.status is CLOSED:
                 return
             manager, store = self.manager, self.store
             if self.soft:
                 store.drop_soft_hold(self)
             elif self.locked:
                 leaf = None
-                if self.status is _ACTIVE:
+                if self.status is ACTIVE:
                     manager.num_active -= 1
                     if manager.streams.only is not self.stream:
                         manager.streams.release(self.stream)
@@ -235,7 +205,7 @@ class KVCache(PathHolder):
                 store.touch_and_release(self, leaf)
                 if store.lost_roots:
                     store.free_lost()
-            self.status = _CLOSED
+            self.status = CLOSED
             self._input = None
             self._rows = None
             store.leave_scope(self.root)
@@ -250,92 +220,6 @@ class KVCache(PathHolder):
         if self.parked is not None:
             self.parked.discard()
             self.parked = None
-
-    # -- lengths -----------------------------------------------------------------------------------------------------
-
-    def resize(self, capacity: int, history_length: int | None = None) -> bool:
-        """Make room for `capacity` tokens, and say how many are computed; history never goes back, capacity may
-        shrink down to it. Pages that are out of every window at that history are given up.
-
-        Returns False, with `shortage` set and nothing changed, if there are not enough pages.
-        Cost: O(pages added or removed); with windows, O(their pages) where a block is crossed.
-        Errors: StateError unless ACTIVE; ValueError for lengths out of order.
-        """
-        lock = self.manager.lock
-        lock.acquire()
-        try:
-            if self.status is not _ACTIVE:
-                self._require_active("resize")
-            history = self.history_length if history_length is None else history_length
-            if not self.history_length <= history <= capacity:
-                raise ValueError(
-                    f"resize: expected history {self.history_length} <= history_length <= capacity, "
-                    f"got history_length {history} and capacity {capacity}"
-                )
-            num_blocks = -(-capacity // self.manager.tokens_per_block)
-            if self._rows is not None:
-                self._rows.check(num_blocks)
-            pages = self.store.pages
-            missing = 0 if pages is None else num_blocks - self.cursor.end - self.own_pages.size
-            shortage = self._shortage_of_windows(history, num_blocks) if self.windows else None
-            if missing and shortage is None:
-                shortage = self._change_pages(missing)
-            if self.windows and shortage is None:
-                shortage = self._change_windows(history, num_blocks, missing)
-            self.shortage = shortage
-            if shortage is not None:
-                return False
-            self.capacity = capacity
-            self.history_length = history
-            if self._rows is not None:
-                self._rows.refresh()
-            return True
-        finally:
-            lock.release()
-
-    def _change_pages(self, missing: int) -> Shortage | None:
-        """Take `missing` pages, or give some back if it is negative."""
-        manager, pages, own = self.manager, self.store.pages, self.own_pages
-        assert pages is not None
-        if missing > 0:
-            if manager.streams.only is not self.stream:
-                manager.streams.acquire(self.stream)
-            try:
-                taken = pages.try_take(missing, self.stream)
-            except TransferError as error:
-                return resuming.transfer_shortage(self, error)
-            if taken is None:
-                return manager.shortage("slots", pages, missing)
-            self.own_pages = np.concatenate((own, taken)) if own.size else taken
-        elif own.size:
-            if manager.streams.only is not self.stream:
-                manager.streams.release(self.stream)
-            keep = max(0, own.size + missing)
-            pages.pools[GPU_TIER].give_back(own[keep:])
-            self.own_pages = own[:keep]
-        return None
-
-    def _shortage_of_windows(self, history: int, num_blocks: int) -> Shortage | None:
-        for window in self.windows:
-            needed = window.missing(history, num_blocks)
-            if needed > 0 and needed > window.store.obtainable():
-                return self.manager.shortage("slots", window.store, needed)
-        return None
-
-    def _change_windows(self, history: int, num_blocks: int, new_pages: int) -> Shortage | None:
-        """Take what windows need, for which there is room, and give up what is stale. `new_pages` were just taken."""
-        streams = self.manager.streams
-        if streams.only is not self.stream:
-            streams.acquire(self.stream)
-            streams.release(self.stream)
-        try:
-            for window in self.windows:
-                window.resize(history, num_blocks, self.stream)
-        except TransferError as error:
-            if new_pages > 0:
-                self._change_pages(-new_pages)
-            return resuming.transfer_shortage(self, error)
-        return None
 
     # -- committing --------------------------------------------------------------------------------------------------
 
@@ -366,7 +250,7 @@ class KVCache(PathHolder):
         lock = self.manager.lock
         lock.acquire()
         try:
-            if self.status is not _ACTIVE:
+            if self.status is not ACTIVE:
                 self._require_active("reserve_snapshots")
             wanted = points if isinstance(points, range) and points.step > 0 else sorted(points)
             if self.states is None:
@@ -401,7 +285,7 @@ class KVCache(PathHolder):
         lock = self.manager.lock
         lock.acquire()
         try:
-            if self.status is not _ACTIVE:
+            if self.status is not ACTIVE:
                 self._require_active("commit")
             if self._stopped:
                 raise StateError("commit: expected a sequence that commits, got one after stop_committing")
@@ -457,34 +341,7 @@ class KVCache(PathHolder):
         """Commit nothing more: later tokens stay private. Idempotent."""
         self._stopped = True
 
-    # -- what kernels read -------------------------------------------------------------------------------------------
-
-    def page_indices(self, layer_group: int, out: SlotArray | None = None) -> SlotArray:
-        """Slots of the blocks up to the capacity, [num_blocks] int32, -1 where there is no page on the GPU.
-
-        Args:
-            out: filled and returned in place of a new array; what is behind the blocks becomes -1.
-        Cost: O(num_blocks).
-        Errors: StateError before the first resume and while suspended with tiers below; ValueError if the layer group
-        is not one of attention, or `out` is too short.
-        """
-        with self.manager.lock:
-            if self._input is not None or self.status is _CLOSED or self.parked is not None:
-                raise StateError("page_indices: expected a resumed sequence")
-            rows = PageRows(self)
-            return rows.indices(layer_group, out)
-
-    def bind_page_indices(self, layer_group: int, row: SlotArray | None) -> None:
-        """Keep a row of the caller's buffer, int32, filled as `page_indices` would: only entries that change are
-        written, until the sequence is suspended or closed, or None is bound.
-
-        Errors: StateError unless ACTIVE; ValueError as `page_indices`, now or when the row gets too short.
-        """
-        with self.manager.lock:
-            self._require_active("bind_page_indices")
-            if self._rows is None:
-                self._rows = PageRows(self)
-            self._rows.bind(layer_group, row)
+    # -- states --------------------------------------------------------------------------------------------------------
 
     def ssm_slot(self, layer_group: int) -> int:
         """Slot of the live state. Errors: StateError before the first resume; ValueError for another layer group."""

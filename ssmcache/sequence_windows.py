@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.memory.base import GPU_TIER
+from ssmcache.pins import Pin
 from ssmcache.pools import SlotArray, int_array
 from ssmcache.priority import Priority
 from ssmcache.segments import DEFAULT_RANK, rank_of
-from ssmcache.sparse import Pin
 from ssmcache.tree import Run
 from ssmcache.windows import WindowStore
 
 if TYPE_CHECKING:
-    from ssmcache.store import PathHolder
+    from ssmcache.soft_holds import PathHolder
 
 
 class SequenceWindow:
@@ -81,7 +81,7 @@ class SequenceWindow:
             self.store.gpu_pool.give_back(int_array(self.own.pop(block) for block in stale))
         gone = [block for block in self.pins if block not in needed]
         for block in gone:
-            self.store.count_pin(self.pins.pop(block), locked=-1)
+            self.store.pins.count(self.pins.pop(block), locked=-1)
         if gone:
             self.store.release(self._holder.cursor)
 
@@ -92,15 +92,15 @@ class SequenceWindow:
         self.pins = pins
         self._stamp = self.store.stamp_of_activity()
         for pin in pins.values():
-            self.store.count_pin(pin, locked=1)
-            self.store.end_soft_pin(pin)
+            self.store.pins.count(pin, locked=1)
+            self.store.pins.end_soft(pin)
         self._shape = self._shape_for(history_length, num_blocks)
 
     def unlock_softly(self) -> dict[int, Pin]:
         """Undo `lock`."""
         for pin in self.pins.values():
             pin.soft += 1
-            self.store.count_pin(pin, locked=-1)
+            self.store.pins.count(pin, locked=-1)
         self.store.release(self._holder.cursor)
         pins, self.pins = self.pins, {}
         return pins
@@ -109,7 +109,7 @@ class SequenceWindow:
         """The sequence is suspended: its pages may move; or the other way round."""
         change = 1 if idle else -1
         for pin in self.pins.values():
-            self.store.count_pin(pin, held=change, locked=-change)
+            self.store.pins.count(pin, held=change, locked=-change)
         if idle:
             self.store.release(self._holder.cursor)
         else:
@@ -124,7 +124,7 @@ class SequenceWindow:
             self.store.gpu_pool.give_back(int_array(self.own.values()))
             self.own = {}
         for pin in self.pins.values():
-            self.store.count_pin(pin, held=-1 if idle else 0, locked=0 if idle else -1)
+            self.store.pins.count(pin, held=-1 if idle else 0, locked=0 if idle else -1)
         self.store.release(self._holder.cursor)
         self.pins = {}
 
@@ -142,7 +142,7 @@ class SequenceWindow:
         for block in [block for block in blocks if block in there]:
             segment, position = there[block]
             slot = segment.slots[position]
-            pin = self.store.pin(segment.tier, slot)
+            pin = self.store.pins.pin(segment.tier, slot)
             own = self.own.pop(block)
             if segment.tier == GPU_TIER:
                 self.store.gpu_pool.give_back_one(own)
@@ -150,7 +150,7 @@ class SequenceWindow:
                 self.store.replace(segment, position, own)
                 there = self.store.find(cursor, first, last)
             self.pins[block] = pin
-            self.store.count_pin(pin, locked=1)
+            self.store.pins.count(pin, locked=1)
 
     def _add(self, cursor: Run, blocks: list[int]) -> None:
         by_rank: dict[int, list[int]] = {}
@@ -161,8 +161,8 @@ class SequenceWindow:
             self.store.add(cursor, int_array(same), slots, self._stamp, rank)
             self.store.merge_new(cursor, same[0])
             for block, slot in zip(same, slots.tolist(), strict=True):
-                self.pins[block] = pin = self.store.pin(GPU_TIER, slot)
-                self.store.count_pin(pin, locked=1)
+                self.pins[block] = pin = self.store.pins.pin(GPU_TIER, slot)
+                self.store.pins.count(pin, locked=1)
 
     def _rank(self, block: int) -> int:
         return DEFAULT_RANK if self._priority is None else rank_of(self._priority(self.store.layer_group, block))

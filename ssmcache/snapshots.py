@@ -40,8 +40,8 @@ class SnapshotStore(SparseStore):
         reused.difference_update(slots)
         return num_before - len(reused)
 
-    def _follow(self, old_tier: int, old_slots: IntArray, tier: int, slots: IntArray) -> None:
-        super()._follow(old_tier, old_slots, tier, slots)
+    def follow(self, old_tier: int, old_slots: IntArray, tier: int, slots: IntArray) -> None:
+        super().follow(old_tier, old_slots, tier, slots)
         old, new = self._reused[old_tier], self._reused[tier]
         for slot, new_slot in zip(old_slots, slots, strict=True):
             if slot in old:

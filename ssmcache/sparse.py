@@ -11,26 +11,14 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.memory.base import GPU_TIER, Memory
+from ssmcache.pins import Pin, PinTable
 from ssmcache.pools import IntArray, StatePool, int_array
-from ssmcache.priority import Priority
-from ssmcache.segments import DEFAULT_RANK, SparseSegment, rank_of
+from ssmcache.segments import DEFAULT_RANK, SparseSegment
 from ssmcache.tiers import Tiers
 from ssmcache.tree import Run
 
 if TYPE_CHECKING:
     from ssmcache.store import BlockStore
-
-
-class Pin:
-    """One slot that sequences depend on, wherever it moves: `soft` of them were created only, `held` are suspended,
-    `locked` are ACTIVE and need it on the GPU. `slot` is -1 once it was lost.
-    """
-
-    __slots__ = ("held", "locked", "slot", "soft", "tier")
-
-    def __init__(self, tier: int, slot: int) -> None:
-        self.tier, self.slot = tier, slot
-        self.soft = self.held = self.locked = 0
 
 
 class SparseStore(Tiers[SparseSegment, IntArray]):
@@ -40,91 +28,23 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         super().__init__(layer_group, pools, memory)
         self.gpu_pool = pools[GPU_TIER]
         self._store = store
-        self._pins: list[dict[int, Pin]] = [{} for _ in pools]
-        self._locked = [0] * len(pools)
-        self._held = [0] * len(pools)
+        self.pins = PinTable(len(pools))
         self.num_evicted_unused = 0
         self._moved_runs: dict[Run, None] = {}  # by the batch under way
         self._own: Run | None = None
         self._own_runs: set[Run] | None = None
 
-    # -- pins --------------------------------------------------------------------------------------------------------
-
-    def pin(self, tier: int, slot: int) -> Pin:
-        """The pin of a slot, for the caller to count on: `soft` by hand, the rest with `count_pin`."""
-        pins = self._pins[tier]
-        pin = pins.get(slot)
-        if pin is None:
-            pin = pins[slot] = Pin(tier, slot)
-        return pin
-
-    def count_pin(self, pin: Pin, held: int = 0, locked: int = 0) -> None:
-        """Add to the counts of a pin; without counts it is gone."""
-        if pin.slot < 0:
-            return
-        self._count_class(pin, -1)
-        pin.held += held
-        pin.locked += locked
-        self._count_class(pin, 1)
-        if not (pin.soft or pin.held or pin.locked):
-            del self._pins[pin.tier][pin.slot]
-
-    def end_soft_pin(self, pin: Pin) -> None:
-        """One less of those who were created only."""
-        pin.soft -= 1
-        if not (pin.soft or pin.held or pin.locked) and pin.slot >= 0:
-            del self._pins[pin.tier][pin.slot]
-
-    def _count_class(self, pin: Pin, change: int) -> None:
-        if pin.locked:
-            self._locked[pin.tier] += change
-        elif pin.held:
-            self._held[pin.tier] += change
-
-    def _move_pin(self, tier: int, slot: int, new_tier: int, new_slot: int) -> None:
-        pin = self._pins[tier].pop(slot, None)
-        if pin is not None:
-            self._count_class(pin, -1)
-            pin.tier, pin.slot = new_tier, new_slot
-            self._count_class(pin, 1)
-            self._pins[new_tier][new_slot] = pin
-
-    def _break_pin(self, tier: int, slot: int) -> None:
-        """The slot leaves the tree, whoever depends on it."""
-        pin = self._pins[tier].pop(slot, None)
-        if pin is not None:
-            self._count_class(pin, -1)
-            pin.slot = -1
-
-    def soft_pins_of_others(self, tier: int, slot: int, own: int) -> int:
-        """Sequences, less `own` of them, that were created and want to start from a slot."""
-        pin = self._pins[tier].get(slot)
-        return 0 if pin is None else pin.soft - own
-
-    def pins_of(self, segment: SparseSegment) -> list[Pin]:
-        """The pins of the slots of a segment."""
-        pins = self._pins[segment.tier]
-        return [pins[slot] for slot in segment.slots if slot in pins]
-
-    def num_locked_of(self, segment: SparseSegment) -> int:
-        """Slots of a segment that are locked."""
-        return sum(bool(pin.locked) for pin in self.pins_of(segment))
-
-    def all_pins(self) -> list[Pin]:
-        """Every pin, for checks."""
-        return [pin for pins in self._pins for pin in pins.values()]
-
     # -- room --------------------------------------------------------------------------------------------------------
 
     def num_droppable(self, tier: int) -> int:
-        return self.cached[tier] - self._held[tier] - self._locked[tier] - self._num_own(tier)
+        return self.cached[tier] - self.pins.held[tier] - self.pins.locked[tier] - self._num_own(tier)
 
     def has_room_for(self, count: int) -> bool:
         """Whether so many GPU slots are certainly obtainable; a quick answer, False may be wrong."""
-        return self.gpu_pool.free + self.cached[GPU_TIER] - len(self._pins[GPU_TIER]) >= count
+        return self.gpu_pool.free + self.cached[GPU_TIER] - len(self.pins.by_slot[GPU_TIER]) >= count
 
     def num_held(self, tier: int) -> int:
-        return self._held[tier]
+        return self.pins.held[tier]
 
     def protect(self, own: Run | None) -> None:
         """From now on nothing goes from the path of `own`, which is locked, until `protect(None)`."""
@@ -134,7 +54,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     def _num_own(self, tier: int) -> int:
         if self._own is None:
             return 0
-        pins = self._pins[tier]
+        pins = self.pins.by_slot[tier]
         own = [
             slot
             for run in self._own.path()
@@ -154,7 +74,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     # -- going -------------------------------------------------------------------------------------------------------
 
     def drop(self, tier: int, count: int) -> None:
-        queue, kept = self.queues[tier], self._pins[tier]
+        queue, kept = self.queues[tier], self.pins.by_slot[tier]
         passed_over: list[SparseSegment] = []
         losers: list[tuple[Run, int]] = []
         while count > 0:
@@ -176,7 +96,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
                 self._evict(run, tier, ordinals, slots)
                 losers.append((run, ordinals[0]))
             if not segment.slots:
-                self._drop_empty(run)
+                self.drop_empty(run)
             elif count > 0:  # what is left of it is pinned
                 queue.take_out(segment)
                 passed_over.append(segment)
@@ -218,7 +138,11 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def select(self, tier: int, count: int) -> list[SparseSegment]:
         queue = self.queues[tier]
-        locked = {slot for slot, pin in self._pins[tier].items() if pin.locked} if self._locked[tier] else frozenset()
+        locked = (
+            {slot for slot, pin in self.pins.by_slot[tier].items() if pin.locked}
+            if self.pins.locked[tier]
+            else frozenset()
+        )
         selected: list[SparseSegment] = []
         passed_over: list[SparseSegment] = []
         while count > 0:
@@ -237,7 +161,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
                 (passed_over.append if segment.slots else self._leave_out)(segment)
                 if not slots:
                     continue
-                victim = self._new(run, segment.stamp, segment.rank, tier, ordinals, slots)
+                victim = self.new_segment(run, segment.stamp, segment.rank, tier, ordinals, slots)
             selected.append(victim)
             count -= len(victim.slots)
         self._put_back(passed_over)
@@ -245,7 +169,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def _leave_out(self, segment: SparseSegment) -> None:
         assert segment.run is not None
-        self._drop_empty(segment.run)
+        self.drop_empty(segment.run)
 
     def unselect(self, segment: SparseSegment) -> None:
         self.queues[segment.tier].put(segment)
@@ -261,7 +185,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     def cut(self, segment: SparseSegment, count: int, selected: bool) -> tuple[SparseSegment, SparseSegment]:
         assert segment.run is not None
         ordinals, slots = segment.take(list(range(count)))
-        first = self._new(segment.run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
+        first = self.new_segment(segment.run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
         if not selected:
             self.queues[segment.tier].put(first)
         return first, segment
@@ -269,10 +193,10 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     def settle(self, segment: SparseSegment, tier: int, slots: IntArray) -> IntArray:
         run, old_tier, old_slots = segment.run, segment.tier, segment.slots
         assert run is not None
-        self._follow(old_tier, old_slots, tier, slots)
+        self.follow(old_tier, old_slots, tier, slots)
         run.items = tuple(other for other in run.items if other is not segment)
         self.queues[old_tier].retire(segment)
-        moved = self._new(run, segment.stamp, segment.rank, tier, segment.ordinals, slots)
+        moved = self.new_segment(run, segment.stamp, segment.rank, tier, segment.ordinals, slots)
         self.queues[tier].put(moved)
         if self._store.events is not None:
             self._store.events.moved(self.layer_group, old_tier, tier, run, segment.ordinals)
@@ -301,22 +225,22 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         run.items = tuple(segment for segment in run.items if segment is not other)
         return kept
 
-    def _follow(self, old_tier: int, old_slots: IntArray, tier: int, slots: IntArray) -> None:
+    def follow(self, old_tier: int, old_slots: IntArray, tier: int, slots: IntArray) -> None:
         """What is known of the old slots is known of the new ones from now on."""
-        if self._pins[old_tier]:
+        if self.pins.by_slot[old_tier]:
             for slot, new_slot in zip(old_slots, slots, strict=True):
-                self._move_pin(old_tier, slot, tier, new_slot)
+                self.pins.move(old_tier, slot, tier, new_slot)
 
     def lose(self, segment: SparseSegment, index: int) -> None:
         run, tier = segment.run, segment.tier
         assert run is not None
         self._store.version += 1
         ordinals, slots = segment.take([index])
-        self._break_pin(tier, slots[0])
+        self.pins.break_off(tier, slots[0])
         self.give_back(tier, slots)
         self._forgotten(tier, slots)
         if not segment.slots:
-            self._drop_empty(run)
+            self.drop_empty(run)
         self._settle_losers([(run, ordinals[0])])
 
     def _forgotten(self, tier: int, slots: Sequence[int]) -> int:
@@ -325,7 +249,9 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     # -- following the tree ------------------------------------------------------------------------------------------
 
-    def _new(self, run: Run, stamp: int, rank: int, tier: int, ordinals: IntArray, slots: IntArray) -> SparseSegment:
+    def new_segment(
+        self, run: Run, stamp: int, rank: int, tier: int, ordinals: IntArray, slots: IntArray
+    ) -> SparseSegment:
         segment = SparseSegment(self, run, stamp, rank, self.serial(), tier, ordinals, slots)
         run.items += (segment,)
         return segment
@@ -344,12 +270,12 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
                 run.items = tuple(other for other in run.items if other is not segment)
         else:
             ordinals, slots = segment.cut(bisect_left(segment.ordinals, new_end))
-        if self._pins[tier]:
+        if self.pins.by_slot[tier]:
             for slot in slots:
-                self._break_pin(tier, slot)
+                self.pins.break_off(tier, slot)
         self._evict(run, tier, ordinals, slots)
 
-    def _drop_empty(self, run: Run) -> None:
+    def drop_empty(self, run: Run) -> None:
         for segment in run.items:
             if not segment.slots:
                 segment.store.queues[segment.tier].retire(segment)
@@ -395,9 +321,9 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
                 begin -= 1
             if begin < end:
                 if begin > 0 or end < len(ordinals):
-                    segment = self._new(run, stamp, rank, GPU_TIER, ordinals[begin:end], slots[begin:end])
+                    segment = self.new_segment(run, stamp, rank, GPU_TIER, ordinals[begin:end], slots[begin:end])
                 else:
-                    segment = self._new(run, stamp, rank, GPU_TIER, ordinals, slots)
+                    segment = self.new_segment(run, stamp, rank, GPU_TIER, ordinals, slots)
                 queue.put(segment)
                 end = begin
             run = run.parent
@@ -421,41 +347,13 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         run = segment.run
         assert run is not None
         ordinals, slots = segment.take([index])
-        self._break_pin(tier, slot)
+        self.pins.break_off(tier, slot)
         self.cached[tier] -= 1
         self._forgotten(tier, slots)
         if self._store.events is not None:
             self._store.events.removed(self.layer_group, tier, run, ordinals)
         if not segment.slots:
-            self._drop_empty(run)
-
-    def raise_rank(self, segment: SparseSegment, priority: Priority, first: int) -> None:
-        """Slots of blocks from `first` on keep the highest priority that they were given."""
-        run = segment.run
-        assert run is not None
-        by_rank: dict[int, list[int]] = {}
-        for index, ordinal in enumerate(segment.ordinals):
-            rank = rank_of(priority(self.layer_group, ordinal)) if ordinal >= first else segment.rank
-            if rank > segment.rank:
-                by_rank.setdefault(rank, []).append(index)
-        old = list(zip(segment.ordinals, segment.slots, strict=True))
-        for rank, indices in by_rank.items():
-            part = self._new(
-                run, segment.stamp, rank, segment.tier, int_array(old[index][0] for index in indices),
-                int_array(old[index][1] for index in indices),
-            )  # fmt: skip
-            self.queues[segment.tier].put(part)
-        raised = sorted(index for indices in by_rank.values() for index in indices)
-        segment.take(raised)
-        if not segment.slots:
-            self._drop_empty(run)
-
-    def renumber(self, segment: SparseSegment, table: dict[int, int]) -> None:
-        """The pool was compacted: what is in slots that `table` names is in others of the same tier."""
-        for index, slot in enumerate(segment.slots):
-            if slot in table:
-                segment.slots[index] = table[slot]
-                self._follow(segment.tier, int_array((slot,)), segment.tier, int_array((table[slot],)))
+            self.drop_empty(run)
 
     def replace(self, segment: SparseSegment, index: int, slot: int) -> None:
         """The copy of a slot that the caller has on the GPU takes its place; the old slot, of a tier below, is free."""
@@ -463,11 +361,13 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         assert run is not None
         tier = segment.tier
         ordinals, slots = segment.take([index])
-        self._follow(tier, slots, GPU_TIER, int_array((slot,)))
+        self.follow(tier, slots, GPU_TIER, int_array((slot,)))
         self.give_back(tier, slots)
         if not segment.slots:
-            self._drop_empty(run)
-        self.queues[GPU_TIER].put(self._new(run, segment.stamp, segment.rank, GPU_TIER, ordinals, int_array((slot,))))
+            self.drop_empty(run)
+        self.queues[GPU_TIER].put(
+            self.new_segment(run, segment.stamp, segment.rank, GPU_TIER, ordinals, int_array((slot,)))
+        )
         self.cached[GPU_TIER] += 1
         if self._store.events is not None:
             self._store.events.moved(self.layer_group, tier, GPU_TIER, run, ordinals)
@@ -476,25 +376,12 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         """`lose` for a slot of the path of `cursor`."""
         self.lose(*self._place_of(cursor, tier, slot))
 
-    def park(self, run: Run, ordinals: Iterable[int], slots: Iterable[int], stamp: int) -> list[Pin]:
-        """Private GPU slots of a sequence that suspends, on a run of its own: from now on they may move."""
-        parked = int_array(slots)
-        if not parked:
-            return []
-        segment = self._new(run, stamp, DEFAULT_RANK, GPU_TIER, int_array(ordinals), parked)
-        pins = [self.pin(GPU_TIER, slot) for slot in segment.slots]
-        for pin in pins:
-            self.count_pin(pin, held=1)
-        self.cached[GPU_TIER] += len(pins)
-        self.queues[GPU_TIER].put(segment)
-        return pins
-
     def lifts(self, runs: Iterable[Run], wanted: Container[Pin | None], tier: int) -> list[SparseSegment]:
         """The pinned slots on some runs that lie below a tier, as segments of their own."""
         found: list[SparseSegment] = []
         for run in runs:
             for segment in list(self.on(run)):
-                pins = self._pins[segment.tier]
+                pins = self.pins.by_slot[segment.tier]
                 if segment.tier <= tier or not pins:
                     continue
                 indices = [index for index, slot in enumerate(segment.slots) if pins.get(slot) in wanted]
@@ -502,29 +389,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
                     found.append(segment)
                 elif indices:
                     ordinals, slots = segment.take(indices)
-                    part = self._new(run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
+                    part = self.new_segment(run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
                     self.queues[segment.tier].put(part)
                     found.append(part)
         return found
-
-    def unpark(self, run: Run) -> dict[int, int]:
-        """Take all slots of a parked run out of it: {block: slot of the tier that they lie in}."""
-        taken: dict[int, int] = {}
-        for segment in list(self.on(run)):
-            taken.update(zip(segment.ordinals, segment.slots, strict=True))
-            for slot in segment.slots:
-                self._break_pin(segment.tier, slot)
-            self.cached[segment.tier] -= len(segment.slots)
-            self.queues[segment.tier].retire(segment)
-        run.items = tuple(segment for segment in run.items if segment.store is not self)
-        return taken
-
-    def discard(self, run: Run) -> None:
-        """Free all slots of a parked run, in whatever tier."""
-        for segment in list(self.on(run)):
-            tier, slots = segment.tier, segment.slots
-            for slot in slots:
-                self._break_pin(tier, slot)
-            self.give_back(tier, slots)
-            self.queues[tier].retire(segment)
-        run.items = tuple(segment for segment in run.items if segment.store is not self)

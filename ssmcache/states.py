@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.memory.base import GPU_TIER, TransferError
+from ssmcache.pins import Pin
 from ssmcache.pools import IntArray, int_array
 from ssmcache.priority import Priority
 from ssmcache.segments import rank_of
-from ssmcache.sparse import Pin
 from ssmcache.stats import Shortage
 from ssmcache.tree import Run
 
@@ -73,7 +73,7 @@ class SequenceStates:
         if crowded and tier == GPU_TIER and snapshots.obtainable() <= 1:
             # the source is all there is: it becomes the live state itself
             self.live_slot = source.slot
-            snapshots.end_soft_pin(source)
+            snapshots.pins.end_soft(source)
             manager.store.version += 1
             snapshots.take_over(cursor, tier, self.live_slot)
         else:
@@ -87,7 +87,7 @@ class SequenceStates:
                 raise
             snapshots.note_reuse(tier, source.slot)
             self.live_slot = slot
-            snapshots.end_soft_pin(source)
+            snapshots.pins.end_soft(source)
         manager.counters.snapshots_reused += 1
 
     def _take_one_beside(self, source: Pin) -> int:
@@ -95,11 +95,11 @@ class SequenceStates:
         snapshots = self._snapshots
         if snapshots.last_tier == GPU_TIER:  # nothing that is pinned can move
             return snapshots.take_one(self.stream)
-        snapshots.count_pin(source, locked=1)
+        snapshots.pins.count(source, locked=1)
         try:
             return snapshots.take_one(self.stream)
         finally:
-            snapshots.count_pin(source, locked=-1)
+            snapshots.pins.count(source, locked=-1)
 
     def _room_beside(self, cursor: Run, wanted: int) -> int:
         """Slots, up to `wanted`, that can be had without giving up a snapshot of one's own path."""

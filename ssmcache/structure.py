@@ -231,7 +231,7 @@ class TreeStructure:
         """
         for child in list(run.children.values()):
             self.drop_subtree(child, child.start)
-        while run.soft_holds:
+        if run.soft_holds:
             self.drop_soft_holds_of(run)
         if run.end > max(block, run.start):
             self.drop_tail(run, run.end - max(block, run.start))
@@ -259,7 +259,7 @@ class TreeStructure:
         lost_root = Root(run.kind, root.scope)
         lost_root.lost = True
         for below in (run, *runs_below(run)):
-            while below.soft_holds:
+            if below.soft_holds:  # one that is being resumed just now keeps its own
                 self.drop_soft_holds_of(below)
         self.forget_holds(parent, run.holds, run.idle_holds)
         del parent.children[run.edge]

@@ -67,7 +67,7 @@ class WindowStore(SparseStore):
 
     def _stays_out(self, segment: SparseSegment) -> bool:
         # what is all locked comes back with `release`: ACTIVE sequences lock many, which would come up again and again
-        return bool(self._locked[segment.tier]) and self.num_locked_of(segment) == len(segment.slots)
+        return self.pins.num_locked_of(segment.tier, segment.slots) == len(segment.slots)
 
     def stamp_of_activity(self) -> int:
         """A time for all pages that a sequence commits before it is suspended or closed: with one for each block
@@ -95,7 +95,7 @@ class WindowStore(SparseStore):
                     segment.stamp = stamp
                 elif indices:
                     ordinals, slots = segment.take(indices)
-                    touched = self._new(run, stamp, segment.rank, segment.tier, ordinals, slots)
+                    touched = self.new_segment(run, stamp, segment.rank, segment.tier, ordinals, slots)
                     self.queues[segment.tier].put(touched)
             self.join_like(run)
             run = run.parent

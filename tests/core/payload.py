@@ -214,7 +214,7 @@ class Runner:
     def finish(self) -> None:
         for request in list(self.requests):
             self.close(request)
-        self.manager.check()
+            self.manager.check()
         self.manager.clear_reusable_blocks()
         self.manager.check()
         for usage in (usage for tier in self.manager.memory_usage().tiers for usage in tier):
