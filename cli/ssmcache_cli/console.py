@@ -46,6 +46,9 @@ SsmFractionOption = Annotated[
     float | None,
     typer.Option(help="Share of the memory for SSM states, 0 to 1; by default what a sequence of 2,048 tokens needs."),
 ]
+DiskMemoryOption = Annotated[
+    str, typer.Option(help="Disk space below that: 1TiB, or 0 for none. It is simulated, no file is written.")
+]
 KvDtypeOption = Annotated[str | None, typer.Option(help="Of the KV pages; by default what the model's config says.")]
 StateDtypeOption = Annotated[
     str | None, typer.Option(help="Of the SSM states; by default what the model's config says, else float32.")

@@ -1,6 +1,7 @@
 """`ssmcache replay`: one trace, one model, one setting."""
 
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ import typer
 
 from ssmcache.models import load_model
 from ssmcache_cli.console import (
+    DiskMemoryOption,
     FormatOption,
     KvDtypeOption,
     ModelOption,
@@ -29,11 +31,12 @@ from ssmcache_cli.console import (
     read_options,
 )
 from ssmcache_cli.tables import replay_table
+from ssmcache_sim.errors import SizeError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.replay import replay
 from ssmcache_sim.results import manifest_with_times, replay_directory, replay_manifest, summary, write_replay
 from ssmcache_sim.settings import build_config, make_settings, parse_prefill
-from ssmcache_sim.sizes import parse_size
+from ssmcache_sim.sizes import parse_size, parse_tier_size
 
 
 def replay_command(
@@ -46,6 +49,18 @@ def replay_command(
         int | None, typer.Option(help="Tokens between snapshots: a multiple of the block; by default 512 or the block.")
     ] = None,
     gpu_memory: Annotated[str, typer.Option(help="Memory of the cache: 40GiB, 1.5TB, unlimited.")] = "40GiB",
+    host_memory: Annotated[
+        str, typer.Option(help="Host memory for what the GPU has no room for: 200GiB, or 0 for none.")
+    ] = "0",
+    disk_memory: DiskMemoryOption = "0",
+    disk_path: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of the disk tier, for the record: it goes into the manifest. A replay simulates its "
+            "memory, so nothing is read or written there.",
+            metavar="DIR",
+        ),
+    ] = None,
     ssm_fraction: SsmFractionOption = None,
     kv_dtype: KvDtypeOption = None,
     state_dtype: StateDtypeOption = None,
@@ -63,6 +78,12 @@ def replay_command(
     """Replay a trace through the cache: hit rates, where tokens were lost, and memory."""
     stopwatch = Stopwatch()
     memory_bytes, how = parse_size(gpu_memory), parse_prefill(prefill)
+    host_bytes, disk_bytes = (
+        parse_tier_size(host_memory, "--host-memory"),
+        parse_tier_size(disk_memory, "--disk-memory"),
+    )
+    if disk_path is not None and not disk_bytes:
+        raise SizeError(f"--disk-path: expected --disk-memory beside it, got {str(disk_path)!r} alone")
     spec = load_model(model)
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
     with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:
@@ -77,8 +98,13 @@ def replay_command(
             kv_dtype=kv_dtype,
             state_dtype=state_dtype,
             prefill=how,
+            host_memory_bytes=host_bytes,
+            disk_memory_bytes=disk_bytes,
+            disk_path=None if disk_path is None else str(disk_path),
         )
         config = build_config(spec, settings)
+        if disk_path is not None:
+            print(f"--disk-path: the disk is simulated, nothing is read or written at {disk_path}", file=sys.stderr)
         with progress_bar("replay", requests.num_requests, shown=not (quiet or as_json)) as progress:
             result = replay(requests, config, prefill=how, progress=progress)
         manifest, times = replay_manifest(requests, settings), stopwatch.times()

@@ -13,7 +13,7 @@ from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.sizes import format_size
 from ssmcache_sim.sweep import SweptCell
 from ssmcache_sim.sweep_details import SweepPhases
-from ssmcache_sim.totals import ReplayTotals
+from ssmcache_sim.totals import LayerGroupPeak, ReplayTotals
 
 _DEFINITION = (
     "usable: prompt tokens that a request skips (full blocks, at least one token is computed), of all prompt tokens"
@@ -25,13 +25,14 @@ _SKIP_REASONS = {
     "not_admitted": "not admitted",
     "history": "history ahead of the commit",
 }
+_TIERS = {"gpu": "GPU", "host": "host", "disk": "disk"}
 
 
 def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals, phase: PhaseSummary) -> None:
     """Prints everything that one replay counted, and a warning where the hit rate hangs on the phase."""
     interval = settings.ssm_reuse_interval
     shape = f"block {settings.tokens_per_block}" + (f", interval {interval}" if interval else ", no SSM layers")
-    title = f"{trace_name}, {settings.model}\n{shape}, memory {format_size(settings.gpu_memory_bytes)}"
+    title = f"{trace_name}, {settings.model}\n{shape}, {_memory(settings)}"
     table = Table(title=escape(title), caption=_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.add_column("")
     table.add_column("count", justify="right")
@@ -40,6 +41,8 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
     table.add_row("  too large for the memory", f"{totals.too_large_requests:,}", "")
     table.add_row("prompt tokens", f"{totals.prompt_tokens:,}", "", end_section=True)
     table.add_row("[bold]usable token hit rate[/bold]", *_tokens(totals, totals.usable_hit_tokens, bold=True))
+    for tier in totals.tiers:
+        table.add_row(f"  from {_TIERS[tier.tier]} memory", *_tokens(totals, tier.usable_hit_tokens))
     table.add_row("  KV present (attention alone)", *_tokens(totals, totals.attention_hit_tokens))
     table.add_row("  prefix known (tree)", *_tokens(totals, totals.tree_hit_tokens))
     table.add_row("ceiling at this interval", *_tokens(totals, totals.ceiling_hit_tokens))
@@ -51,10 +54,11 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
     table.add_row("  KV evicted", *_tokens(totals, totals.lost_evicted_tokens))
     table.add_row("  alignment to the interval", *_tokens(totals, totals.lost_alignment_tokens))
     table.add_row("  no snapshot", *_tokens(totals, totals.lost_snapshot_tokens), end_section=True)
-    table.add_row("peak memory", format_size(totals.peak_bytes), "")
-    for peak in totals.peaks:
-        pool = "" if peak.pool_bytes is None else f"of {format_size(peak.pool_bytes)}"
-        table.add_row(f"  {peak.kind} (layer group {peak.layer_group})", format_size(peak.peak_bytes), pool)
+    _add_peaks(table, "peak memory" if not totals.tiers else "peak GPU memory", totals.peaks)
+    for tier in totals.tiers[1:]:
+        _add_peaks(table, f"peak {_TIERS[tier.tier]} memory", tier.peaks)
+    if totals.tiers:
+        _add_moved(table, totals)
     if interval:
         _add_snapshots(table, totals)
     console = Console()
@@ -73,23 +77,24 @@ def phase_table(phases: SweepPhases, cells: Sequence[SweptCell]) -> None:
     """Prints the spread over the shifts: of the best cell of each memory size, and of the ceilings."""
     title = "hit rate if all prompts began later, by 0 tokens to a whole interval (in brackets: by how many)"
     table = Table(title=title, caption=_PHASE_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for heading in ("memory", "block", "interval", "now", "worst", "best"):
+    best_of = _best_by_memory(cells)
+    for heading in (*_memory_headings(best_of), "block", "interval", "now", "worst", "best"):
         table.add_column(heading, justify="right")
     of_cell: dict[ReplaySettings, list[PhaseCell]] = {}
     for cell in phases.cells:
         of_cell.setdefault(cell.settings, []).append(cell)
-    for size, best in _best_by_memory(cells).items():
+    for sizes, best in best_of.items():
         shifts = of_cell[best.settings]
         worst, top = (pick(shifts, key=lambda cell: cell.own_hit_rate) for pick in (min, max))
         shape = (str(best.settings.tokens_per_block), str(best.settings.ssm_reuse_interval or "-"))
         shown = (f"{cell.own_hit_rate:.2%} ({cell.shift_tokens:,})" for cell in (worst, top))
-        table.add_row(format_size(size), *shape, f"{shifts[0].own_hit_rate:.2%}", *shown)
+        table.add_row(*_sizes(sizes, best_of), *shape, f"{shifts[0].own_hit_rate:.2%}", *shown)
     table.add_section()
     summaries = [one.summary() for one in phases.ceilings]
     for summary in summaries:
         table.add_row(
             "ceiling",
-            "",
+            *[""] * len(_memory_headings(best_of)),  # under host memory, if any, and block
             str(summary.period_tokens),
             f"{summary.now_rate:.2%}",
             f"{summary.worst_rate:.2%} ({summary.worst_shift_tokens:,})",
@@ -102,29 +107,70 @@ def phase_table(phases: SweepPhases, cells: Sequence[SweptCell]) -> None:
         console.print(f"[bold]warning: the hit rate hangs on the phase {where}.[/bold]", highlight=False)
 
 
+def _memory(settings: ReplaySettings) -> str:
+    lower = {"host": settings.host_memory_bytes, "disk": settings.disk_memory_bytes}
+    shown = [f"{name} {format_size(size)}" for name, size in lower.items() if size]
+    gpu = format_size(settings.gpu_memory_bytes)
+    return ", ".join([f"GPU {gpu}", *shown]) if shown else f"memory {gpu}"
+
+
+def _add_peaks(table: Table, what: str, peaks: Sequence[LayerGroupPeak]) -> None:
+    table.add_row(what, format_size(sum(peak.peak_bytes for peak in peaks)), "")
+    for peak in peaks:
+        pool = "" if peak.pool_bytes is None else f"of {format_size(peak.pool_bytes)}"
+        table.add_row(f"  {peak.kind} (layer group {peak.layer_group})", format_size(peak.peak_bytes), pool)
+
+
+def _add_moved(table: Table, totals: ReplayTotals) -> None:
+    assert totals.moved is not None, "a replay counts moves"
+    sums: dict[str, tuple[int, int]] = {}
+    for each in totals.moved:
+        is_copy = each.source_tier == each.tier
+        where = "within the GPU" if is_copy else f"{_TIERS[each.source_tier]} to {_TIERS[each.tier]}"
+        num_slots, num_bytes = sums.get(what := f"{where}, {each.kind}", (0, 0))
+        sums[what] = num_slots + each.num_slots, num_bytes + each.num_bytes
+    table.add_section()
+    table.add_row("moved or copied", "slots", "bytes")
+    for what, (num_slots, num_bytes) in sums.items():
+        table.add_row(f"  {what}", f"{num_slots:,}", format_size(num_bytes))
+
+
 def sweep_table(title: str, cells: Sequence[SweptCell]) -> None:
     """Prints the best cell of each memory size."""
     best = _best_by_memory(cells)
     table = Table(
         title=escape(f"{title}\nbest of each memory size"), caption=_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False
     )
-    for heading in ("memory", "block", "interval", "usable hit rate", "ceiling"):
+    for heading in (*_memory_headings(best), "block", "interval", "usable hit rate", "ceiling"):
         table.add_column(heading, justify="right")
-    for size, cell in best.items():
+    for sizes, cell in best.items():
         totals, interval = cell.totals, cell.settings.ssm_reuse_interval
         rates = (totals.usable_token_hit_rate, totals.rate(totals.ceiling_hit_tokens))
         shape = (str(cell.settings.tokens_per_block), "-" if interval is None else str(interval))
-        table.add_row(format_size(size), *shape, *(f"{rate:.2%}" for rate in rates))
+        table.add_row(*_sizes(sizes, best), *shape, *(f"{rate:.2%}" for rate in rates))
     Console().print(table)
 
 
-def _best_by_memory(cells: Sequence[SweptCell]) -> dict[int | None, SweptCell]:
-    best: dict[int | None, SweptCell] = {}
+_Sizes = tuple[int | None, int]  # of the GPU, and of the host
+
+
+def _best_by_memory(cells: Sequence[SweptCell]) -> dict[_Sizes, SweptCell]:
+    best: dict[_Sizes, SweptCell] = {}
     for cell in cells:
-        size = cell.settings.gpu_memory_bytes
-        if size not in best or cell.totals.usable_hit_tokens > best[size].totals.usable_hit_tokens:
-            best[size] = cell
+        sizes = cell.settings.gpu_memory_bytes, cell.settings.host_memory_bytes
+        if sizes not in best or cell.totals.usable_hit_tokens > best[sizes].totals.usable_hit_tokens:
+            best[sizes] = cell
     return best
+
+
+def _memory_headings(best: dict[_Sizes, SweptCell]) -> tuple[str, ...]:
+    return ("GPU", "host") if any(host_size for _, host_size in best) else ("memory",)
+
+
+def _sizes(sizes: _Sizes, best: dict[_Sizes, SweptCell]) -> tuple[str, ...]:
+    """Under `_memory_headings`."""
+    gpu_size, host_size = sizes
+    return (format_size(gpu_size), format_size(host_size) if host_size else "-")[: len(_memory_headings(best))]
 
 
 def _tokens(totals: ReplayTotals, tokens: int, bold: bool = False) -> tuple[str, str]:

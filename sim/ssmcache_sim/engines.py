@@ -28,7 +28,7 @@ def parse_pools(text: str) -> Pools:
     return cast(Pools, text)
 
 
-def check_pools(pools: Pools, engine: Engine, ssm_fraction: float | None) -> None:
+def check_pools(pools: Pools, engine: Engine, ssm_fraction: float | None, has_lower_tiers: bool = False) -> None:
     """Errors: UserError for an arena with what only pools have."""
     if pools != "arena":
         return
@@ -36,6 +36,8 @@ def check_pools(pools: Pools, engine: Engine, ssm_fraction: float | None) -> Non
         raise UserError(f"engine: expected auto for an arena, which no manager can replay, got {engine}")
     if ssm_fraction is not None:
         raise UserError(f"ssm_fraction: expected none for an arena, which has no shares, got {ssm_fraction:g}")
+    if has_lower_tiers:
+        raise UserError("host and disk memory: expected none for an arena, which is one tier, got some")
 
 
 def choose_engine(

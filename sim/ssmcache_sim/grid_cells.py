@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssmcache.config import KVCacheManagerConfig
-from ssmcache.layout import LayerGroupKind, layer_groups, split_quota
+from ssmcache.layout import DEFAULT_STEP, LayerGroupKind, layer_groups, split_quota, split_tier
 from ssmcache.pools import UNLIMITED_SLOTS
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.grid import UNLIMITED, StackDistances, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.grid_arena import arena_hits
-from ssmcache_sim.totals import ReplayTotals
+from ssmcache_sim.grid_tiers import tier_hits
+from ssmcache_sim.replay_tiers import tier_names
+from ssmcache_sim.totals import ReplayTotals, TierTotals
 from ssmcache_sim.trace import Trace
 
 EXACT = "exact: default recency, every boundary, and the largest request fits"
@@ -20,10 +22,18 @@ ARENA = "an arena: one budget of bytes that no memory of pools can be; exact for
 
 @dataclass(frozen=True, slots=True)
 class GridCapacity:
-    """What a cell's pools hold beyond what one request takes: blocks of KV, and snapshots (None: no SSM layers)."""
+    """What a cell's pools hold beyond what one request takes: blocks of KV, and snapshots (None: no SSM layers);
+    blocks of the tiers below the GPU.
+    """
 
     blocks: int
     snapshots: int | None
+    lower_blocks: tuple[int, ...] = ()
+
+    @property
+    def all_blocks(self) -> int:
+        """Blocks of all tiers together: what hits is a matter of these alone."""
+        return self.blocks + sum(self.lower_blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +48,8 @@ class ArenaCapacity:
 def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | str:
     """The capacity of a cell for the grid, or why it must be replayed: in plain words, for people.
 
-    A pool of N slots is a stack of N - 1: each request takes one page and one live state more than it leaves.
+    A pool of N slots is a stack of N - 1: each request takes one page and one live state more than it leaves. Below the
+    GPU it is one of N.
     Errors: ValueError if no manager can have this config.
     """
     groups = layer_groups(config)
@@ -50,11 +61,24 @@ def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | 
     if longest // config.tokens_per_block > blocks:
         return f"the largest request ({longest} tokens) does not fit into the KV pool"
     if not config.has_ssm:
-        return GridCapacity(blocks, None)
+        lower = _lower_blocks(config)
+        # a manager does not send more to a tier at once than it has room for: the rest would not reach the tier below
+        if any(longest // config.tokens_per_block > num_blocks for num_blocks in lower[:-1]):
+            return f"the largest request ({longest} tokens) can push out more than the host memory has room for"
+        return GridCapacity(blocks, None, lower)
+    if len(config.cache_tiers) > 1:
+        return "snapshots are read on the tier where they lie: no order of use over all tiers"
     snapshots = _stack(slots[LayerGroupKind.SSM])
     if longest // config.ssm_reuse_interval > snapshots:
         return f"the snapshots of the largest request ({longest} tokens) do not fit into the SSM pool"
     return GridCapacity(blocks, snapshots)
+
+
+def _lower_blocks(config: KVCacheManagerConfig) -> tuple[int, ...]:
+    """Blocks of each tier below the GPU, of attention alone."""
+    groups, step = layer_groups(config), config.typical_step or DEFAULT_STEP
+    lower = enumerate(config.cache_tiers[1:], 1)
+    return tuple(split_tier(groups, config, tier, tier_config.quota, step, 1)[0] for tier, tier_config in lower)
 
 
 def _stack(num_slots: int) -> int:
@@ -86,7 +110,7 @@ def arena_capacity(trace: Trace, config: KVCacheManagerConfig) -> ArenaCapacity:
 def grid_totals(
     trace: Trace, cells: Sequence[tuple[KVCacheManagerConfig, GridCapacity | ArenaCapacity]]
 ) -> list[ReplayTotals]:
-    """Token totals of each cell, from one pass over the trace. A grid counts no snapshots and no peak memory."""
+    """Token totals of each cell, from one pass over the trace. A grid counts no snapshots, peak memory or moves."""
     sizes = {config.tokens_per_block for config, _ in cells}
     sizes |= {config.ssm_reuse_interval for config, _ in cells if config.has_ssm}
     distances = stack_distances(trace, sizes)
@@ -97,17 +121,19 @@ def grid_totals(
     for indices in alike.values():
         config = cells[indices[0]][0]
         *hits, unlimited = _hits_of_shape(distances, config, [cells[index][1] for index in indices])
-        totals.update((index, _totals(trace, one, unlimited)) for index, one in zip(indices, hits, strict=True))
+        for index, one in zip(indices, hits, strict=True):
+            totals[index] = _totals(trace, cells[index][0], one, unlimited)
     return [totals[index] for index in range(len(cells))]
 
 
 @dataclass(frozen=True, slots=True)
 class _Hits:
-    """Tokens: KV there; KV there down to a boundary in each request; KV and snapshot there."""
+    """Tokens: KV there; KV there down to a boundary in each request; KV and snapshot there, and by tier if several."""
 
     attention: int
     aligned: int
     usable: int
+    by_tier: tuple[int, ...] = ()
 
 
 def _shape(config: KVCacheManagerConfig, capacity: GridCapacity | ArenaCapacity) -> tuple[object, ...]:
@@ -146,13 +172,18 @@ def _pool_hits(distances: StackDistances, config: KVCacheManagerConfig, pools: S
         plane = np.repeat(kv_hits[:, np.newaxis], len(snapshots), axis=1)
     hits = []
     for pool in (*pools, GridCapacity(UNLIMITED, UNLIMITED)):
+        if pool.lower_blocks:
+            by_tier = tier_hits(distances, block, (pool.blocks, *pool.lower_blocks)).hit_tokens
+            hits.append(_Hits(*(sum(by_tier),) * 3, by_tier))
+            continue
         row, column = blocks.index(pool.blocks), snapshots.index(pool.snapshots or 0)
         # with all snapshots, what is lost of the KV that is there is lost to the interval
         hits.append(_Hits(int(kv_hits[row]), int(plane[row, -1]), int(plane[row, column])))
     return hits
 
 
-def _totals(trace: Trace, hits: _Hits, unlimited: _Hits) -> ReplayTotals:
+def _totals(trace: Trace, config: KVCacheManagerConfig, hits: _Hits, unlimited: _Hits) -> ReplayTotals:
+    names = tier_names(config) if hits.by_tier else ()
     return ReplayTotals(
         requests=trace.num_requests,
         too_large_requests=0,
@@ -167,4 +198,6 @@ def _totals(trace: Trace, hits: _Hits, unlimited: _Hits) -> ReplayTotals:
         lost_snapshot_tokens=hits.aligned - hits.usable,
         snapshots=None,
         peaks=(),
+        tiers=tuple(TierTotals(name, tokens, ()) for name, tokens in zip(names, hits.by_tier, strict=True)),
+        moved=None if names else (),
     )

@@ -48,7 +48,7 @@ def hit_depths(
     # on adds the blocks of one period
     blocks_later = distances.later_of(tokens_per_block)
     blocks_later = blocks_later + first * factor // block_factor - distances.start // block_factor
-    fits = (capacity.blocks - blocks_later) // (factor // block_factor)
+    fits = (capacity.all_blocks - blocks_later) // (factor // block_factor)
     if ssm_reuse_interval is not None:
         assert capacity.snapshots is not None
         fits = np.minimum(fits, capacity.snapshots - distances.later_of(ssm_reuse_interval))

@@ -122,6 +122,6 @@ def _own_hits(distances: StackDistances, block: int, interval: int | None, capac
 
 def _hits(distances: StackDistances, block: int, interval: int | None, capacity: GridCapacity) -> int:
     if interval is None:
-        return int(attention_hits(distances, block, [capacity.blocks])[0])
+        return int(attention_hits(distances, block, [capacity.all_blocks])[0])
     assert capacity.snapshots is not None
     return int(hybrid_hits(distances, block, interval, [capacity.blocks], [capacity.snapshots])[0, 0])

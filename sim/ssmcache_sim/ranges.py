@@ -6,7 +6,7 @@ logarithmic axis, both ends included.
 """
 
 from ssmcache_sim.errors import SizeError
-from ssmcache_sim.sizes import parse_size
+from ssmcache_sim.sizes import parse_size, parse_tier_size
 
 _MAX_VALUES = 10_000
 
@@ -42,6 +42,20 @@ def parse_size_values(text: str, what: str) -> tuple[int | None, ...]:
             values.extend(_log_spaced(item, parts, what))
         else:
             raise SizeError(f"{what}: expected a list (10GiB,40GiB) or a range (5GiB:80GiB:8), got {item.strip()!r}")
+    return tuple(dict.fromkeys(values))
+
+
+def parse_tier_size_values(text: str, what: str) -> tuple[int, ...]:
+    """Bytes of a tier below the GPU, of a list such as `0,40GiB` or `40GiB:320GiB:4`; 0: no such tier.
+
+    Errors: SizeError naming `what`, also for `unlimited`.
+    """
+    values: list[int] = []
+    for item in text.split(","):
+        if ":" in item:
+            values.extend(size for size in parse_size_values(item, what) if size is not None)
+        else:
+            values.append(parse_tier_size(item, what))
     return tuple(dict.fromkeys(values))
 
 

@@ -7,6 +7,7 @@ token more, its snapshots reserved, the prompt committed, closed.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,16 +17,16 @@ from ssmcache import (
     KVCache,
     KVCacheManager,
     KVCacheManagerConfig,
-    LayerGroupUsage,
     ReuseMatch,
     SimulatedMemory,
 )
 from ssmcache_sim.ceilings import Ceilings, infinite_cache
 from ssmcache_sim.errors import MemoryTooSmallError
 from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
+from ssmcache_sim.replay_tiers import TierTokens, check_lower_tiers, moved_slots, peak, tier_totals, tokens_by_tier
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.sizes import format_size
-from ssmcache_sim.totals import LayerGroupPeak, ReplayTotals, SnapshotCounts
+from ssmcache_sim.totals import ReplayTotals, SnapshotCounts
 from ssmcache_sim.trace import Int64Array, Trace
 
 _REQUESTS_PER_PROGRESS = 256
@@ -47,7 +48,9 @@ class ReplayResult:
         lost_alignment: KV present beyond the last multiple of the interval.
         lost_snapshot: the rest: KV present, but no snapshot at a usable position.
         too_large: [num_requests] bool, did not fit into the memory even alone: served without the cache, no hits.
-        used_bytes: [num_layer_groups, num_requests] memory in use after each request.
+        used_bytes: [num_layer_groups, num_requests] GPU memory in use after each request.
+        usable_by_tier: [num_tiers, num_requests] of `usable`, by the tier where the pages lay when the request came
+            (without attention layers: where the state lay).
         phase: the ceilings of the same prompts, shifted against blocks and interval.
     """
 
@@ -62,6 +65,7 @@ class ReplayResult:
     lost_snapshot: Int64Array
     too_large: np.ndarray[tuple[int], np.dtype[np.bool_]]
     used_bytes: np.ndarray[tuple[int, int], np.dtype[np.int64]]
+    usable_by_tier: TierTokens
     phase: PhaseCeilings
     totals: ReplayTotals
 
@@ -83,17 +87,20 @@ def replay(
     recorded, trace = trace, trace.with_block(config.tokens_per_block)
     check_memory(trace, config)
     manager = KVCacheManager(config, memory=SimulatedMemory())
-    matches, used_slots = _serve_all(trace, manager, _committer(config, prefill), progress)
+    served = _serve_all(trace, manager, _committer(config, prefill), progress)
     too_large = np.zeros(trace.num_requests, dtype=np.bool_)
     if manager.max_capacity is not None:
         too_large = trace.prompt_tokens + 1 > manager.max_capacity
     ceilings = infinite_cache(trace, config.ssm_reuse_interval if config.has_ssm else None)
     phase = phase_ceilings(recorded, config.ssm_reuse_interval if config.has_ssm else config.tokens_per_block)
-    return _account(trace, config, ceilings, phase, matches, too_large, used_slots, manager)
+    return _account(trace, config, ceilings, phase, served, too_large, manager)
 
 
 def check_memory(trace: Trace, config: KVCacheManagerConfig) -> None:
-    """Errors: MemoryTooSmallError, naming the least memory that would do, when not even the shortest prompt fits."""
+    """Errors: MemoryTooSmallError, naming the least memory that would do, when not even the shortest prompt fits on the
+    GPU, or a tier below it holds nothing.
+    """
+    check_lower_tiers(config)
     quota = config.cache_tiers[0].quota
     if quota is None:
         return
@@ -150,12 +157,21 @@ def _commit_chunks(kv: KVCache, prompt: BlockKeys) -> None:
         kv.commit(prompt[kv.num_committed_tokens :])
 
 
+class _Served(NamedTuple):
+    """What became of the requests: by request what was found, and on which tiers (empty with the GPU alone, or where
+    nothing was); by layer group the GPU slots in use after each request.
+    """
+
+    matches: list[ReuseMatch]
+    by_tier: list[tuple[int, ...]]
+    used_slots: list[list[int]]
+
+
 def _serve_all(
     trace: Trace, manager: KVCacheManager, commit: _Commit, progress: Callable[[int], None] | None
-) -> tuple[list[ReuseMatch], list[list[int]]]:
-    """Matches by request, and slots in use after each request by layer group."""
-    matches: list[ReuseMatch] = []
-    used_slots: list[list[int]] = [[] for _ in manager.layer_grouping]
+) -> _Served:
+    served = _Served([], [], [[] for _ in manager.layer_grouping])
+    matches, by_tier, used_slots = served
     recorders = [(slots.append, group) for group, slots in enumerate(used_slots)]
     capacity = manager.max_capacity
     create, used = manager.create_kv_cache, manager.used_slots
@@ -163,12 +179,14 @@ def _serve_all(
         needed = prompt.stop + 1
         if capacity is not None and needed > capacity:
             matches.append(_NO_MATCH)
+            by_tier.append(())
         else:
             kv = create(prompt[:-1], id=index)
             if not (kv.resume() and kv.resize(needed)):
                 # one request at a time and room for it alone: the manager is wrong, not the user
                 raise RuntimeError(f"request {index} of {needed} tokens fits {capacity}, but: {kv.shortage}")
             matches.append(kv.reuse_match)
+            by_tier.append(kv.usable_tokens_by_tier)
             commit(kv, prompt)
             kv.close()
         for record, group in recorders:
@@ -177,7 +195,7 @@ def _serve_all(
             progress(index)
     if progress is not None:
         progress(trace.num_requests)
-    return matches, used_slots
+    return served
 
 
 def _account(
@@ -185,15 +203,14 @@ def _account(
     config: KVCacheManagerConfig,
     ceilings: Ceilings,
     phase: PhaseCeilings,
-    matches: list[ReuseMatch],
+    served: _Served,
     too_large: np.ndarray[tuple[int], np.dtype[np.bool_]],
-    used_slots: list[list[int]],
     manager: KVCacheManager,
 ) -> ReplayResult:
     """Splits every token below the KV ceiling into hit and lost, and sums up."""
     block = trace.tokens_per_block
     # a match may end inside a block whose last token must be computed; the figures count full blocks
-    tree, attention, usable = (np.array(matches, dtype=np.int64) // block * block).T.copy()
+    tree, attention, usable = (np.array(served.matches, dtype=np.int64) // block * block).T.copy()
     if not config.has_attention:
         attention = ceilings.kv_tokens  # without attention layers no KV can be missing
     interval = config.ssm_reuse_interval if config.has_ssm else 1
@@ -204,6 +221,8 @@ def _account(
     for lost in (lost_evicted, lost_alignment, lost_snapshot):
         assert (lost >= 0).all(), f"request {int(np.argmin(lost))} hits more than it can: {int(lost.min())}"
     assert (usable + lost_evicted + lost_alignment + lost_snapshot == ceilings.kv_tokens).all()
+    num_tiers = len(config.cache_tiers)
+    by_tier = usable[np.newaxis] if num_tiers == 1 else tokens_by_tier(served.by_tier, num_tiers, usable)
     groups = manager.memory_usage().groups
     slot_bytes = np.array([group.slot_bytes for group in groups], dtype=np.int64)
     totals = ReplayTotals(
@@ -219,7 +238,9 @@ def _account(
         lost_alignment_tokens=int(lost_alignment.sum()),
         lost_snapshot_tokens=int(lost_snapshot.sum()),
         snapshots=_snapshot_counts(manager),
-        peaks=tuple(map(_peak, groups)),
+        peaks=tuple(map(peak, groups)),
+        tiers=tier_totals(manager, by_tier),
+        moved=moved_slots(manager),
     )
     return ReplayResult(
         trace=trace,
@@ -232,15 +253,11 @@ def _account(
         lost_alignment=lost_alignment,
         lost_snapshot=lost_snapshot,
         too_large=too_large,
-        used_bytes=np.array(used_slots, dtype=np.int64) * slot_bytes[:, np.newaxis],
+        used_bytes=np.array(served.used_slots, dtype=np.int64) * slot_bytes[:, np.newaxis],
+        usable_by_tier=by_tier,
         phase=phase,
         totals=totals,
     )
-
-
-def _peak(group: LayerGroupUsage) -> LayerGroupPeak:
-    num_bytes = None if group.num_slots is None else group.num_slots * group.slot_bytes
-    return LayerGroupPeak(group.layer_group, group.kind, group.peak_slots * group.slot_bytes, num_bytes)
 
 
 def _snapshot_counts(manager: KVCacheManager) -> SnapshotCounts:

@@ -10,7 +10,9 @@ from ssmcache_sim.totals import ReplayTotals
 def replay_body(run: ReplayRun) -> Markup:
     """Headline numbers, where the tokens went, memory and snapshots, phase."""
     totals, settings = run.totals, run.manifest["settings"]
-    memory = format_size(settings["gpu_memory_bytes"])
+    lower = {"host": settings["host_memory_bytes"], "disk": settings["disk_memory_bytes"]}
+    tiers = "".join(f", {name} {format_size(size)}" for name, size in lower.items() if size)
+    memory = f"{format_size(settings['gpu_memory_bytes'])}{tiers}"
     interval = settings["ssm_reuse_interval"]
     shape = f"block {settings['tokens_per_block']}, " + (f"interval {interval}" if interval else "no SSM layers")
     usable = number(
@@ -25,7 +27,7 @@ def replay_body(run: ReplayRun) -> Markup:
         f'<div class="numbers">{usable}{ceiling}{kv_ceiling}{too_large}</div>'
         + section("Where the prompt tokens went", _tokens(totals))
         + section("Phase", phase_text(run.phase.summary()))
-        + section("Memory and snapshots", _memory(totals) + _snapshots(totals))
+        + section("Memory and snapshots", _memory(totals) + _moved(totals) + _snapshots(totals))
     )
 
 
@@ -44,6 +46,7 @@ def phase_text(phase: PhaseSummary) -> Markup:
 def _tokens(totals: ReplayTotals) -> Markup:
     rows = (
         (term("usable", "usable hit"), totals.usable_hit_tokens),
+        *((text(f"of these, pages on: {tier.tier}"), tier.usable_hit_tokens) for tier in totals.tiers),
         (term("attention", "KV present"), totals.attention_hit_tokens),
         (term("tree", "prefix known"), totals.tree_hit_tokens),
         (term("ceiling", "ceiling at this interval"), totals.ceiling_hit_tokens),
@@ -58,15 +61,26 @@ def _tokens(totals: ReplayTotals) -> Markup:
 
 
 def _memory(totals: ReplayTotals) -> Markup:
+    by_tier = [(f"{tier.tier}: ", tier.peaks) for tier in totals.tiers] or [("", totals.peaks)]
     rows = [
         (
-            text(f"{peak.kind} (layer group {peak.layer_group})"),
+            text(f"{name}{peak.kind} (layer group {peak.layer_group})"),
             format_size(peak.peak_bytes),
             format_size(peak.pool_bytes),
         )
-        for peak in totals.peaks
+        for name, peaks in by_tier
+        for peak in peaks
     ]
     return table("Most memory in use at once, and the memory there is", ("pool", "peak", "size"), rows)
+
+
+def _moved(totals: ReplayTotals) -> Markup:
+    """What went between the tiers, or nothing with the GPU alone."""
+    rows = [
+        (text(f"{each.source_tier} to {each.tier}: {each.kind}"), f"{each.num_slots:,}", format_size(each.num_bytes))
+        for each in totals.moved or ()
+    ]
+    return table("Moved between tiers, or copied within the GPU", ("", "slots", "bytes"), rows) if rows else ""
 
 
 def _snapshots(totals: ReplayTotals) -> Markup:

@@ -20,6 +20,7 @@ from ssmcache_sim.picture_parts import (
 )
 from ssmcache_sim.results import ReplayRun
 from ssmcache_sim.sizes import format_size
+from ssmcache_sim.tier_pictures import hit_parts
 
 _MS_PER_MINUTE = 60_000
 _TIME_BINS = 40
@@ -34,8 +35,12 @@ def replay_figures(run: ReplayRun) -> Iterator[tuple[str, Figure]]:
     settings = run.manifest["settings"]
     interval = settings["ssm_reuse_interval"]
     shape = f"block {settings['tokens_per_block']}" + ("" if interval is None else f", interval {interval}")
-    what = f"{trace_and_model(run.manifest)}\n{shape}, memory {format_size(settings['gpu_memory_bytes'])}"
-    yield "memory_over_time", memory_over_time(run, f"Cache memory over time\n{what}")
+    lower = {"host": settings["host_memory_bytes"], "disk": settings["disk_memory_bytes"]}
+    tiers = "".join(f", {name} {format_size(size)}" for name, size in lower.items() if size)
+    memory = f"{'GPU' if tiers else 'memory'} {format_size(settings['gpu_memory_bytes'])}{tiers}"
+    what = f"{trace_and_model(run.manifest)}\n{shape}, {memory}"
+    whose = "GPU memory of the cache" if tiers else "Cache memory"
+    yield "memory_over_time", memory_over_time(run, f"{whose} over time\n{what}")
     yield "lost_tokens_over_time", lost_tokens_over_time(run, f"Prompt tokens: hit, lost and new\n{what}")
     yield "hit_depth", hit_depth(run, f"Hit depth of each request\n{what}")
     yield (
@@ -72,7 +77,8 @@ def lost_tokens_over_time(run: ReplayRun, title: str) -> Figure:
     base = np.zeros(_TIME_BINS)
     prompt_tokens = run.totals.prompt_tokens
     new_tokens = floats(run.per_request, "prompt_tokens") - floats(run.per_request, "kv_ceiling_hit_tokens")
-    parts = [(floats(run.per_request, column), name, colour) for column, name, colour in FATES]
+    fates = [*hit_parts(run.per_request), *FATES[1:]]
+    parts = [(floats(run.per_request, column), name, colour) for column, name, colour in fates]
     for tokens, name, colour in [*parts, (new_tokens, "new: above the KV ceiling", _NEW_COLOUR)]:
         millions = np.histogram(minutes, edges, weights=tokens)[0] / 1e6
         label = f"{name} ({tokens.sum() / prompt_tokens:.2%})"

@@ -88,8 +88,15 @@ def write_replay(folder: Path, result: ReplayResult, manifest: dict[str, Any], t
 
 
 def per_request_columns(result: ReplayResult) -> dict[str, np.ndarray[Any, Any]]:
-    """One entry a request for each column, units in the names. Memory is what was in use after the request."""
+    """One entry a request for each column, units in the names. Memory is what was in use on the GPU after the request.
+
+    With several tiers the usable hits are split by them, too.
+    """
     trace = result.trace
+    by_tier = {
+        f"usable_hit_tokens_{tier.tier}": tokens
+        for tier, tokens in zip(result.totals.tiers, result.usable_by_tier, strict=False)  # none with the GPU alone
+    }
     used = {
         f"used_bytes_{peak.kind}_{peak.layer_group}": used_bytes
         for peak, used_bytes in zip(result.totals.peaks, result.used_bytes, strict=True)
@@ -102,6 +109,7 @@ def per_request_columns(result: ReplayResult) -> dict[str, np.ndarray[Any, Any]]
         "tree_hit_tokens": result.tree,
         "attention_hit_tokens": result.attention,
         "usable_hit_tokens": result.usable,
+        **by_tier,
         "kv_ceiling_hit_tokens": result.kv_ceiling,
         "ceiling_hit_tokens": result.ceiling,
         "lost_evicted_tokens": result.lost_evicted,

@@ -3,11 +3,21 @@
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-from ssmcache.config import DEFAULT_SSM_REUSE_INTERVAL, GpuCacheTierConfig, KVCacheManagerConfig
+from ssmcache.config import (
+    DEFAULT_SSM_REUSE_INTERVAL,
+    CacheTierConfig,
+    DiskCacheTierConfig,
+    GpuCacheTierConfig,
+    HostCacheTierConfig,
+    KVCacheManagerConfig,
+)
 from ssmcache.models import ModelSpec, dtype_name
 from ssmcache_sim.errors import SettingsError
+from ssmcache_sim.sizes import format_size
 
 Prefill = Literal["reserved", "chunked"]
+# a disk tier has to have a path, but a simulated one has no files
+_SIMULATED_DISK = "simulated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +28,11 @@ class ReplaySettings:
         model: name of the model, for titles and manifests.
         ssm_reuse_interval: tokens between snapshots; None for a model without SSM layers.
         gpu_memory_bytes: for the cache; None: unlimited.
+        host_memory_bytes, disk_memory_bytes: for what the tiers above have no room for; 0: no such tier.
         ssm_fraction: share of the memory that goes to SSM slots; None: the manager's rule.
         kv_dtype, state_dtype: of KV and of SSM states.
         prefill: how snapshots inside a prompt are made: slots reserved ahead and one commit, or one commit a chunk.
+        disk_path: directory for the files of the disk tier; None where none was named. A simulated disk has no files.
     """
 
     model: str
@@ -31,6 +43,9 @@ class ReplaySettings:
     kv_dtype: str
     state_dtype: str
     prefill: Prefill
+    host_memory_bytes: int = 0
+    disk_memory_bytes: int = 0
+    disk_path: str | None = None
 
 
 def parse_prefill(text: str) -> Prefill:
@@ -50,6 +65,9 @@ def make_settings(
     kv_dtype: str | None = None,
     state_dtype: str | None = None,
     prefill: Prefill = "reserved",
+    host_memory_bytes: int = 0,
+    disk_memory_bytes: int = 0,
+    disk_path: str | None = None,
 ) -> ReplaySettings:
     """Settings with the defaults of the model filled in, and without an interval where the model has no SSM layers.
 
@@ -72,6 +90,9 @@ def make_settings(
         kv_dtype=dtype_name(kv_dtype or model.kv_dtype),
         state_dtype=dtype_name(state_dtype or model.state_dtype),
         prefill=prefill,
+        host_memory_bytes=host_memory_bytes,
+        disk_memory_bytes=disk_memory_bytes,
+        disk_path=disk_path,
     )
 
 
@@ -85,9 +106,25 @@ def build_config(model: ModelSpec, settings: ReplaySettings) -> KVCacheManagerCo
         return KVCacheManagerConfig(
             tokens_per_block=settings.tokens_per_block,
             layers=model.cache_layers(settings.tokens_per_block, settings.kv_dtype, settings.state_dtype),
-            cache_tiers=(GpuCacheTierConfig(quota=settings.gpu_memory_bytes),),
+            cache_tiers=_tiers(settings),
             ssm_reuse_interval=interval,
             ssm_fraction=settings.ssm_fraction,
         )
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def _tiers(settings: ReplaySettings) -> tuple[CacheTierConfig, ...]:
+    """Errors: SettingsError for tiers that could never be used."""
+    sizes = {"host": settings.host_memory_bytes, "disk": settings.disk_memory_bytes}
+    if settings.gpu_memory_bytes is None and any(sizes.values()):
+        name, size = next((name, size) for name, size in sizes.items() if size)
+        raise SettingsError(f"{name} memory: expected none below unlimited GPU memory, got {format_size(size)}")
+    tiers: list[CacheTierConfig] = [GpuCacheTierConfig(quota=settings.gpu_memory_bytes)]
+    if settings.host_memory_bytes:
+        tiers.append(HostCacheTierConfig(quota=settings.host_memory_bytes))
+    if settings.disk_memory_bytes:
+        tiers.append(DiskCacheTierConfig(settings.disk_memory_bytes, settings.disk_path or _SIMULATED_DISK))
+    elif settings.disk_path is not None:
+        raise SettingsError(f"disk path: expected a size of the disk tier beside it, got {settings.disk_path!r} alone")
+    return tuple(tiers)

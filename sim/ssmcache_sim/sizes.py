@@ -11,7 +11,8 @@ _BYTES_PER_UNIT = {
     **{unit.lower(): 1024**power for power, unit in enumerate(_BINARY_UNITS)},
     **{unit.lower(): 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB", "PB"))},
 }
-_EXPECTED = "a size such as 40GiB, 1.5TB, 512MB, a number of bytes, or unlimited"
+_EXPECTED_LIMITED = "a size such as 40GiB, 1.5TB, 512MB, a number of bytes"
+_EXPECTED = f"{_EXPECTED_LIMITED}, or unlimited"
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)", re.ASCII)
 _MAX_BYTES = 1 << 62  # products of sizes and counts must stay within 64 bits
 
@@ -21,16 +22,28 @@ def parse_size(text: str) -> int | None:
 
     Errors: SizeError unless it is a known unit and at least one byte.
     """
-    stripped = text.strip()
-    if stripped.lower() == UNLIMITED:
+    if text.strip().lower() == UNLIMITED:
         return None
+    return _parse_bytes(text, "memory size", _EXPECTED)
+
+
+def parse_tier_size(text: str, what: str) -> int:
+    """Bytes of a tier below the GPU; 0 where it is written as 0: no such tier.
+
+    Errors: SizeError naming `what`, also for `unlimited`: only the GPU can be.
+    """
+    return 0 if text.strip() == "0" else _parse_bytes(text, what, f"{_EXPECTED_LIMITED}, or 0 for none")
+
+
+def _parse_bytes(text: str, what: str, expected: str) -> int:
+    stripped = text.strip()
     match = _SIZE.fullmatch(stripped)
     unit = (match.group(2).lower() or "b") if match else ""
     if match is None or unit not in _BYTES_PER_UNIT:
-        raise SizeError(f"memory size: expected {_EXPECTED}, got {text!r}")
+        raise SizeError(f"{what}: expected {expected}, got {text!r}")
     num_bytes = int(Decimal(match.group(1)) * _BYTES_PER_UNIT[unit])
     if not 1 <= num_bytes <= _MAX_BYTES:
-        raise SizeError(f"memory size: expected between 1 byte and {format_size(_MAX_BYTES)}, got {text!r}")
+        raise SizeError(f"{what}: expected between 1 byte and {format_size(_MAX_BYTES)}, got {text!r}")
     return num_bytes
 
 

@@ -32,7 +32,7 @@ from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
 
 _CELLS = "cells"
-_CELL_FORMAT = 1  # raised when a cell's file, or what a replay counts, changes
+_CELL_FORMAT = 2  # raised when a cell's file, or what a replay counts, changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class SweepSpec:
     engine: Engine = "auto"
     reading: ReadOptions | None = None
     pools: Pools = "separate"
+    host_memory_bytes: tuple[int, ...] = (0,)
+    disk_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,9 @@ class PlannedCell:
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """All cells in order of block, interval, memory (unlimited last); those finished already are marked."""
+    """All cells in order of block, interval, GPU memory (unlimited last), host memory; those finished already are
+    marked.
+    """
 
     cells: tuple[PlannedCell, ...]
     skipped: tuple[SkippedCell, ...]
@@ -100,7 +104,8 @@ def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path)
 
     Errors: UserError for an arena with what only pools have, and with the first reason when no combination is possible.
     """
-    check_pools(spec.pools, spec.engine, spec.ssm_fraction)
+    has_lower_tiers = any(spec.host_memory_bytes) or spec.disk_memory_bytes > 0
+    check_pools(spec.pools, spec.engine, spec.ssm_fraction, has_lower_tiers)
     cells: list[PlannedCell] = []
     skipped: list[SkippedCell] = []
     in_block = cache(trace.with_block)  # many cells share a block size
@@ -163,7 +168,7 @@ def _combinations(spec: SweepSpec, model: ModelSpec) -> Iterator[ReplaySettings]
     # without SSM layers the interval changes nothing: one cell for all of them
     intervals = sorted(spec.ssm_reuse_intervals) if model.num_ssm_layers else [None]
     sizes = sorted(spec.gpu_memory_bytes, key=lambda size: (size is None, size or 0))
-    for block, interval, size in product(blocks, intervals, sizes):
+    for block, interval, size, host_size in product(blocks, intervals, sizes, sorted(spec.host_memory_bytes)):
         yield make_settings(
             model,
             block,
@@ -173,6 +178,8 @@ def _combinations(spec: SweepSpec, model: ModelSpec) -> Iterator[ReplaySettings]
             kv_dtype=spec.kv_dtype,
             state_dtype=spec.state_dtype,
             prefill=spec.prefill,
+            host_memory_bytes=host_size,
+            disk_memory_bytes=spec.disk_memory_bytes,
         )
 
 

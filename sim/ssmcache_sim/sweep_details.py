@@ -76,6 +76,7 @@ def write_details(
             planes, divided = _plane_rows(trace, distances, shape)
             rows[PLANES] += planes
             rows[SPLITS] += divided
+        # with the GPU alone, also where the sweep has other tiers
         rows[EXPLORER] = [_explorer_row(*cell) for cell in explorer_cells(spec, trace, model)]
     if phases is not None:
         rows[PHASES] = [_phase_row(cell) for cell in phases.cells]
@@ -182,7 +183,7 @@ def _depth_rows(trace: Trace, distances: StackDistances, planned: PlannedCell) -
 
 
 def _varied(settings: ReplaySettings) -> Row:
-    names = ("tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes")
+    names = ("tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes", "host_memory_bytes", "disk_memory_bytes")
     return {name: getattr(settings, name) for name in names}
 
 

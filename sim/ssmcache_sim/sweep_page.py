@@ -33,7 +33,7 @@ def sweep_body(run: SweepRun) -> Markup:
     """Headline numbers, explorer, tables."""
     cells = _records(run.cells)
     best = max(cells, key=_usable)
-    size = format_size(best["gpu_memory_bytes"])
+    size = _memory(best)
     interval = f"interval {best['ssm_reuse_interval']}" if best["ssm_reuse_interval"] else "no SSM layers"
     usable = number(
         term("usable", "best usable token hit rate"),
@@ -57,7 +57,11 @@ def _explorer(run: SweepRun, best: Row) -> Markup:
     """Controls, an empty chart, and the cells that the script draws from."""
     wider = run.details.explorer
     swept = _records(run.cells)
-    explored = swept if wider is None else _records(wider) + [cell for cell in swept if cell["engine"] == "replay"]
+    alone = [cell for cell in swept if not (cell["host_memory_bytes"] or cell["disk_memory_bytes"])]
+    replayed = [cell for cell in alone if cell["engine"] == "replay"]
+    explored = alone if wider is None else _records(wider) + replayed
+    if not explored:
+        return '<p class="soft">No cells of the GPU alone: see the tables and pictures.</p>'
     start = {
         "model": str(best["model"]),
         "block": str(best["tokens_per_block"]),
@@ -77,6 +81,8 @@ def _explorer(run: SweepRun, best: Row) -> Markup:
         else "All presets, at the memory sizes of the sweep and sizes in between, where the one-pass grid is exact; "
         "and the cells of the sweep that were replayed."
     )
+    if len(alone) < len(swept):
+        scope = f"With the GPU alone, without host memory and disk. {scope}"
     rows = "".join(
         f'<tr><th scope="row">{swatch}{name}</th><td data-tokens="{part}"></td><td data-rate="{part}"></td></tr>'
         for part, swatch, name in (
@@ -96,13 +102,13 @@ def _swatch(name: str) -> Markup:
 
 
 def _best_of_each_memory(cells: Sequence[Row]) -> Markup:
-    by_memory: dict[int | None, list[Row]] = {}
+    by_memory: dict[tuple[float, int], list[Row]] = {}
     for cell in cells:
-        by_memory.setdefault(cell["gpu_memory_bytes"], []).append(cell)
-    best = (max(of_size, key=_usable) for _, of_size in sorted(by_memory.items(), key=lambda item: item[0] or math.inf))
+        by_memory.setdefault((cell["gpu_memory_bytes"] or math.inf, cell["host_memory_bytes"]), []).append(cell)
+    best = (max(of_size, key=_usable) for _, of_size in sorted(by_memory.items()))
     rows = [
         (
-            format_size(cell["gpu_memory_bytes"]),
+            _memory(cell),
             *_shape(cell),
             percent(cell["usable_token_hit_rate"]),
             percent(cell["ceiling_token_hit_rate"]),
@@ -122,7 +128,7 @@ def _all_cells(cells: Sequence[Row]) -> Markup:
     rows = [
         (
             *_shape(cell),
-            format_size(cell["gpu_memory_bytes"]),
+            _memory(cell),
             *(percent(cell[name]) for name in rates),
             *(percent(cell[name] / cell["prompt_tokens"]) for name in lost),
             text(cell["engine"]),
@@ -170,7 +176,7 @@ def _phases(run: SweepRun) -> Markup:
 def _phase_rows(phases: Sequence[Row]) -> list[tuple[Markup, ...]]:
     of_cell: dict[tuple[Markup, ...], list[Row]] = {}
     for row in phases:  # of each cell in the order of its shifts, that of 0 first
-        of_cell.setdefault((*_shape(row), format_size(row["gpu_memory_bytes"])), []).append(row)
+        of_cell.setdefault((*_shape(row), _memory(row)), []).append(row)
     rows = []
     for names, shifts in of_cell.items():
         worst, best = (pick(shifts, key=lambda row: row["own_hit_rate"]) for pick in (min, max))
@@ -193,6 +199,13 @@ def _records(frame: pd.DataFrame) -> list[Row]:
 def _usable(cell: Row) -> float:
     rate: float = cell["usable_token_hit_rate"]
     return rate
+
+
+def _memory(cell: Row) -> Markup:
+    """The GPU's, and that of the tiers below it."""
+    lower = {"host": cell["host_memory_bytes"], "disk": cell["disk_memory_bytes"]}
+    shown = [f"{name} {format_size(size)}" for name, size in lower.items() if size]
+    return text(", ".join([format_size(cell["gpu_memory_bytes"]), *shown]))
 
 
 def _shape(cell: Row) -> tuple[Markup, Markup]:

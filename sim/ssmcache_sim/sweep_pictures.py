@@ -1,6 +1,7 @@
 """Pictures of a sweep: hit rates against memory, heat map, lost tokens, how to split memory, hit depth, phases."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import matplotlib as mpl
@@ -29,12 +30,23 @@ from ssmcache_sim.picture_parts import (
     stack_bars,
     trace_and_model,
 )
+from ssmcache_sim.sweep_details import SweepDetails
 from ssmcache_sim.sweep_results import SweepRun
+from ssmcache_sim.tier_pictures import at_largest_host, has_tiers, hit_rate_by_tier
 
 
 def sweep_figures(run: SweepRun) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) pairs: some for each block size, and those of all block sizes together."""
+    """(name, figure) pairs: some for each block size, and those of all block sizes together.
+
+    With other tiers than the GPU there are hits by tier against host memory; all others show the most host memory.
+    """
     what = trace_and_model(run.manifest)
+    if has_tiers(run.cells):
+        for block, cells in groups(run.cells, "tokens_per_block"):
+            title = f"Usable token hit rate by tier against host memory\n{what}, blocks of {block} tokens"
+            yield f"hit_rate_by_tier_block_{block}", hit_rate_by_tier(cells, title)
+        shown, lower = at_largest_host(run.cells)
+        run, what = replace(run, cells=shown, details=_at_host_of(shown, run.details)), f"{what}, {lower}"
     for block, cells in groups(run.cells, "tokens_per_block"):
         shape = f"{what}, blocks of {block} tokens"
         if cells["gpu_memory_bytes"].notna().any():
@@ -48,6 +60,16 @@ def sweep_figures(run: SweepRun) -> Iterator[tuple[str, Figure]]:
             "heat_map",
             interval_heat_map(run.cells, memory, f"Usable token hit rate at {memory_name(memory)}\n{what}"),
         )
+
+
+def _at_host_of(cells: pd.DataFrame, details: SweepDetails) -> SweepDetails:
+    """The details of these cells; how to divide a memory is told for the GPU alone."""
+    most = cells["host_memory_bytes"].max()
+    depths, phases = (
+        None if frame is None else frame[frame["host_memory_bytes"] == most]
+        for frame in (details.hit_depths, details.phases)
+    )
+    return replace(details, planes=None, splits=None, hit_depths=depths, phases=phases)
 
 
 def _detail_figures(run: SweepRun, block: int | None, shape: str) -> Iterator[tuple[str, Figure]]:

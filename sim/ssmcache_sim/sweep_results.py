@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ssmcache_sim.errors import OutputError
 from ssmcache_sim.results import RunTimes, manifest_head, manifest_with_times, read_parquet, write_parquet
 from ssmcache_sim.sweep import SkippedCell, SweepSpec, SweptCell
 from ssmcache_sim.sweep_details import SweepDetails, load_details
+from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 CELLS = "cells.parquet"
 SWEEP_COMMAND = "sweep"
-_VARIED = ("tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes")
+_VARIED = ("tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes", "host_memory_bytes")
 
 
 def begin_sweep(directory: Path, spec: SweepSpec, trace: Trace, model: ModelSpec) -> dict[str, Any]:
@@ -34,6 +36,8 @@ def begin_sweep(directory: Path, spec: SweepSpec, trace: Trace, model: ModelSpec
             "tokens_per_block": sorted(spec.tokens_per_block),
             "ssm_reuse_interval": sorted(spec.ssm_reuse_intervals),
             "gpu_memory_bytes": list(spec.gpu_memory_bytes),
+            "host_memory_bytes": sorted(spec.host_memory_bytes),
+            "disk_memory_bytes": spec.disk_memory_bytes,
             "ssm_fraction": spec.ssm_fraction,
             "kv_dtype": spec.kv_dtype,
             "state_dtype": spec.state_dtype,
@@ -62,21 +66,47 @@ def finish_sweep(
 
 
 def cell_row(cell: SweptCell) -> dict[str, Any]:
-    """A cell's settings and totals as one flat row; a missing memory size means unlimited."""
+    """A cell's settings and totals as one flat row; a missing size of the GPU means unlimited, one of 0 no such tier.
+
+    With several tiers there are hits, peaks and moves of each; a sweep has no disk with a path.
+    """
+    settings = asdict(cell.settings)
+    del settings["disk_path"]
     published = cell.totals.to_json()
+    del published["tiers"], published["moved"]
     snapshots = published.pop("snapshots") or {}
     skipped = snapshots.pop("skipped", {})
     del published["layer_groups"]
     return {
-        **asdict(cell.settings),
+        **settings,
         "pools": cell.pools,
         "engine": cell.engine,
         "engine_reason": cell.reason,
         **{f"peak_bytes_{kind}": value for kind, value in published.pop("peak_bytes").items()},
         **published,
+        **_tier_columns(cell.totals),
         **{f"snapshots_{name}": value for name, value in snapshots.items()},
         **{f"snapshots_skipped_{reason}": value for reason, value in skipped.items()},
     }
+
+
+def _tier_columns(totals: ReplayTotals) -> dict[str, int | float]:
+    """Of a cell with several tiers; what a grid does not count is left out."""
+    columns: dict[str, int | float] = {}
+    names = [tier.tier for tier in totals.tiers]
+    for tier in totals.tiers:
+        columns[f"usable_hit_tokens_{tier.tier}"] = tier.usable_hit_tokens
+        columns[f"usable_token_hit_rate_{tier.tier}"] = totals.rate(tier.usable_hit_tokens)
+        if tier.peaks:
+            columns[f"peak_bytes_{tier.tier}"] = sum(peak.peak_bytes for peak in tier.peaks)
+    if totals.moved is not None:
+        for source, target in product(names, names):
+            if source == target != names[0]:
+                continue  # copies are made on the GPU alone
+            moved = [each for each in totals.moved if (each.source_tier, each.tier) == (source, target)]
+            columns[f"moved_slots_{source}_to_{target}"] = sum(each.num_slots for each in moved)
+            columns[f"moved_bytes_{source}_to_{target}"] = sum(each.num_bytes for each in moved)
+    return columns
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -40,10 +40,35 @@ class LayerGroupPeak:
 
 
 @dataclass(frozen=True, slots=True)
+class TierTotals:
+    """What one of several tiers did: usable hit tokens whose pages lay there when their request came (without attention
+    layers: whose state lay there), and what it held at most. `tier`: gpu, host or disk.
+    """
+
+    tier: str
+    usable_hit_tokens: int
+    peaks: tuple[LayerGroupPeak, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MovedSlots:
+    """Slots of a layer group that were copied from a tier to another, or within the GPU, and their bytes."""
+
+    layer_group: int
+    kind: str
+    source_tier: str
+    tier: str
+    num_slots: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplayTotals:
     """Sums over all requests, also those too large to be served: every rate divides by all prompt tokens.
 
-    `snapshots` is None and `peaks` is empty where tokens alone were counted, by the grid.
+    `snapshots` is None and `peaks` is empty where tokens alone were counted, by the grid; `peaks` are those of the GPU.
+    `tiers`, from the GPU down, and `moved`, by direction, are empty with the GPU alone; `moved` is None where nobody
+    counted it.
     """
 
     requests: int
@@ -59,6 +84,8 @@ class ReplayTotals:
     lost_snapshot_tokens: int
     snapshots: SnapshotCounts | None
     peaks: tuple[LayerGroupPeak, ...]
+    tiers: tuple[TierTotals, ...] = ()
+    moved: tuple[MovedSlots, ...] | None = ()
 
     def rate(self, tokens: int) -> float:
         """Share of all prompt tokens."""
@@ -70,15 +97,12 @@ class ReplayTotals:
 
     @property
     def peak_bytes(self) -> int:
-        """Sum of the peaks of all pools."""
+        """Sum of the peaks of all pools on the GPU."""
         return sum(peak.peak_bytes for peak in self.peaks)
 
     def to_json(self) -> dict[str, Any]:
-        """The published names: sums, rates, `peak_bytes` by kind of layer group, `snapshots`."""
+        """The published names: sums, rates, `peak_bytes` by kind of layer group, `tiers`, `moved`, `snapshots`."""
         sums = {name: value for name, value in asdict(self).items() if isinstance(value, int)}
-        by_kind: dict[str, int] = {}
-        for peak in self.peaks:
-            by_kind[peak.kind] = by_kind.get(peak.kind, 0) + peak.peak_bytes
         counts = self.snapshots
         return {
             **sums,
@@ -87,9 +111,20 @@ class ReplayTotals:
             "tree_token_hit_rate": self.rate(self.tree_hit_tokens),
             "kv_ceiling_token_hit_rate": self.rate(self.kv_ceiling_hit_tokens),
             "ceiling_token_hit_rate": self.rate(self.ceiling_hit_tokens),
-            "peak_bytes": {**by_kind, "total": self.peak_bytes} if self.peaks else {},
+            "peak_bytes": _by_kind(self.peaks),
             "layer_groups": [asdict(peak) for peak in self.peaks],
+            "tiers": [self._tier_to_json(tier) for tier in self.tiers],
+            "moved": None if self.moved is None else [asdict(moved) for moved in self.moved],
             "snapshots": None if counts is None else counts.to_json(),
+        }
+
+    def _tier_to_json(self, tier: TierTotals) -> dict[str, Any]:
+        return {
+            "tier": tier.tier,
+            "usable_hit_tokens": tier.usable_hit_tokens,
+            "usable_token_hit_rate": self.rate(tier.usable_hit_tokens),
+            "peak_bytes": _by_kind(tier.peaks),
+            "layer_groups": [asdict(peak) for peak in tier.peaks],
         }
 
     @classmethod
@@ -97,9 +132,26 @@ class ReplayTotals:
         """The reverse of `to_json`. Errors: KeyError, TypeError if something is missing."""
         counts = dict(published["snapshots"])
         skipped = counts.pop("skipped")
-        plain = {field.name for field in fields(cls)} - {"snapshots", "peaks"}
+        plain = {field.name for field in fields(cls)} - {"snapshots", "peaks", "tiers", "moved"}
         return cls(
             **{name: published[name] for name in plain},
             snapshots=SnapshotCounts(**counts, **{f"skipped_{reason}": skipped[reason] for reason in SKIP_REASONS}),
-            peaks=tuple(LayerGroupPeak(**peak) for peak in published["layer_groups"]),
+            peaks=_peaks_from_json(published),
+            tiers=tuple(
+                TierTotals(tier["tier"], tier["usable_hit_tokens"], _peaks_from_json(tier))
+                for tier in published["tiers"]
+            ),
+            moved=tuple(MovedSlots(**moved) for moved in published["moved"]),
         )
+
+
+def _by_kind(peaks: tuple[LayerGroupPeak, ...]) -> dict[str, int]:
+    """Peak bytes by kind of layer group, and of all together; empty where none were counted."""
+    by_kind: dict[str, int] = {}
+    for peak in peaks:
+        by_kind[peak.kind] = by_kind.get(peak.kind, 0) + peak.peak_bytes
+    return {**by_kind, "total": sum(by_kind.values())} if by_kind else {}
+
+
+def _peaks_from_json(published: dict[str, Any]) -> tuple[LayerGroupPeak, ...]:
+    return tuple(LayerGroupPeak(**peak) for peak in published["layer_groups"])

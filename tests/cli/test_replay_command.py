@@ -46,6 +46,59 @@ def test_the_table_is_legible_at_60_columns(run_here: RunHere, sample: str, monk
     assert "…" not in out
 
 
+TIERS = ("--gpu-memory", "40GiB", "--host-memory", "100GiB", "--disk-memory", "200GiB")
+
+
+def test_with_tiers_the_table_splits_hits_peaks_and_moves_and_is_legible_at_60_columns(
+    run_here: RunHere, sample: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, err = run_here("replay", sample, *MODEL, *TIERS, "--ssm-reuse-interval", 2048)
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 60
+    assert "…" not in out
+    rows = {" ".join(line.split()[:-2]): line.split()[-2:] for line in out.splitlines() if len(line.split()) > 2}
+    tokens = [int(rows[f"from {tier} memory"][0].replace(",", "")) for tier in ("GPU", "host", "disk")]
+    assert sum(tokens) == int(rows["usable token hit rate"][0].replace(",", ""))
+    assert min(tokens) > 0
+    for words in (
+        "block 512, interval 2048, GPU 40 GiB, host 100 GiB, disk",
+        "peak GPU memory",
+        "peak host memory",
+        "peak disk memory",
+        "GPU to host, attention",
+        "host to disk, ssm",
+        "disk to GPU, attention",
+        "within the GPU, ssm",
+    ):
+        assert words in out
+    # without other tiers none is named
+    assert "GPU" not in run_here("replay", sample, *MODEL, "--ssm-reuse-interval", 2048)[1]
+
+
+def test_with_tiers_the_results_split_hits_and_count_moves(run_here: RunHere, sample: str, tmp_path: Path) -> None:
+    options = (*MODEL, *TIERS, "--ssm-reuse-interval", 2048, "--out", tmp_path / "run", "--json")
+    code, out, err = run_here("replay", sample, *options)
+    assert (code, err) == (0, "")
+    published, run = json.loads(out), load_run(tmp_path / "run")
+    assert [tier["tier"] for tier in published["tiers"]] == ["gpu", "host", "disk"]
+    assert sum(tier["usable_hit_tokens"] for tier in published["tiers"]) == published["usable_hit_tokens"]
+    for tier in published["tiers"]:
+        assert int(run.per_request[f"usable_hit_tokens_{tier['tier']}"].sum()) == tier["usable_hit_tokens"]
+    assert {(moved["source_tier"], moved["tier"]) for moved in published["moved"]} >= {("gpu", "host"), ("host", "gpu")}
+    settings = published["manifest"]["settings"]
+    assert (settings["host_memory_bytes"], settings["disk_memory_bytes"]) == (100 << 30, 200 << 30)
+
+
+def test_a_disk_path_is_recorded_and_said_to_be_unused(run_here: RunHere, sample: str, tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    code, out, err = run_here("replay", sample, *MODEL, "--disk-memory", "1TiB", "--disk-path", path, "--json")
+    assert code == 0
+    assert err == f"--disk-path: the disk is simulated, nothing is read or written at {path}\n"
+    assert json.loads(out)["manifest"]["settings"]["disk_path"] == str(path)
+    assert not path.exists()
+
+
 def test_json_is_one_object_and_nothing_else(ssmcache: Run, sample: str) -> None:
     result = ssmcache("replay", sample, *MODEL, "--gpu-memory", "unlimited", "--json")
     published = json.loads(result.stdout)
@@ -61,6 +114,9 @@ def test_json_is_one_object_and_nothing_else(ssmcache: Run, sample: str) -> None
         "kv_dtype": "bfloat16",
         "state_dtype": "float32",
         "prefill": "reserved",
+        "host_memory_bytes": 0,
+        "disk_memory_bytes": 0,
+        "disk_path": None,
     }
     assert published["manifest"]["run"]["wall_seconds"] > 0
 
@@ -121,6 +177,19 @@ def test_every_option_reaches_the_replay(run_here: RunHere, sample: str) -> None
             "mooncake_conversation_1000.jsonl.gz:1: hash_ids: expected 423 (or 422, full blocks ",
         ),
         (["--model", "nemo"], "unknown model 'nemo'"),
+        (["--host-memory", "unlimited"], "--host-memory: expected a size such as 40GiB, 1.5TB, 512MB, a number of by"),
+        (["--host-memory", "-1GiB"], "--host-memory: expected a size such as 40GiB, 1.5TB, 512MB, a number of bytes, "),
+        (["--disk-memory", "much"], "--disk-memory: expected a size such as 40GiB, 1.5TB, 512MB, a number of bytes, "),
+        (["--host-memory", "100"], "host memory too small: expected at least 110526464 bytes (105.4 MiB) "),
+        (
+            ["--host-memory", "1GiB", "--disk-memory", "1MB"],
+            "disk memory too small: expected at least 110526464 bytes (105.4 MiB) ",
+        ),
+        (["--disk-path", "/data"], "--disk-path: expected --disk-memory beside it, got '/data' alone"),
+        (
+            ["--gpu-memory", "unlimited", "--host-memory", "1GiB"],
+            "host memory: expected none below unlimited GPU memory, got 1 GiB",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_code_1(

@@ -54,6 +54,26 @@ def test_an_arena_is_named_in_the_table(run_here: RunHere, sample: str, tmp_path
     assert "9 cells, 9 of them by the grid, 0 finished before" in out
 
 
+def test_sizes_of_host_memory_are_swept_and_shown(run_here: RunHere, sample: str, tmp_path: Path) -> None:
+    sizes = ("--gpu-memory", "20GiB,40GiB", "--host-memory", "100GiB,0", "--disk-memory", "50GiB", "--jobs", "1")
+    command = ("sweep", sample, "--model", "llama-3.1-8b", *sizes, "--out", tmp_path / "s")
+    code, out, err = run_here(*command)
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert ["GPU", "host", "block", "interval", "usable", "hit", "rate", "ceiling"] in rows
+    shown = [row[:4] for row in rows if row[:2] in (["20", "GiB"], ["40", "GiB"])]
+    assert shown == [
+        ["20", "GiB", "-", "512"],
+        ["20", "GiB", "100", "GiB"],
+        ["40", "GiB", "-", "512"],
+        ["40", "GiB", "100", "GiB"],
+    ]
+    assert "4 cells, 4 of them by the grid" in out
+    cells = load_sweep(tmp_path / "s").cells
+    by_tier = cells[[f"usable_hit_tokens_{tier}" for tier in ("gpu", "host", "disk")]].fillna(0)
+    assert by_tier.sum(axis=1).tolist() == cells["usable_hit_tokens"].tolist()
+
+
 def test_quiet_prints_nothing(run_here: RunHere, sample: str, tmp_path: Path) -> None:
     assert run_here("sweep", sample, *SMALL, "--out", tmp_path / "s", "--quiet") == (0, "", "")
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
@@ -111,6 +131,10 @@ def test_phase_warns_of_the_intervals_that_hang_on_it(run_here: RunHere, tmp_pat
             ["--pools", "arena", "--engine", "replay"],
             "engine: expected auto for an arena, which no manager can replay, ",
         ),
+        (["--host-memory", "0,unlimited"], "--host-memory: expected a size such as 40GiB, 1.5TB, 512MB, a number of "),
+        (["--host-memory", "9GiB:1GiB:3"], "--host-memory: expected a rising range of 2 or more sizes such as 5GiB:8"),
+        (["--host-memory", "1KiB"], "no combination of the sweep is possible; the first: host memory too small: "),
+        (["--disk-memory", "1GiB,2GiB"], "--disk-memory: expected a size such as 40GiB, 1.5TB, 512MB, a number of by"),
         (["--gpu-memory", "1MiB"], "no combination of the sweep is possible; the first: memory too small for every "),
     ],
 )
@@ -150,10 +174,3 @@ def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(sample: str, tmp_path
     assert err == "interrupted: finished cells are kept; run the same command again to go on\n"
     assert 0 < len(list(cells.glob("*.json"))) < 1000
     assert not (tmp_path / "s" / "cells.parquet").exists()
-
-
-def test_phase_and_an_arena_do_not_go_together(run_here: RunHere, sample: str, tmp_path: Path) -> None:
-    code, _, err = run_here("sweep", sample, *SMALL, "--pools", "arena", "--phase", "--out", tmp_path / "s")
-    assert code == 1
-    assert "phase: expected separate pools, got an arena" in err
-    assert not (tmp_path / "s").exists()

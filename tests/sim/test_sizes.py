@@ -1,8 +1,8 @@
 import pytest
 
 from ssmcache_sim.errors import SizeError
-from ssmcache_sim.ranges import parse_int_values, parse_size_values
-from ssmcache_sim.sizes import format_size, parse_size
+from ssmcache_sim.ranges import parse_int_values, parse_size_values, parse_tier_size_values
+from ssmcache_sim.sizes import format_size, parse_size, parse_tier_size
 
 GIB = 1 << 30
 
@@ -68,3 +68,20 @@ def test_a_range_of_sizes_is_equally_spaced_on_a_log_axis_with_both_ends() -> No
 def test_a_wrong_list_of_sizes_is_an_error(text: str) -> None:
     with pytest.raises(SizeError):
         parse_size_values(text, "--gpu-memory")
+
+
+def test_a_tier_below_the_gpu_has_a_size_or_is_written_as_0() -> None:
+    assert [parse_tier_size(text, "x") for text in ("0", " 0 ", "1B", "40GiB")] == [0, 0, 1, 40 * GIB]
+    assert parse_tier_size_values("0,5GiB:20GiB:3, 1KiB,1024", "x") == (0, 5 * GIB, 10 * GIB, 20 * GIB, 1024)
+
+
+@pytest.mark.parametrize(
+    "text", ["unlimited", "", "-0", "0GiB", "0.5B", "1GiB,", "1GiB:unlimited:2", "0:1GiB:2", "none"]
+)
+def test_a_wrong_size_of_a_tier_is_an_error_of_one_line(text: str) -> None:
+    with pytest.raises(SizeError) as caught:
+        parse_tier_size_values(text, "--host-memory")
+    assert "\n" not in str(caught.value)
+    if ":" not in text:
+        assert str(caught.value).startswith("--host-memory: expected ")
+        assert "or unlimited" not in str(caught.value)

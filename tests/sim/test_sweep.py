@@ -73,7 +73,13 @@ def test_combinations_that_no_cache_can_have_are_skipped_with_the_reason(
     reasons = {cell.reason.partition(":")[0] for cell in plan.skipped}
     assert reasons == {"tokens_per_block", "ssm_reuse_interval", "memory too small for every request"}
     skipped = load_sweep(tmp_path / "s").manifest["skipped"]
-    assert skipped[0].keys() == {"tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes", "reason"}
+    assert skipped[0].keys() == {
+        "tokens_per_block",
+        "ssm_reuse_interval",
+        "gpu_memory_bytes",
+        "host_memory_bytes",
+        "reason",
+    }
 
 
 def test_a_sweep_without_any_possible_cell_is_an_error_and_writes_nothing(
