@@ -143,6 +143,7 @@ class KVCache(PathHolder):
                 if self.priority is not None:
                     self.priority.prepare(-(-self._input[2] // manager.tokens_per_block) + 1)
                 self.shortage = resuming.first_resume(self, *self._input)
+            manager.streams.release(stream)
             if self.shortage is not None:
                 return False
             if self._input is not None:
@@ -185,7 +186,9 @@ class KVCache(PathHolder):
                 raise StateError(f"prefetch: expected a SUSPENDED sequence, got {self.status.name}")
             if not 0 <= tier < len(self.manager.tier_names):
                 raise ValueError(f"prefetch: expected a tier in 0..{len(self.manager.tier_names) - 1}, got {tier}")
+            self.manager.streams.acquire(self.stream)
             self.shortage = resuming.prefetch(self, tier)
+            self.manager.streams.release(self.stream)
             return self.shortage is None
 
     def close(self) -> None:
@@ -275,23 +278,27 @@ class KVCache(PathHolder):
 
     def _change_pages(self, missing: int, history: int, num_blocks: int) -> Shortage | None:
         """Take pages, or give some back, as was found possible."""
-        pages, own = self.store.pages, self.own_pages
+        pages, own, streams = self.store.pages, self.own_pages, self.manager.streams
+        windows = [window for window in self.windows if window.would_change(history, num_blocks)]
+        if not windows and (missing == 0 or (missing < 0 and not own.size)):
+            return None
+        streams.acquire(self.stream)
         try:
             if missing > 0:
                 assert pages is not None
-                self.manager.streams.acquire(self.stream)
                 taken = pages.take(missing, self.stream)
                 self.own_pages = np.concatenate((own, taken)) if own.size else taken
-            for window in self.windows:
+            for window in windows:
                 window.resize(history, num_blocks, self.stream)
         except TransferError as error:
             if pages is not None and self.own_pages.size > own.size:
                 pages.pools[GPU_TIER].give_back(self.own_pages[own.size :])
                 self.own_pages = own
             return resuming.transfer_shortage(self, error)
+        finally:
+            streams.release(self.stream)
         if missing < 0 and own.size:
             assert pages is not None
-            self.manager.streams.release(self.stream)
             keep = max(0, own.size + missing)
             pages.pools[GPU_TIER].give_back(own[keep:])
             self.own_pages = own[:keep]
@@ -336,7 +343,9 @@ class KVCache(PathHolder):
                     f"got {wanted}"
                 )
             self.manager.streams.acquire(self.stream)
-            return self.states.reserve(wanted, self.cursor)
+            slots = self.states.reserve(wanted, self.cursor)
+            self.manager.streams.release(self.stream)
+            return slots
 
     def commit(self, tokens: Tokens) -> None:
         """Offer the next computed tokens, from `num_committed_tokens` on, for reuse by others.
@@ -369,6 +378,7 @@ class KVCache(PathHolder):
             if self.priority is not None:
                 self.priority.prepare(last + 1)
             if last > first:
+                self.manager.streams.acquire(self.stream)
                 commit_blocks(self, keys, base, first, last)
             self.pending = pending
             if self.states is not None:

@@ -42,6 +42,10 @@ class SequenceWindow:
     def _needed(self, history_length: int, shape: tuple[int, int, int]) -> list[int]:
         return self.store.window.needed_blocks(history_length, shape[0])
 
+    def would_change(self, history_length: int, num_blocks: int) -> bool:
+        """Whether `resize` to these lengths takes pages or gives some up."""
+        return self._shape_for(history_length, num_blocks) != self._shape
+
     def missing(self, history_length: int, num_blocks: int) -> int:
         """Slots that must be obtained for these lengths, counting those that go stale as free already."""
         shape = self._shape_for(history_length, num_blocks)

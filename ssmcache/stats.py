@@ -34,7 +34,7 @@ class Shortage:
 
 @dataclass(frozen=True, slots=True)
 class Transfers:
-    """Slots of one layer group that were copied from one tier to another, or within the GPU, and their bytes."""
+    """Slots of one layer group that were copied from one tier to another, or within one, and their bytes."""
 
     layer_group: int
     source_tier: str

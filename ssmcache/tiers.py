@@ -139,7 +139,9 @@ class Tiers(Generic[S, Slots]):
                     self.unselect(segment)
             if not error.lost:  # what lies there can still be read, but nothing more fits
                 pool = self.pools[error.tier]
-                pool.capacity = min(pool.capacity, pool.used)
+                kept = min(pool.capacity, pool.used)
+                pool.staging += pool.capacity - kept  # the memory still has the slots, and some in use may be the last
+                pool.capacity = kept
             raise
         finally:
             self.join_moved()
