@@ -120,10 +120,22 @@ class TokenIds:
     An id is kept for good, so that equal digests stay equal: 100 bytes or so for each item ever seen.
     """
 
-    __slots__ = ("_ids",)
+    __slots__ = ("_digests", "_ids")
 
     def __init__(self) -> None:
         self._ids: dict[bytes, int] = {}
+        self._digests: list[bytes] = []
+
+    def digest_of(self, token_id: int) -> bytes:
+        """The digest that a negative id stands for."""
+        return self._digests[-1 - token_id]
+
+    def _id_of(self, digest: bytes) -> int:
+        known = self._ids.get(digest)
+        if known is None:
+            self._digests.append(digest)
+            known = self._ids[digest] = -len(self._digests)
+        return known
 
     def array(self, tokens: "Tokens") -> Int64Array:
         """[n] int64, a copy. Errors: ValueError unless all are integers >= 0 or digests, in one dimension."""
@@ -144,10 +156,7 @@ class TokenIds:
                 raise ValueError(f"tokens: expected digests of {_DIGEST_BYTES} bytes, got one of {len(token)}")
         integers = self.array([token for token in tokens if not isinstance(token, bytes)])
         known = iter(integers.tolist())
-        ids = [
-            self._ids.setdefault(token, -1 - len(self._ids)) if isinstance(token, bytes) else next(known)
-            for token in tokens
-        ]
+        ids = [self._id_of(token) if isinstance(token, bytes) else next(known) for token in tokens]
         return np.array(ids, dtype=np.int64)
 
 

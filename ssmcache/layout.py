@@ -159,7 +159,7 @@ def _split(
     at_floor: set[int],
     grain: int,
 ) -> list[int]:
-    """One division of the quota where the groups of `at_floor` get just their floor, and what its last grain has room for."""
+    """One division of the quota where the groups of `at_floor` get just their floor, up to the grain."""
     slots = [0] * len(groups)
     rest = quota
     for index in at_floor:

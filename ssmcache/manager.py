@@ -55,7 +55,8 @@ class KVCacheManager:
         self.tier_names = tuple(("gpu", "host", "disk")[sizing.kind_of(tier)] for tier in config.cache_tiers)
         self.quotas = [tier.quota for tier in config.cache_tiers]
         self.pools = sizing.make_pools(self.groups, config, memory)
-        events = EventLog(config.event_buffer_size) if config.event_buffer_size else None
+        self._token_ids = TokenIds()
+        events = EventLog(config.event_buffer_size, self._token_ids) if config.event_buffer_size else None
         self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, events)
         self.page_group = -1 if self.store.pages is None else self.store.pages.layer_group
         self.state_group = -1 if self.store.snapshots is None else self.store.snapshots.layer_group
@@ -66,7 +67,6 @@ class KVCacheManager:
         self.num_active = 0
         self.open_sequences: dict[KVCache, None] = {}
         self._closed = False
-        self._token_ids = TokenIds()
         self._token_kind = KeyKind(self.tokens_per_block, prefix_unique=False)
         self._ready_kind = KeyKind(1, prefix_unique=True)
 

@@ -146,9 +146,9 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
                 self._store.absorb_parent(child)
         self._moved_down.clear()
 
-    def lose(self, segment: PageSegment, index: int) -> None:
+    def lose(self, segment: PageSegment, indices: list[int]) -> None:
         assert segment.run is not None
-        self._store.lose(segment.run, segment.run.start + index)
+        self._store.lose(segment.run, segment.run.start + indices[0])
 
 
 def _is_softly_held(run: Run) -> bool:

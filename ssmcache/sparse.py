@@ -298,12 +298,15 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
             for slot, new_slot in zip(old_slots, slots, strict=True):
                 self._move_pin(old_tier, slot, tier, new_slot)
 
-    def lose(self, segment: SparseSegment, index: int) -> None:
+    def lose(self, segment: SparseSegment, indices: list[int]) -> None:
         run, tier = segment.run, segment.tier
         assert run is not None
         self._store.version += 1
-        ordinals, slots = segment.take([index])
-        self._break_pin(tier, slots[0])
+        ordinals, slots = segment.take(indices)
+        if self._store.events is not None:
+            self._store.events.removed(self.layer_group, tier, run, ordinals)
+        for slot in slots:
+            self._break_pin(tier, slot)
         self.give_back(tier, slots)
         self._forgotten(tier, slots)
         if not segment.slots:
@@ -376,6 +379,8 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         """Attach GPU slots to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each.
         The arrays become the tree's.
         """
+        if self._store.events is not None:
+            self._store.events.added(cursor, self.layer_group, ordinals)
         end = len(ordinals)
         run: Run | None = cursor
         queue = self.queues[GPU_TIER]
@@ -465,7 +470,8 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def lose_slot(self, cursor: Run, tier: int, slot: int) -> None:
         """`lose` for a slot of the path of `cursor`."""
-        self.lose(*self._place_of(cursor, tier, slot))
+        segment, index = self._place_of(cursor, tier, slot)
+        self.lose(segment, [index])
 
     def park(self, run: Run, ordinals: Iterable[int], slots: Iterable[int], stamp: int) -> list[Pin]:
         """Private GPU slots of a sequence that suspends, on a run of its own: from now on they may move."""

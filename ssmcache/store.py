@@ -328,8 +328,6 @@ class BlockStore(TreeStructure):
         assert self.snapshots is not None
         self.version += 1
         self.snapshots.add(cursor, ordinals, slots, self.clock.touch(cursor.end), rank)
-        if self.events is not None:
-            self.events.added(cursor, self.snapshots.layer_group, ordinals)
 
     def all_tiers(self) -> tuple[Tiers[Any, Any], ...]:
         """Every layer group, in order."""

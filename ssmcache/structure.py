@@ -256,6 +256,8 @@ class TreeStructure:
         if self.roots.get(root.scope) is not root:
             root.lost = True  # out of the tree already, or the pages that a suspended sequence parked
             return
+        if self.events is not None:
+            self.events.lost(run, None if self.pages is None else self.pages.layer_group)
         lost_root = Root(run.kind, root.scope)
         lost_root.lost = True
         for below in (run, *runs_below(run)):

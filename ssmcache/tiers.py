@@ -89,8 +89,8 @@ class Tiers(Generic[S, Slots]):
         """A batch of moves is over: what lies beside its like now may become one segment with it."""
         raise NotImplementedError
 
-    def lose(self, segment: S, index: int) -> None:
-        """Slot number `index` of a segment cannot be read any more."""
+    def lose(self, segment: S, indices: list[int]) -> None:
+        """The slots at some positions of a segment, ascending, cannot be read any more."""
         raise NotImplementedError
 
     # -- room --------------------------------------------------------------------------------------------------------
@@ -200,20 +200,19 @@ class Tiers(Generic[S, Slots]):
             self._memory.copy(SlotMoves(self.layer_group, source_tier, sources, tier, destinations.tolist()), stream)
         except TransferError as error:
             pool.give_back(destinations)
-            position = 0
-            # deeper ones first: losing a page also takes what is below it out of reach
-            lost = set(error.lost)
-            places = []
+            lost, first = set(error.lost), 0
+            losses: list[tuple[S, list[int]]] = []
             for segment in batch:
-                for index in range(len(self.slots_of(segment))):
-                    if position in lost:
-                        places.append((segment, index))
-                    position += 1
+                count = len(self.slots_of(segment))
+                losses.append((segment, [index for index in range(count) if first + index in lost]))
+                first += count
             if tier > source_tier:
                 for segment in batch:
                     self.unselect(segment)
-            for segment, index in reversed(places):
-                self.lose(segment, index)
+            # deeper ones first: losing a page also takes what is below it out of reach
+            for segment, indices in reversed(losses):
+                if indices:
+                    self.lose(segment, indices)
             raise
         first = 0
         for segment in batch:
