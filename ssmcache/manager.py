@@ -131,9 +131,11 @@ class KVCacheManager:
 
     # -- for the sequences -------------------------------------------------------------------------------------------
 
-    def find(self, root: Root, keys: Int64Array, num_blocks: int, num_tokens: int, adopt: bool) -> Found:
-        """Look a prompt up. Pure."""
-        partly = self.partly and not root.kind.prefix_unique
+    def find(
+        self, root: Root, keys: Int64Array, num_blocks: int, num_tokens: int, adopt: bool, partly: bool = True
+    ) -> Found:
+        """Look a prompt up, its last block too if `partly` and the settings say so. Pure."""
+        partly = partly and self.partly and not root.kind.prefix_unique
         return find(self.store, root, keys, num_blocks, num_tokens, partly, adopt)
 
     def gate(self, sequence: KVCache) -> Shortage | None:

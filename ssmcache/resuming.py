@@ -36,17 +36,20 @@ class _Need(NamedTuple):
         return sequence.manager.shortage("slots", self.tiers, needed, tier)
 
 
-def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_tokens: int) -> Shortage | None:
+def first_resume(
+    sequence: KVCache, keys: Int64Array, num_blocks: int, num_tokens: int, partly: bool = True
+) -> Shortage | None:
     """Lock what was found, start the live state, and copy a block that matches in part.
 
-    If the tree has changed since creation the prompt is looked up again; a refusal leaves the old match as it was.
+    If the tree has changed since creation the prompt is looked up again; a refusal leaves the old match as it was. A
+    block that matches in part is done without (`partly`) rather than refuse for want of room for it and its copy.
     """
     manager, store, states = sequence.manager, sequence.store, sequence.states
     shortage = manager.gate(sequence) if manager.num_active else None
     if shortage is not None:
         return shortage
-    current = sequence.soft and sequence.version == store.version
-    found = None if current else manager.find(sequence.root, keys, num_blocks, num_tokens, sequence.adopt)
+    current = partly and sequence.soft and sequence.version == store.version
+    found = None if current else manager.find(sequence.root, keys, num_blocks, num_tokens, sequence.adopt, partly)
     old = None if found is None else store.hold_softly(sequence, found)
     match = sequence.reuse_match if found is None else found.reuse
     store.lock(sequence)
@@ -60,10 +63,11 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
         own = 1 + (old is not None and old[1] is sequence.source)
         shortage = states.shortage_of_live_state(sequence.source, own)
     if shortage is not None:
+        had_partial = sequence.partial is not None
         _undo_lock(sequence)
         if found is not None:
             store.take_up_again(sequence, old)
-        return shortage
+        return first_resume(sequence, keys, num_blocks, num_tokens, partly=False) if had_partial else shortage
     if found is not None:  # from here on the old match is not needed, and its room is
         if old is not None:
             store.end_soft_hold(old)
