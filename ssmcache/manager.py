@@ -96,10 +96,11 @@ class KVCacheManager:
             self.open_sequences[sequence] = None
             return sequence
 
-    def forget(self, sequence: KVCache) -> None:
+    def forget(self, sequence: KVCache, was_resumed: bool) -> None:
         """Called by a sequence that closes."""
         del self.open_sequences[sequence]
-        self.traffic.note(sequence.capacity, sequence.history_length)
+        if was_resumed:
+            self.traffic.note(sequence.capacity, sequence.history_length)
 
     def probe_reuse(self, tokens: Tokens, reuse_scope: ReuseScope = _DEFAULT_SCOPE) -> ReuseMatch:
         """What a sequence created with these tokens would reuse. Changes nothing."""
@@ -270,22 +271,26 @@ class KVCacheManager:
             return sizing.need_adjustment(self)
 
     def adjust(self) -> bool:
-        """Split the tiers as the sequences closed lately want it. Slots may move; what no longer fits goes, oldest
-        first. False, and nothing changed, if what is held does not fit. Errors: RuntimeError with an ACTIVE sequence.
+        """Split the tiers as the sequences closed lately want it. Slots may move; what no longer fits moves down or
+        goes, oldest first. False as with `resize_tier`. Errors: RuntimeError with an ACTIVE sequence.
         """
         with self.lock:
             self._require_no_active_sequence("adjust")
             return sizing.resplit(self, range(len(self.quotas)), self.quotas)
 
     def resize_tier(self, tier: int, quota: int) -> bool:
-        """Give a tier another quota, in bytes. Slots may move; what no longer fits moves down or goes, oldest first.
-        False, and nothing changed, if that is not possible. Errors: RuntimeError with an ACTIVE sequence; ValueError
-        for an unknown tier or a quota that is too small for one slot of each layer group, or for `constraints`.
+        """Give a tier another quota, in bytes, split as the sequences closed lately want it. Slots may move; what no
+        longer fits moves down or goes, oldest first. False, and nothing changed, if what is held does not fit or the
+        memory has not enough; False, too, if a tier below could not be read or written, and some pages may have moved
+        then. Errors: RuntimeError with an ACTIVE sequence; ValueError for an unknown tier or a quota that is too small
+        for one slot of each layer group, or for `constraints`.
         """
         with self.lock:
             self._require_no_active_sequence("resize_tier")
             if not 0 <= tier < len(self.quotas) or self.quotas[tier] is None:
                 raise ValueError(f"resize_tier: expected a tier with a quota, of {len(self.quotas)}, got {tier}")
+            if not isinstance(quota, int) or quota <= 0:
+                raise ValueError(f"resize_tier: expected a quota in bytes, a positive integer, got {quota!r}")
             quotas = list(self.quotas)
             quotas[tier] = quota
             return sizing.resplit(self, (tier,), quotas)

@@ -221,10 +221,11 @@ class KVCache(PathHolder):
                 if store.lost_roots:
                     store.free_lost()
             self.status = _CLOSED
+            was_resumed = self._input is None
             self._input = None
             self._rows = None
             store.leave_scope(self.root)
-            manager.forget(self)
+            manager.forget(self, was_resumed)
 
     # -- lengths -----------------------------------------------------------------------------------------------------
 
