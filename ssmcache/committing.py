@@ -144,7 +144,8 @@ def commit_tail(sequence: KVCache) -> Run | None:
             return None
         shorter = known.run
         if shorter.num_tokens == known.num_tokens and not (shorter.holds or shorter.soft_holds):
-            store.drop_tail(shorter, 1)
+            with store.not_evicting():  # the longer one takes its place
+                store.drop_tail(shorter, 1)
     rank = DEFAULT_RANK if sequence.priority is None else rank_of(sequence.priority(store.pages.layer_group, block))
     leaf = store.add_leaf(cursor, tail, sequence.take_own_pages(1), rank)
     for window in sequence.windows:

@@ -63,7 +63,6 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
                     self._store.drop_subtree(child, child.start)
             num_blocks = min(count, run.end - run.start)
             self._store.drop_tail(run, num_blocks)
-            self.num_evicted += num_blocks
             count -= num_blocks
         for kept in passed_over:
             queue.put(kept)

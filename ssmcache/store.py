@@ -335,8 +335,8 @@ class BlockStore(TreeStructure):
 
     def clear(self) -> None:
         """Take every block out of the tree. No sequence is open."""
-        for root in list(self.roots.values()):
-            for child in list(root.children.values()):
+        with self.not_evicting():
+            for child in [child for root in self.roots.values() for child in root.children.values()]:
                 self.drop_subtree(child, child.start)
         assert not self.roots, "a scope without a sequence has lost all blocks"
         self.version += 1

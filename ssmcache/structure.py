@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 from ssmcache.events import EventLog
 from ssmcache.keys import Int64Array, KeyKind, ReuseScope
 from ssmcache.memory.base import GPU_TIER
@@ -11,6 +15,7 @@ from ssmcache.recency import Clock
 from ssmcache.segments import PageSegment
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.sparse import SparseStore
+from ssmcache.tiers import Tiers
 from ssmcache.tree import Root, Run, runs_below
 from ssmcache.windows import WindowStore
 
@@ -164,7 +169,9 @@ class TreeStructure:
     # -- leaving -----------------------------------------------------------------------------------------------------
 
     def drop_tail(self, run: Run, num_blocks: int) -> None:
-        """Take the last blocks of a leaf that nobody holds out of the tree, with all that lies on them."""
+        """Take the last blocks of a leaf that nobody holds out of the tree, with all that lies on them; it counts as
+        evicted.
+        """
         self.version += 1
         new_end = run.end - num_blocks
         pages = run.pages
@@ -195,6 +202,20 @@ class TreeStructure:
         assert tiers is not None
         tiers.pools[pages.tier].give_back(pages.drop_tail(num_blocks))
         tiers.cached[pages.tier] -= num_blocks
+        tiers.num_evicted += num_blocks
+
+    @contextmanager
+    def not_evicting(self) -> Iterator[None]:
+        """What is dropped meanwhile does not go for want of room, and is not counted."""
+        pages, snapshots = self.pages, self.snapshots
+        tiers: Sequence[Tiers[Any, Any]] = [*self.sparse_stores(), *([] if pages is None else [pages])]
+        counts = [group.num_evicted for group in tiers]
+        num_unused = 0 if snapshots is None else snapshots.num_evicted_unused
+        yield
+        for group, count in zip(tiers, counts, strict=True):
+            group.num_evicted = count
+        if snapshots is not None:
+            snapshots.num_evicted_unused = num_unused
 
     def take_over_leaf(self, run: Run) -> SlotArray:
         """Take a leaf of one block, which is on the GPU and which nobody holds, out of the tree; its page becomes the
@@ -203,7 +224,8 @@ class TreeStructure:
         assert self.pages is not None
         assert run.pages is not None
         slot = run.pages.slots[0]
-        self.drop_tail(run, 1)
+        with self.not_evicting():
+            self.drop_tail(run, 1)
         slots = self.pages.pools[GPU_TIER].take(1)
         assert slots[0] == slot, "the last slot that came back is the first to be handed out"
         return slots
@@ -278,8 +300,8 @@ class TreeStructure:
 
     def free_lost(self) -> None:
         """Drop what is lost and held by nobody."""
-        for root in self.lost_roots:
-            for run in reversed(runs_below(root)):
+        with self.not_evicting():
+            for run in [run for root in self.lost_roots for run in reversed(runs_below(root))]:
                 if not (run.children or run.holds or run.soft_holds) and run.end > run.start:
                     self.drop_tail(run, run.end - run.start)
         self.lost_roots = [root for root in self.lost_roots if root.children]

@@ -1,4 +1,4 @@
-"""Tiers that change their sizes while a manager runs: bytes stay right, the oldest goes, and no answer changes anything."""
+"""Tiers that change their sizes while a manager runs: bytes stay right, and the oldest goes."""
 
 from __future__ import annotations
 

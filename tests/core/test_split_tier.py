@@ -173,7 +173,7 @@ def test_on_a_quota_without_slack_the_batch_of_every_constraint_runs_and_a_byte_
     manager = KVCacheManager(config_of(layers, quota, block, **settings), SimulatedMemory())
     assert [pools[0].capacity for pools in manager.pools] == floors
     texts: list[list[int]] = []
-    for round in range(2):
+    for _ in range(2):
         for batch in constraints:
             descs = list(batch.kv_caches)
             order.shuffle(descs)  # whoever is let in last
