@@ -239,8 +239,7 @@ def _carry_out(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
 def _make_room(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
     """Move and drop what no longer fits, and make the rest lie in the slots that remain; False if a copy failed."""
     streams = manager.streams
-    stream = streams.latest
-    streams.acquire(stream)
+    stream = streams.acquire_any()
     groups = manager.store.all_tiers()
     try:
         for group in groups:

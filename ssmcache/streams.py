@@ -24,22 +24,31 @@ class StreamOrder:
         self._releases: dict[Hashable, tuple[int, Any]] = {}  # stream -> (number, event), if not covered by a later one
         self._waited: dict[Hashable, int] = {}  # stream -> the release up to which it has waited for all
         self._count = 0
-        self.latest: Any = None  # the stream that was the last to acquire
+        self._latest: Any = None
 
     def acquire(self, stream: Hashable) -> None:
         """`stream` is about to use slots that others may have released, or read what they have written."""
-        self.latest = stream
+        self._latest = stream
         waited = self._waited
         if stream not in waited:
-            if len(waited) == 1:  # what the first stream did so far was not worth an event
-                self._record(*waited)
-            waited[stream] = 0
+            self._add(stream)
         if waited[stream] == self._count:
             return
         for other, (number, event) in self._releases.items():
             if other != stream and number > waited[stream]:
                 self._memory.wait(stream, event)
         waited[stream] = self._count
+
+    def acquire_any(self) -> Any:
+        """`acquire` for work that is nobody's: returns the stream that it goes on, the one that was used last."""
+        if self._waited:  # else there is nothing to do yet
+            self.acquire(self._latest)
+        return self._latest
+
+    def _add(self, stream: Hashable) -> None:
+        if len(self._waited) == 1:  # what the first stream did so far was not worth an event
+            self._record(*self._waited)
+        self._waited[stream] = 0
 
     def release(self, stream: Hashable) -> None:
         """What was queued on `stream` so far may be followed by others. It has acquired before."""
@@ -57,6 +66,7 @@ class StreamOrder:
     def switch(self, old: Hashable, new: Hashable) -> None:
         """A sequence goes on on another stream."""
         if old != new:
-            self.acquire(new)
+            if new not in self._waited:
+                self._add(new)
             self.release(old)
             self.acquire(new)
