@@ -38,8 +38,10 @@ class KVCacheManager:
 
     Threads: every public call of the manager and of its sequences holds one lock for as long as it runs, so calls
     from several threads leave the state whole. None is held between calls: a probe may be out of date when it returns,
-    and each sequence belongs to one thread at a time. Copies are queued under the lock; a file of the disk tier may be
-    read or written under it, too.
+    and each sequence belongs to one thread at a time. Under the lock copies are queued, files of the disk tier read and
+    written, memory taken and given back (`adjust`, `resize_tier`), and priority callbacks asked; these may call the
+    manager, but not wait for other threads that do. What a view of `buffer` shows is guarded by nobody: a sequence may
+    read its pages and write those that are its own while it is ACTIVE.
 
     Errors: ValueError when a quota is too small for the slots that each layer group needs, or the memory cannot play a
     tier.
