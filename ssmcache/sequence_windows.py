@@ -66,11 +66,19 @@ class SequenceWindow:
         if shape == self._shape:
             return
         needed = self._needed(history_length, shape)
+        self._shape = (0, 0, 0)  # until all is there
         self._drop_all_but(set(needed))
         missing = [block for block in needed if block not in self.own and block not in self.pins]
         if missing:
             self.own.update(zip(missing, self.store.take(len(missing), stream), strict=True))
         self._shape = shape
+
+    def incomplete(self, history_length: int, num_blocks: int) -> list[int]:
+        """Blocks whose pages should be there and are not, for checks; after a failed `resize` nothing should be."""
+        if self.would_change(history_length, num_blocks):
+            return []
+        there = self.own.keys() | {block for block, pin in self.pins.items() if pin.tier == GPU_TIER}
+        return [block for block in self._needed(history_length, self._shape) if block not in there]
 
     def forget_stale(self, history_length: int, num_blocks: int) -> None:
         """Give up what went stale; nothing new is needed."""

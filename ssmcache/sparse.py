@@ -104,9 +104,13 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         """Slots of a segment that are locked."""
         return sum(bool(pin.locked) for pin in self.pins_of(segment))
 
-    def all_pins(self) -> list[Pin]:
-        """Every pin, for checks."""
-        return [pin for pins in self._pins for pin in pins.values()]
+    def all_pins(self) -> list[tuple[int, int, Pin]]:
+        """Every pin, with the tier and slot that it is known by, for checks."""
+        return [(tier, slot, pin) for tier, pins in enumerate(self._pins) for slot, pin in pins.items()]
+
+    def num_pinned(self) -> list[list[int]]:
+        """By tier, slots that are locked and slots that are merely held, for checks."""
+        return [list(counts) for counts in zip(self._locked, self._held, strict=True)]
 
     # -- room --------------------------------------------------------------------------------------------------------
 
