@@ -11,7 +11,7 @@ import pytest
 from managers import make_manager
 from payload import BYTES, Request, Runner, Shape, random_text
 
-from ssmcache import BatchDesc, HostMemory, KVCacheDesc, KVCacheManager, KVCacheStatus, ReuseScope
+from ssmcache import BatchDesc, KVCacheDesc, KVCacheManager, KVCacheStatus, ReuseScope
 
 SLOT = 2 * BYTES
 SHAPES = {
@@ -125,6 +125,13 @@ def compute_all(runner: Runner, tokens: list[int]) -> Request:
     return request
 
 
+def close_one(manager: KVCacheManager, capacity: int) -> None:
+    kv = manager.create_kv_cache(())
+    assert kv.resume()
+    assert kv.resize(capacity)
+    kv.close()
+
+
 def found(runner: Runner, tokens: list[int]) -> int:
     return runner.manager.probe_reuse(tokens).usable_tokens
 
@@ -205,59 +212,6 @@ def test_an_unlimited_cache_has_nothing_to_adjust() -> None:
     assert manager.adjust()
     manager.check()
     assert manager.memory.bytes_in_use == before
-
-
-class Small(HostMemory):
-    """Has so many bytes for all tiers together, at any time."""
-
-    limit = 10**9
-
-    def resize(self, tier: int, num_slots: Any) -> bool:
-        present = list(self._num_slots[tier])
-        wanted = sum(map(int.__mul__, num_slots, self._slot_bytes))
-        rest = self.bytes_in_use - sum(map(int.__mul__, present, self._slot_bytes))
-        return rest + wanted <= self.limit and super().resize(tier, num_slots)
-
-
-@pytest.mark.parametrize("ssm", [False, True])
-def test_a_memory_that_has_no_more_refuses_before_anything_is_dropped(ssm: bool) -> None:
-    memory = Small()
-    runner = Runner(Shape(ssm=ssm, slots=(12, 4)), memory=memory)
-    for n in range(3):
-        runner.close(compute_all(runner, [n] * 8))
-    request = compute_all(runner, [7] * 4)
-    runner.suspend(request)
-    # the traffic seen asks for more pages and fewer states than there are now
-    memory.limit = memory.bytes_in_use + 3 * SLOT
-    before = content_of(runner.manager)
-    assert not runner.manager.resize_tier(0, runner.manager.quotas[0] + 4 * SLOT)
-    assert content_of(runner.manager) == before
-    assert runner.manager.resize_tier(0, runner.manager.quotas[0] + 3 * SLOT)
-    runner.manager.check()
-    assert runner.resume(request)
-    runner.finish()
-
-
-def test_pools_trade_places_within_what_the_memory_has() -> None:
-    memory = Small()
-    runner = Runner(Shape(ssm=True, slots=(16,)), memory=memory)
-    memory.limit = memory.bytes_in_use
-    runner.close(compute_all(runner, [1] * 24))
-    assert runner.manager.adjust()
-    assert [pools[0].capacity for pools in runner.manager.pools] == [21, 11]  # 12 pages to 1 + 24 // 4 states
-    runner.manager.check()
-    assert not runner.manager.adjust() or memory.bytes_in_use <= memory.limit
-    request = runner.create([1] * 24 + [2])
-    assert runner.resume(request)
-    assert runner.compute(request, 25, False)
-    runner.finish()
-
-
-def close_one(manager: KVCacheManager, capacity: int) -> None:
-    kv = manager.create_kv_cache(())
-    assert kv.resume()
-    assert kv.resize(capacity)
-    kv.close()
 
 
 def test_adjustment_is_wanted_only_beyond_a_quarter_and_not_after_it_was_made() -> None:
