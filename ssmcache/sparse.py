@@ -376,6 +376,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         """Attach GPU slots to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each.
         The arrays become the tree's.
         """
+        self._store.version += 1
         end = len(ordinals)
         run: Run | None = cursor
         queue = self.queues[GPU_TIER]
