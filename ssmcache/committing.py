@@ -132,11 +132,13 @@ def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
 
 def commit_tail(sequence: KVCache) -> Run | None:
     """Offer the last, partial block of a sequence that closes as a leaf, unless a block that begins with the same
-    tokens is there. Returns its run.
+    tokens is there, or history is so far ahead that a window has passed it. Returns its run.
     """
     store, tail, cursor = sequence.store, sequence.pending, sequence.cursor
     block = cursor.end
     if not tail.size or store.pages is None or block * sequence.kind.width > sequence.num_committed_tokens:
+        return None
+    if any(block not in window.own for window in sequence.windows):
         return None
     known = match_partial(cursor, block, tail)
     if known is not None:

@@ -30,6 +30,7 @@ SHAPES = {
     "a window and SSM, two tiers": Shape(full=False, ssm=True, windows=((6, 1),), slots=(9, 7)),
 }  # fmt: skip
 NUM_CASES = 12
+SCOPE = ReuseScope()
 
 
 class Searching(Runner):
@@ -40,7 +41,7 @@ class Searching(Runner):
         self.random = random
         self.seen: Counter[str] = Counter()
 
-    def create(self, tokens: list[int], scope: ReuseScope = ReuseScope(), **options: object) -> Request:
+    def create(self, tokens: list[int], scope: ReuseScope = SCOPE, **options: object) -> Request:
         stored = Stored(self.manager, scope)
         for _ in range(3):
             prompt = tuple(tokens[: self.random.randint(1, len(tokens))]) + tuple(self.random.choices(range(3), k=5))
