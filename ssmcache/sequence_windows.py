@@ -136,7 +136,7 @@ class SequenceWindow:
         if not blocks:
             return
         there = self.store.find(cursor, first, last)
-        self._add(cursor, [block for block in blocks if block not in there])
+        new = [block for block in blocks if block not in there]
         for block in [block for block in blocks if block in there]:
             segment, position = there[block]
             slot = segment.slots[position]
@@ -149,6 +149,7 @@ class SequenceWindow:
                 there = self.store.find(cursor, first, last)
             self.pins[block] = pin
             self.store.count_pin(pin, locked=1)
+        self._add(cursor, new)
 
     def _add(self, cursor: Run, blocks: list[int]) -> None:
         by_rank: dict[int, list[int]] = {}

@@ -124,3 +124,8 @@ def test_a_match_is_the_longest_length_at_which_everything_needed_exists(name: s
     assert bool(seen["cut by windows"]) == (len(shape.windows) > 0)
     assert bool(seen["cut to less, not to nothing"]) == (shape.ssm or len(shape.windows) > 0)
     assert bool(seen["adopted"]) == shape.ssm
+
+
+def test_a_commit_takes_up_the_right_page_of_a_known_block_while_it_adds_others() -> None:
+    """Adding pages joins segments, after which a known page is in another place of its segment."""
+    search(SHAPES["a window and SSM, two tiers"], 180)
