@@ -156,6 +156,7 @@ class Tiers(Generic[S, Slots]):
         room_below = min(short, self.obtainable(tier + 1, leaving))
         if short > room_below:  # before anything below is on its way: what is dropped may take that with it
             self.drop(tier, short - room_below)
+            room_below = max(0, count - (pool.capacity - pool.used) - leaving[tier])
         self._choose(tier + 1, room_below, leaving, downs)
         downs[tier] = self.select(tier, room_below)
 
