@@ -109,6 +109,7 @@ def raise_priorities(store: BlockStore, cursor: Run, first: int, priority: Prior
         for holder in list(cursor.path()):
             for segment in list(sparse.on(holder)):
                 sparse.raise_rank(segment, priority, first)
+            sparse.join_like(holder)
 
 
 def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:

@@ -127,6 +127,16 @@ def test_a_sink_page_of_low_priority_takes_all_below_it_along_and_nothing_else_g
     manager.check()
 
 
+def test_blocks_that_were_raised_to_the_priority_of_others_go_in_one_order_with_them() -> None:
+    manager = make(8, full=False, windows=((2, 0),))
+    leave(manager, TEXT[:8], lambda group, block: 35 if block % 2 else 50)
+    kv = start(manager, TEXT[:8], lambda group, block: 50 if block == 3 else 35)
+    assert kv.resize(13, 8)
+    # first 5 and 1, of the default priority (7 is needed), then 6, 4 and 3
+    assert window_pages(manager, TEXT) == {0, 2, 7}
+    manager.check()
+
+
 def test_a_callback_is_asked_once_for_each_group_and_block_as_far_as_they_are_needed() -> None:
     manager = make(20, windows=((2, 0),), ssm=True)
     asked: Counter[tuple[int, int]] = Counter()
