@@ -101,6 +101,13 @@ def test_a_block_keeps_the_highest_priority_whoever_gave_it_and_in_whatever_orde
     assert ranks(manager) == [(0, 2, 60), (2, 3, 50), (3, 4, 45), (4, 5, 70), (5, 6, 45)]
 
 
+def test_a_sequence_without_a_callback_raises_what_had_less_to_the_default() -> None:
+    manager = make(20)
+    leave(manager, TEXT[:4], lambda group, block: 80 if block == 0 else 10)
+    start(manager, TEXT[:2]).close()
+    assert ranks(manager) == [(0, 1, 80), (1, 2, 35), (2, 4, 10)]
+
+
 def test_snapshots_and_window_pages_have_the_priority_of_their_own_group_and_block() -> None:
     manager = make(7, windows=((2, 0),), ssm=True)
     # (full, window, SSM): only SSM slots are short, and that of block 1 shall stay
