@@ -103,6 +103,10 @@ class SequenceWindow:
         pins, self.pins = self.pins, {}
         return pins
 
+    def begin_activity(self) -> None:
+        """The sequence was suspended without tiers below, and goes on."""
+        self._stamp = self.store.stamp_of_activity()
+
     def set_idle(self, idle: bool) -> None:
         """The sequence is suspended: its pages may move; or the other way round."""
         change = 1 if idle else -1
