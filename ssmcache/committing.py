@@ -144,7 +144,8 @@ def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
 
 def commit_tail(sequence: KVCache) -> Run | None:
     """Offer the last, partial block of a sequence that closes as a leaf, unless a block that begins with the same
-    tokens is there, or history is so far ahead that a window has passed it. Returns its run.
+    tokens is there, or history is so far ahead that a window has passed it. Returns the run to be touched with the
+    path, if there is one.
     """
     store, tail, cursor = sequence.store, sequence.pending, sequence.cursor
     block = cursor.end
@@ -155,7 +156,7 @@ def commit_tail(sequence: KVCache) -> Run | None:
     known = match_partial(cursor, block, tail)
     if known is not None:
         if known.num_tokens == tail.size:
-            return None
+            return known.run if known.run.num_tokens else None
         shorter = known.run
         if shorter.num_tokens == known.num_tokens and not (shorter.holds or shorter.soft_holds):
             store.drop_tail(shorter, 1)

@@ -202,6 +202,17 @@ def test_a_leaf_that_somebody_waits_for_stays_beside_what_begins_with_it(longer:
     runner.finish()
 
 
+def test_a_leaf_that_is_used_again_and_again_does_not_get_old() -> None:
+    runner = make(5)
+    serve(runner, TEXT[:5])
+    serve(runner, [1, 2, 3, 4, 5, 6])
+    serve(runner, TEXT[:5])  # which ends where it ended before
+    serve(runner, [7, 7])
+    serve(runner, [8, 8])
+    assert TEXT[:5] in leaves(runner)
+    runner.finish()
+
+
 def test_without_room_for_the_copy_a_leaf_that_nobody_else_wants_becomes_the_sequences_own() -> None:
     runner = make(2)
     serve(runner, TEXT[:6])
