@@ -156,6 +156,9 @@ def commit_tail(sequence: KVCache) -> Run | None:
     known = match_partial(cursor, block, tail)
     if known is not None:
         if known.num_tokens == tail.size:
+            if known.run.num_tokens == tail.size:
+                for window in sequence.windows:
+                    window.add_leaf(known.run)
             return known.run if known.run.num_tokens else None
         shorter = known.run
         if shorter.num_tokens == known.num_tokens and not (shorter.holds or shorter.soft_holds):

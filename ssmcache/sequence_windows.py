@@ -171,7 +171,9 @@ class SequenceWindow:
         return DEFAULT_RANK if self._priority is None else rank_of(self._priority(self.store.layer_group, block))
 
     def add_leaf(self, leaf: Run) -> None:
-        """Give the private page of a partial block to the tree."""
+        """Give the private page of a partial block to the tree, unless there is one."""
+        if self.store.ordinals_on(leaf, leaf.start):
+            return
         slot = self.own.pop(leaf.start)
         self.store.add(leaf, int_array((leaf.start,)), int_array((slot,)), self._stamp, self._rank(leaf.start))
 

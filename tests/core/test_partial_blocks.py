@@ -213,6 +213,19 @@ def test_a_leaf_that_is_used_again_and_again_does_not_get_old() -> None:
     runner.finish()
 
 
+def test_a_leaf_that_has_lost_its_window_page_gets_the_one_of_a_text_that_ends_as_it_does() -> None:
+    runner = make(windows=((6, 0),))
+    runner.manager.pools[1][0].capacity = 4
+    serve(runner, TEXT[:6])
+    serve(runner, [1] * 16)
+    assert leaves(runner) == [TEXT[:6]]
+    assert runner.manager.probe_reuse(TEXT[:6]) == (6, 0, 0)
+    serve(runner, TEXT[:6])
+    assert leaves(runner) == [TEXT[:6]]
+    assert runner.manager.probe_reuse(TEXT[:6]) == (6, 6, 6)
+    runner.finish()
+
+
 def test_without_room_for_the_copy_a_leaf_that_nobody_else_wants_becomes_the_sequences_own() -> None:
     runner = make(2)
     serve(runner, TEXT[:6])
