@@ -122,9 +122,9 @@ def serve_at_random(shape: Shape, seed: int, with_priorities: bool) -> Pair:
 def test_the_lowest_priority_goes_first_then_the_oldest(name: str, with_priorities: bool) -> None:
     seen: Counter[str] = Counter()
     num_evicted: Counter[int] = Counter()
-    for seed in range(25):
+    for seed in range(14):
         pair = serve_at_random(SHAPES[name], seed, with_priorities)
         seen += pair.seen
         num_evicted += Counter(pair.reference.num_evicted)
     assert seen["reused"]
-    assert all(num_evicted[group] > 50 for group in pair.reference.entries)
+    assert all(num_evicted[group] > 20 for group in pair.reference.entries)
