@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ssmcache.keys import Int64Array
-from ssmcache.match import match_partial
+from ssmcache.match import common_prefix, match_partial
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pools import SlotArray
 from ssmcache.priority import Priority
@@ -43,6 +43,9 @@ def commit_blocks(sequence: KVCache, keys: Int64Array, base: int, first: int, la
         cursor = child
     if position < last:
         width = kind.width
+        reused = sequence.reuse_match.usable_tokens
+        if reused % store.tokens_per_block and reused // store.tokens_per_block == position:
+            _drop_leaves_of(store, cursor, keys[(position - base) * width : (position - base + 1) * width])
         for end, rank in _stretches(sequence, position, last):
             count = end - position
             pages = None if store.pages is None else sequence.take_own_pages(count)
@@ -54,6 +57,14 @@ def commit_blocks(sequence: KVCache, keys: Int64Array, base: int, first: int, la
         raise_priorities(store, cursor, start, sequence.priority)
     for window in sequence.windows:
         window.commit(cursor, start, last)
+
+
+def _drop_leaves_of(store: BlockStore, cursor: Run, block: Int64Array) -> None:
+    """Partial blocks below `cursor` that a full one begins with, such as the one it grew from, are of no more use."""
+    for leaf in [child for child in cursor.children.values() if child.num_tokens]:
+        is_held = leaf.holds or leaf.soft_holds
+        if not is_held and common_prefix(leaf.keys, block) == leaf.num_tokens:
+            store.drop_tail(leaf, 1)
 
 
 def rebase(store: BlockStore, run: Run, own: SlotArray) -> None:
@@ -109,6 +120,7 @@ def raise_priorities(store: BlockStore, cursor: Run, first: int, priority: Prior
         for holder in list(cursor.path()):
             for segment in list(sparse.on(holder)):
                 sparse.raise_rank(segment, priority, first)
+            sparse.join_like(holder)
 
 
 def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
@@ -132,16 +144,22 @@ def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
 
 def commit_tail(sequence: KVCache) -> Run | None:
     """Offer the last, partial block of a sequence that closes as a leaf, unless a block that begins with the same
-    tokens is there. Returns its run.
+    tokens is there, or history is so far ahead that a window has passed it. Returns the run to be touched with the
+    path, if there is one.
     """
     store, tail, cursor = sequence.store, sequence.pending, sequence.cursor
     block = cursor.end
     if not tail.size or store.pages is None or block * sequence.kind.width > sequence.num_committed_tokens:
         return None
+    if any(block not in window.own for window in sequence.windows):
+        return None
     known = match_partial(cursor, block, tail)
     if known is not None:
         if known.num_tokens == tail.size:
-            return None
+            if known.run.num_tokens == tail.size:
+                for window in sequence.windows:
+                    window.add_leaf(known.run)
+            return known.run if known.run.num_tokens else None
         shorter = known.run
         if shorter.num_tokens == known.num_tokens and not (shorter.holds or shorter.soft_holds):
             with store.not_evicting():  # the longer one takes its place

@@ -10,6 +10,7 @@ Int64Array = npt.NDArray[np.int64]
 EdgeKey = int | bytes
 
 _DIGEST_BYTES = 32
+_MAX_TOKEN = np.iinfo(np.int64).max
 
 
 class KeyKind:
@@ -148,6 +149,8 @@ class TokenIds:
             raise ValueError(f"tokens: expected integers in one dimension, got {array.dtype} of shape {array.shape}")
         if array.min() < 0:
             raise ValueError(f"tokens: expected integers >= 0, got {array.min()}")
+        if array.dtype.kind == "u" and array.max() > _MAX_TOKEN:
+            raise ValueError(f"tokens: expected integers up to {_MAX_TOKEN}, got {array.max()}")
         return array.astype(np.int64, copy=False)
 
     def _with_digests(self, tokens: "Sequence[int | bytes]") -> Int64Array:

@@ -67,6 +67,7 @@ class KVCacheManager:
         self.counters = Counters(len(config.cache_tiers))
         self.traffic = sizing.Traffic()
         self.num_active = 0
+        self.has_priorities = False  # a sequence had a priority callback
         self.open_sequences: dict[KVCache, None] = {}
         self._closed = False
         self._token_kind = KeyKind(self.tokens_per_block, prefix_unique=False)

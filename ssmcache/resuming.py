@@ -231,8 +231,12 @@ def resume_again(sequence: KVCache) -> Shortage | None:
     if is_lost(sequence):
         return Shortage("lost", 0, manager.tier_names[-1], 0, 0, 0, 0)
     shortage = manager.gate(sequence)
-    if shortage is not None or parked is None:
+    if shortage is not None:
         return shortage
+    if parked is None:
+        for window in sequence.windows:
+            window.begin_activity()
+        return None
     shortage = _with_locks(sequence, parked, lambda: _bring_up(sequence, parked, GPU_TIER))
     if shortage is None:
         parked.unpark()

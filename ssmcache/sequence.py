@@ -15,7 +15,7 @@ from ssmcache.match import Found
 from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.parking import Parked
 from ssmcache.pools import NO_SLOTS, SlotArray
-from ssmcache.priority import Priority, PriorityCallback
+from ssmcache.priority import Priority, PriorityCallback, default_priority
 from ssmcache.rows import PageRows
 from ssmcache.sequence_windows import SequenceWindow
 from ssmcache.states import SequenceStates
@@ -72,6 +72,10 @@ class KVCache(PathHolder):
         self.kind = kind
         self.id = id
         self.adopt = adopt
+        if priority is not None:
+            manager.has_priorities = True
+        elif manager.has_priorities:  # a block that was given less may have to be raised
+            priority = default_priority
         self.priority = None if priority is None else Priority(priority, len(manager.groups))
         self.status = _SUSPENDED
         self.shortage: Shortage | None = None

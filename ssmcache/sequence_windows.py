@@ -115,6 +115,10 @@ class SequenceWindow:
         pins, self.pins = self.pins, {}
         return pins
 
+    def begin_activity(self) -> None:
+        """The sequence was suspended without tiers below, and goes on."""
+        self._stamp = self.store.stamp_of_activity()
+
     def set_idle(self, idle: bool) -> None:
         """The sequence is suspended: its pages may move; or the other way round."""
         change = 1 if idle else -1
@@ -148,7 +152,7 @@ class SequenceWindow:
         if not blocks:
             return
         there = self.store.find(cursor, first, last)
-        self._add(cursor, [block for block in blocks if block not in there])
+        new = [block for block in blocks if block not in there]
         for block in [block for block in blocks if block in there]:
             segment, position = there[block]
             slot = segment.slots[position]
@@ -161,6 +165,7 @@ class SequenceWindow:
                 there = self.store.find(cursor, first, last)
             self.pins[block] = pin
             self.store.count_pin(pin, locked=1)
+        self._add(cursor, new)
 
     def _add(self, cursor: Run, blocks: list[int]) -> None:
         by_rank: dict[int, list[int]] = {}
@@ -178,7 +183,9 @@ class SequenceWindow:
         return DEFAULT_RANK if self._priority is None else rank_of(self._priority(self.store.layer_group, block))
 
     def add_leaf(self, leaf: Run) -> None:
-        """Give the private page of a partial block to the tree."""
+        """Give the private page of a partial block to the tree, unless there is one."""
+        if self.store.ordinals_on(leaf, leaf.start):
+            return
         slot = self.own.pop(leaf.start)
         self.store.add(leaf, int_array((leaf.start,)), int_array((slot,)), self._stamp, self._rank(leaf.start))
 

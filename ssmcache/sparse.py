@@ -148,10 +148,10 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     # -- going -------------------------------------------------------------------------------------------------------
 
     def drop(self, tier: int, count: int) -> None:
-        queue, kept = self.queues[tier], self._pins[tier]
+        queue, kept, pool = self.queues[tier], self._pins[tier], self.pools[tier]
         passed_over: list[SparseSegment] = []
-        losers: list[tuple[Run, int]] = []
-        while count > 0:
+        goal = pool.used - count
+        while pool.used > goal:
             segment = queue.oldest()
             if segment is None:
                 self._put_back(passed_over)
@@ -164,19 +164,18 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
                 queue.take_out(segment)
                 passed_over.append(segment)
                 continue
-            ordinals, slots = segment.take_oldest(count, kept)
+            ordinals, slots = segment.take_oldest(self._num_at_once(segment, pool.used - goal, kept), kept)
             if slots:
-                count -= len(slots)
                 self.give_back(tier, slots)
                 self._note_evicted(run, tier, ordinals, slots)
-                losers.append((run, ordinals[0]))
             if not segment.slots:
                 self._drop_empty(run)
-            elif count > 0:  # what is left of it is pinned
+            elif not slots:  # what is left of it is pinned
                 queue.take_out(segment)
                 passed_over.append(segment)
+            if slots:  # which may take others with it
+                self._settle_loser(run, ordinals[0])
         self._put_back(passed_over)
-        self._settle_losers(losers)
 
     def _put_back(self, passed_over: list[SparseSegment]) -> None:
         """Enter segments again that could not go just now."""
@@ -195,11 +194,14 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         if self._store.events is not None:
             self._store.events.removed(self.layer_group, tier, run, ordinals)
 
-    def _settle_losers(self, losers: list[tuple[Run, int]]) -> None:
-        """Runs that lost slots, and the first block of each that did: without pages a block may have nothing left."""
-        for run, _ in losers:
-            if run.pages is None and run.end > run.start:
-                self._store.settle_leaf(run)
+    def _num_at_once(self, segment: SparseSegment, count: int, kept: Container[int]) -> int:
+        """How many slots of a segment may be dropped before the effect of that has to be seen."""
+        return count
+
+    def _settle_loser(self, run: Run, block: int) -> None:
+        """A run has lost slots, of `block` and deeper ones: without pages a block may have nothing left."""
+        if run.pages is None and run.end > run.start:
+            self._store.settle_leaf(run)
 
     def give_back(self, tier: int, slots: IntArray) -> None:
         """Slots of the tree go back to the pool of their tier."""
@@ -315,7 +317,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         self._forgotten(tier, slots)
         if not segment.slots:
             self._drop_empty(run)
-        self._settle_losers([(run, ordinals[0])])
+        self._settle_loser(run, ordinals[0])
 
     def _forgotten(self, tier: int, slots: Sequence[int]) -> int:
         """These slots left the tree; returns how many of them somebody has made use of, as far as that is known."""
@@ -383,6 +385,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         """Attach GPU slots to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each.
         The arrays become the tree's.
         """
+        self._store.version += 1
         if self._store.events is not None:
             self._store.events.added(cursor, self.layer_group, ordinals)
         end = len(ordinals)

@@ -326,7 +326,6 @@ class BlockStore(TreeStructure):
     def add_snapshots(self, cursor: Run, ordinals: IntArray, slots: IntArray, rank: int = DEFAULT_RANK) -> None:
         """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each."""
         assert self.snapshots is not None
-        self.version += 1
         self.snapshots.add(cursor, ordinals, slots, self.clock.touch(cursor.end), rank)
 
     def all_tiers(self) -> tuple[Tiers[Any, Any], ...]:

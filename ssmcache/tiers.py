@@ -148,8 +148,7 @@ class Tiers(Generic[S, Slots]):
 
     def _choose(self, tier: int, count: int, leaving: list[int], downs: list[list[S]]) -> None:
         """Decide what goes so that `count` slots of a tier are free once everything has moved."""
-        pool = self.pools[tier]
-        short = count - (pool.capacity - pool.used) - leaving[tier]
+        short = self._short_by(tier, count, leaving)
         if short <= 0:
             return
         if tier == self.last_tier:
@@ -158,8 +157,14 @@ class Tiers(Generic[S, Slots]):
         room_below = min(short, self.obtainable(tier + 1, leaving))
         if short > room_below:  # before anything below is on its way: what is dropped may take that with it
             self.drop(tier, short - room_below)
+            room_below = self._short_by(tier, count, leaving)
         self._choose(tier + 1, room_below, leaving, downs)
-        downs[tier] = self.select(tier, room_below)
+        # a sink page that was dropped below may have taken slots of this tier along
+        downs[tier] = self.select(tier, self._short_by(tier, count, leaving))
+
+    def _short_by(self, tier: int, count: int, leaving: list[int]) -> int:
+        pool = self.pools[tier]
+        return count - (pool.capacity - pool.used) - leaving[tier]
 
     def _relocate(self, downs: list[list[S]], lifts: list[S], target: int, stream: Any) -> None:
         """Carry the moves out, and take what is done out of the lists. Each round gets further: what is above its
