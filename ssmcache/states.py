@@ -50,14 +50,23 @@ class SequenceStates:
         pool = snapshots.gpu_pool
         if pool.used < pool.capacity:
             return None
-        room = snapshots.obtainable()
         if source is not None and source.tier == GPU_TIER:
             # another one may go, or the source itself becomes the live state if nobody else waits for it
-            if room > 1 or (source.soft <= softly_held and not source.locked):
+            if snapshots.obtainable() > 1 or (source.soft <= softly_held and not source.locked):
                 return None
-        elif room > 0:
+        elif self._room_beside_source(source) > 0:
             return None
         return self._manager.shortage("slots", snapshots, 1)
+
+    def _room_beside_source(self, source: Pin | None) -> int:
+        """Slots that can be had while a source in a tier below stays where it is."""
+        snapshots = self._snapshots
+        if source is None:
+            return snapshots.obtainable()
+        snapshots.count_pin(source, locked=1)
+        room = snapshots.obtainable()
+        snapshots.count_pin(source, locked=-1)
+        return room
 
     def start(self, cursor: Run, source: Pin | None) -> None:
         """Take the live slot, and queue the copy of the source into it: a snapshot of the path of `cursor` that the

@@ -1,0 +1,35 @@
+"""Traps of several tiers, each on a cache small enough to follow by hand."""
+
+from __future__ import annotations
+
+from payload import Runner, Shape
+
+
+def leave(runner: Runner, tokens: list[int]) -> None:
+    """Compute and commit all but the last token, and close."""
+    request = runner.create(tokens)
+    assert runner.resume(request)
+    assert runner.compute(request, len(tokens) - 1, reserve=True)
+    runner.close(request)
+
+
+def test_a_resume_that_could_only_evict_its_own_source_in_a_lower_tier_is_refused() -> None:
+    runner = Runner(Shape(block=1, full=False, ssm=True, interval=1, slots=(2, 2), max_util=1.0))
+    leave(runner, [1, 2])
+    first, second, third = (runner.create([token, 6]) for token in (5, 7, 8))
+    assert runner.resume(first)
+    assert runner.resume(second)
+    runner.suspend(first)
+    runner.suspend(second)
+    assert runner.resume(third)
+    runner.suspend(third)
+    # the host has the snapshot and a state that is held, the GPU two of those: the snapshot would have to go
+    request = runner.create([1, 2])
+    assert request.kv.num_committed_tokens == 1
+    assert not runner.resume(request)
+    assert (request.kv.shortage.reason, request.kv.shortage.needed) == ("slots", 1)
+    runner.manager.check()
+    runner.close(first)
+    assert runner.resume(request)
+    assert request.kv.num_committed_tokens == 1
+    runner.finish()
