@@ -85,6 +85,7 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
         _undo_lock(sequence)
         store.free_lost()
         return transfer_shortage(sequence, error)
+    del store.soft_holders[sequence]
     if sequence.priority is not None:
         raise_priorities(store, sequence.cursor, 0, sequence.priority)
     return None

@@ -33,3 +33,17 @@ def test_a_resume_that_could_only_evict_its_own_source_in_a_lower_tier_is_refuse
     assert runner.resume(request)
     assert request.kv.num_committed_tokens == 1
     runner.finish()
+
+
+def test_who_was_created_last_loses_its_match_first_even_if_another_was_prefetched_since() -> None:
+    runner = Runner(Shape(block=1, slots=(4, 1), partly=False))
+    leave(runner, [1, 1, 0])
+    leave(runner, [2, 2, 0])
+    first, second = runner.create([1, 1, 0]), runner.create([2, 2, 0])
+    assert first.kv.prefetch(0)
+    runner.manager.check()
+    busy = runner.create([3, 0])
+    assert runner.resume(busy)
+    assert busy.kv.resize(3)
+    assert (first.kv.num_attention_tokens, second.kv.num_attention_tokens) == (2, 0)
+    runner.finish()
