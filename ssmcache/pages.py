@@ -60,7 +60,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
                     passed_over.append(segment)
                     continue
                 for child in list(run.children.values()):  # in tiers below, and older
-                    self._store.drop_subtree(child, child.start)
+                    self._store.evict_subtree(child, child.start)
             num_blocks = min(count, run.end - run.start)
             self._store.drop_tail(run, num_blocks)
             self.num_evicted += num_blocks

@@ -236,6 +236,14 @@ class TreeStructure:
         if run.end > max(block, run.start):
             self.drop_tail(run, run.end - max(block, run.start))
 
+    def evict_subtree(self, run: Run, block: int) -> None:
+        """`drop_subtree` for want of room: all pages that go count as evicted."""
+        pages = self.pages
+        before = 0 if pages is None else sum(pages.cached)
+        self.drop_subtree(run, block)
+        if pages is not None:
+            pages.num_evicted += before - sum(pages.cached)
+
     def drop_soft_holds_of(self, run: Run) -> None:
         raise NotImplementedError
 

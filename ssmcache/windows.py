@@ -62,7 +62,7 @@ class WindowStore(SparseStore):
         # without a sink page nothing from its block on can be used any more
         for run, block in losers:
             if block < self.window.num_sink_blocks and run.start <= block < run.end:
-                self._store.drop_subtree(run, block)
+                self._store.evict_subtree(run, block)
         super()._settle_losers(losers)
 
     def _stays_out(self, segment: SparseSegment) -> bool:

@@ -47,3 +47,19 @@ def test_who_was_created_last_loses_its_match_first_even_if_another_was_prefetch
     assert busy.kv.resize(3)
     assert (first.kv.num_attention_tokens, second.kv.num_attention_tokens) == (2, 0)
     runner.finish()
+
+
+def test_pages_that_go_because_one_above_them_goes_count_as_evicted() -> None:
+    runner = Runner(Shape(block=1, slots=(3, 1), partly=False))
+    leave(runner, [1, 1, 0])
+    held = runner.create([2, 0])
+    assert runner.resume(held)
+    assert held.kv.resize(2)  # the second of the two pages goes to the host
+    runner.suspend(held)
+    other = runner.create([3, 0])
+    assert runner.resume(other)
+    assert not other.kv.resize(3)
+    assert other.kv.resize(2)  # one of the held pages takes the only slot of the host
+    assert runner.manager.probe_reuse([1, 1]).attention_tokens == 0
+    assert runner.manager.stats().pages_evicted == 2
+    runner.finish()
