@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from payload import Runner, Shape
+
+from ssmcache import sizing
 
 
 def leave(runner: Runner, tokens: list[int]) -> None:
@@ -62,4 +65,27 @@ def test_pages_that_go_because_one_above_them_goes_count_as_evicted() -> None:
     assert other.kv.resize(2)  # one of the held pages takes the only slot of the host
     assert runner.manager.probe_reuse([1, 1]).attention_tokens == 0
     assert runner.manager.stats().pages_evicted == 2
+    runner.finish()
+
+
+def test_a_page_that_arrives_in_a_tier_before_what_is_below_it_has_left_is_the_next_to_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sizing, "_STAGING_BYTES", 1)  # one slot: the moves take turns
+    runner = Runner(Shape(block=1, slots=(4, 2, 2), partly=False, max_util=1.0))
+    leave(runner, [1, 1, 0])
+    leave(runner, [2, 2, 2, 2, 0])
+    busy = runner.create([3, 0])
+    assert runner.resume(busy)
+    assert busy.kv.resize(2)
+    # half of the second text is on the GPU, the rest on the host, the first text on the disk: all change places
+    first = runner.create([1, 1, 0])
+    assert runner.resume(first)
+    assert first.kv.usable_tokens_by_tier == (0, 0, 2)
+    runner.manager.check()
+    runner.close(first)
+    again = runner.create([2, 2, 2, 2, 0])
+    runner.close(busy)
+    assert runner.resume(again)
+    assert again.kv.usable_tokens_by_tier == (0, 2, 2)
     runner.finish()
