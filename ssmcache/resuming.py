@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssmcache.committing import raise_priorities
@@ -10,6 +11,7 @@ from ssmcache.keys import Int64Array
 from ssmcache.match import Partial
 from ssmcache.memory.base import GPU_TIER, SlotMoves, TransferError
 from ssmcache.parking import Parked
+from ssmcache.segments import PageSegment, SparseSegment
 from ssmcache.sparse import Pin, SparseStore
 from ssmcache.stats import Shortage
 from ssmcache.tiers import Tiers
@@ -20,15 +22,21 @@ if TYPE_CHECKING:
 
 
 class _Need(NamedTuple):
-    """What is needed of one layer group: segments to be brought up, and free slots beside them."""
+    """What is needed of one layer group: segments to be brought up, and free slots beside them. `lifts` finds those
+    anew each time, since bringing up the pages of full attention may cut runs, with all that lies on them.
+    """
 
     tiers: Tiers[Any, Any]
-    lifts: list[Any]
+    lifts: Callable[[], list[Any]]
     beside: int
+
+    def bring(self, sequence: KVCache, tier: int) -> None:
+        """Errors: TransferError."""
+        self.tiers.bring(self.lifts(), tier, self.beside, sequence.stream)
 
     def shortage(self, sequence: KVCache, tier: int) -> Shortage | None:
         leaving = [0] * len(self.tiers.pools)
-        for segment in self.lifts:
+        for segment in self.lifts():
             leaving[segment.tier] += len(self.tiers.slots_of(segment))
         needed = sum(leaving) + self.beside
         if not needed or self.tiers.obtainable(tier, leaving) >= needed:
@@ -72,7 +80,7 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
         sequence.usable_tokens_by_tier = _usable_tokens_by_tier(sequence)
     try:
         for need in needs:
-            need.tiers.bring(need.lifts, GPU_TIER, need.beside, sequence.stream)
+            need.bring(sequence, GPU_TIER)
         if states is not None:
             states.start(sequence.cursor, sequence.source)
             sequence.source = None
@@ -139,11 +147,22 @@ def _needs_of_first(sequence: KVCache) -> list[_Need]:
         return []
     needs: list[_Need] = []
     if store.pages is not None:
-        needs.append(_Need(store.pages, store.lifts(sequence.cursor), beside))
+        needs.append(_Need(store.pages, functools.partial(store.lifts, sequence.cursor), beside))
     for window in sequence.windows:
-        lifts = window.store.lifts(sequence.cursor.path(), set(window.pins.values()), GPU_TIER)
-        needs.append(_Need(window.store, lifts, beside))
+        pins: set[Pin | None] = set(window.pins.values())
+        needs.append(
+            _Need(window.store, functools.partial(_sparse_lifts, sequence, window.store, pins, GPU_TIER), beside)
+        )
     return needs
+
+
+def _sparse_lifts(
+    sequence: KVCache, sparse: SparseStore, pins: Container[Pin | None], tier: int
+) -> list[SparseSegment]:
+    runs = list(sequence.cursor.path())
+    if sequence.parked is not None:
+        runs.append(sequence.parked.states)
+    return sparse.lifts(runs, pins, tier)
 
 
 def _usable_tokens_by_tier(sequence: KVCache) -> tuple[int, ...]:
@@ -260,24 +279,24 @@ def _bring_up(sequence: KVCache, parked: Parked | None, tier: int) -> Shortage |
     """Bring a sequence's pages and states up to a tier; it protects them."""
     store = sequence.store
     needs: list[_Need] = []
-    runs = list(sequence.cursor.path())
     own_pins: set[Pin] = set() if parked is None else parked.pins()
-    if parked is not None:
-        runs.append(parked.states)
     if store.pages is not None:
-        lifts = store.lifts(sequence.cursor, tier) + ([] if parked is None else parked.page_lifts(tier))
-        needs.append(_Need(store.pages, lifts, 0))
+        needs.append(_Need(store.pages, functools.partial(_page_lifts, sequence, parked, tier), 0))
     for window in sequence.windows:
         pins = own_pins.union(window.pins.values(), (pin for _, _, pin in sequence.pins))
-        needs.append(_Need(window.store, window.store.lifts(runs, pins, tier), 0))
+        needs.append(_Need(window.store, functools.partial(_sparse_lifts, sequence, window.store, pins, tier), 0))
     if store.snapshots is not None:
         pins = own_pins if sequence.source is None else own_pins | {sequence.source}
-        needs.append(_Need(store.snapshots, store.snapshots.lifts(runs, pins, tier), 0))
+        needs.append(_Need(store.snapshots, functools.partial(_sparse_lifts, sequence, store.snapshots, pins, tier), 0))
     shortage = _shortage(sequence, needs, tier)
     if shortage is None:
         for need in needs:
-            need.tiers.bring(need.lifts, tier, 0, sequence.stream)
+            need.bring(sequence, tier)
     return shortage
+
+
+def _page_lifts(sequence: KVCache, parked: Parked | None, tier: int) -> list[PageSegment]:
+    return sequence.store.lifts(sequence.cursor, tier) + ([] if parked is None else parked.page_lifts(tier))
 
 
 def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
