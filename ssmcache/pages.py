@@ -154,9 +154,9 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
                 self._store.absorb_parent(child)
         self._moved_down.clear()
 
-    def lose(self, segment: PageSegment, index: int) -> None:
+    def lose(self, segment: PageSegment, indices: list[int]) -> None:
         assert segment.run is not None
-        self._store.lose(segment.run, segment.run.start + index)
+        self._store.lose(segment.run, segment.start + indices[0])  # with all that is below
 
 
 def _is_softly_held(run: Run) -> bool:

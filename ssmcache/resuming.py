@@ -91,12 +91,19 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
                 _take_over_partial(sequence, sequence.partial)
     except TransferError as error:
         _undo_lock(sequence)
-        store.free_lost()
-        return transfer_shortage(sequence, error)
+        return _after_failure(sequence, error)
     del store.soft_holders[sequence]
     if sequence.priority is not None:
         raise_priorities(store, sequence.cursor, 0, sequence.priority)
     return None
+
+
+def _after_failure(sequence: KVCache, error: TransferError) -> Shortage:
+    """A sequence that was not resumed yet lets go of what it found if some of that may be lost."""
+    if error.lost:
+        sequence.store.drop_soft_hold(sequence)
+        sequence.store.free_lost()
+    return transfer_shortage(sequence, error)
 
 
 def _shortage(sequence: KVCache, needs: list[_Need], tier: int) -> Shortage | None:
@@ -116,10 +123,14 @@ def _protect_partial(sequence: KVCache, protected: bool) -> None:
     """Keep the block that is about to be copied where it is, or let it go as before."""
     if sequence.partial is None:
         return
+    run = sequence.partial.run
     if protected:
-        sequence.store.lock_child(sequence.partial.run)
+        run.soft_holds -= 1
+        sequence.store.lock_child(run)
     else:
-        sequence.store.release(sequence.partial.run)
+        run.soft_holds += 1
+        sequence.store.release(run)
+        sequence.store.settle_leaf(run)
     for sparse, block, pin in sequence.pins:
         if block == sequence.partial.block:
             sparse.count_pin(pin, locked=1 if protected else -1)
@@ -204,6 +215,7 @@ def _copy_partial(sequence: KVCache, partial: Partial) -> None:
         for tiers, slots in taken:
             tiers.pools[GPU_TIER].give_back(slots)
         if error.lost:
+            _end_partial(sequence, partial)
             store.lose(partial.run, partial.block)
         raise
     for tiers, slots in taken:
@@ -220,6 +232,7 @@ def _end_partial(sequence: KVCache, partial: Partial) -> None:
     for sparse, block, pin in sequence.pins:
         if block == partial.block:
             sparse.count_pin(pin, soft=-1)
+    sequence.pins = [(sparse, block, pin) for sparse, block, pin in sequence.pins if block != partial.block]
     sequence.partial = None
     partial.run.soft_holds -= 1
     sequence.store.settle_leaf(partial.run)
@@ -231,7 +244,7 @@ def _can_take_over(sequence: KVCache) -> bool:
     if partial is None or sequence.windows or partial.run.pages is None:
         return False
     run = partial.run
-    alone = run.holds == 1 and run.soft_holds == 1 and not run.children and run.end - run.start == 1
+    alone = run.holds == 1 and not run.soft_holds and not run.children and run.end - run.start == 1
     return alone and partial.run.pages.tier == GPU_TIER
 
 
@@ -315,17 +328,21 @@ def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
     if sequence.source is not None and store.snapshots is not None:
         pins.append((store.snapshots, sequence.source))
     store.lock(sequence)
+    _protect_partial(sequence, True)
     for sparse, pin in pins:
         sparse.count_pin(pin, locked=1)
+    failure: TransferError | None = None
+    shortage = None
     try:
-        return _bring_up(sequence, None, tier)
+        shortage = _bring_up(sequence, None, tier)
     except TransferError as error:
-        return transfer_shortage(sequence, error)
-    finally:
-        for sparse, pin in pins:
-            sparse.count_pin(pin, locked=-1)
-        store.unlock(sequence)
-        _release_windows(sequence, sequence.cursor if sequence.partial is None else sequence.partial.run)
+        failure = error
+    for sparse, pin in pins:
+        sparse.count_pin(pin, locked=-1)
+    _protect_partial(sequence, False)
+    store.unlock(sequence)
+    _release_windows(sequence, sequence.cursor if sequence.partial is None else sequence.partial.run)
+    return shortage if failure is None else _after_failure(sequence, failure)
 
 
 def suspend(sequence: KVCache) -> None:
@@ -351,6 +368,7 @@ def is_lost(sequence: KVCache) -> bool:
 
 
 def transfer_shortage(sequence: KVCache, error: TransferError) -> Shortage:
-    """A failed move as a reason."""
+    """A failed move as a reason. What others have lost is no reason to give up: the next call goes on without it."""
     name = sequence.manager.tier_names[error.tier]
-    return Shortage("lost" if error.lost else "io", 0, name, 0, 0, 0, 0)
+    lost = bool(error.lost) and (not sequence.locked or is_lost(sequence))
+    return Shortage("lost" if lost else "io", 0, name, 0, 0, 0, 0)

@@ -298,17 +298,24 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
             for slot, new_slot in zip(old_slots, slots, strict=True):
                 self._move_pin(old_tier, slot, tier, new_slot)
 
-    def lose(self, segment: SparseSegment, index: int) -> None:
+    def lose(self, segment: SparseSegment, indices: list[int]) -> None:
         run, tier = segment.run, segment.tier
         assert run is not None
         self._store.version += 1
-        ordinals, slots = segment.take([index])
-        self._break_pin(tier, slots[0])
+        ordinals, slots = segment.take(indices)
+        if self._store.events is not None:
+            self._store.events.removed(self.layer_group, tier, run, ordinals)
+        for slot in slots:
+            self._break_pin(tier, slot)
         self.give_back(tier, slots)
         self._forgotten(tier, slots)
         if not segment.slots:
             self._drop_empty(run)
-        self._settle_losers([(run, ordinals[0])])
+        self._settle_lost(run, ordinals[0])
+
+    def _settle_lost(self, run: Run, block: int) -> None:
+        """A run lost slots, the first of them that of `block`."""
+        self._settle_losers([(run, block)])
 
     def _forgotten(self, tier: int, slots: Sequence[int]) -> int:
         """These slots left the tree; returns how many of them somebody has made use of, as far as that is known."""
@@ -465,7 +472,8 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def lose_slot(self, cursor: Run, tier: int, slot: int) -> None:
         """`lose` for a slot of the path of `cursor`."""
-        self.lose(*self._place_of(cursor, tier, slot))
+        segment, index = self._place_of(cursor, tier, slot)
+        self.lose(segment, [index])
 
     def park(self, run: Run, ordinals: Iterable[int], slots: Iterable[int], stamp: int) -> list[Pin]:
         """Private GPU slots of a sequence that suspends, on a run of its own: from now on they may move."""

@@ -39,6 +39,7 @@ class Tiers(Generic[S, Slots]):
         self.moved = [[0] * len(pools) for _ in pools]
         self.num_evicted = 0  # slots dropped by want of room
         self._memory = memory
+        self._lost: list[tuple[S, list[int]]] = []  # by the batch that has just failed
         self._none_leaving = (0,) * len(pools)
         self._num_segments = 0
 
@@ -89,8 +90,8 @@ class Tiers(Generic[S, Slots]):
         """A batch of moves is over: what lies beside its like now may become one segment with it."""
         raise NotImplementedError
 
-    def lose(self, segment: S, index: int) -> None:
-        """Slot number `index` of a segment cannot be read any more."""
+    def lose(self, segment: S, indices: list[int]) -> None:
+        """The slots of a segment, in the tree or parked, at some ascending positions cannot be read any more."""
         raise NotImplementedError
 
     # -- room --------------------------------------------------------------------------------------------------------
@@ -124,7 +125,8 @@ class Tiers(Generic[S, Slots]):
         """Move segments up to a tier and leave `beside` more of its slots free; what is in the way goes. The segments
         come from the top of a path down. The caller has checked `obtainable`, and protects them by a lock.
 
-        Errors: TransferError. Every page is in one place then, and those that were lost are out of the tree.
+        Errors: TransferError. Every page is in one place then, and those that were lost are out of the tree; a tier
+        may have given up its oldest slots, or have taken more of them for good than before, which were its staging.
         """
         leaving = list(self._none_leaving)
         for segment in lifts:
@@ -137,12 +139,26 @@ class Tiers(Generic[S, Slots]):
             for segments in downs:
                 for segment in segments:
                     self.unselect(segment)
-            if not error.lost:  # what lies there can still be read, but nothing more fits
-                pool = self.pools[error.tier]
-                pool.capacity = min(pool.capacity, pool.used)
+            self._settle_failure(error)
             raise
         finally:
             self.join_moved()
+
+    def _settle_failure(self, error: TransferError) -> None:
+        """Some moves of a batch were not made, and none is under way any more."""
+        lost, self._lost = self._lost, []
+        for segment, indices in lost:
+            if segment.run is not None:  # else it went with another
+                self.lose(segment, indices)
+        for tier, pool in enumerate(self.pools):
+            excess = pool.used - pool.capacity
+            if excess > 0:  # what was to make room for it is still there
+                self.drop(tier, min(excess, self.num_droppable(tier)))
+                pool.staging -= max(0, pool.used - pool.capacity)
+                pool.capacity = max(pool.capacity, pool.used)
+        if not error.lost:  # what lies there can still be read, but nothing more fits
+            pool = self.pools[error.tier]
+            pool.capacity = min(pool.capacity, pool.used)
 
     def _choose(self, tier: int, count: int, leaving: list[int], downs: list[list[S]]) -> None:
         """Decide what goes so that `count` slots of a tier are free once everything has moved."""
@@ -168,7 +184,9 @@ class Tiers(Generic[S, Slots]):
             for tier in reversed(range(self.last_tier)):  # the lowest first, since a failed write spoils least there
                 num_moved += self._move(downs[tier], tier + 1, stream)
             num_moved += self._move(lifts, target, stream)
-            assert num_moved, "moves were planned that have no room"
+            if not num_moved:
+                full = next(tier for tier in range(1, self.last_tier + 1) if not self.pools[tier].staging)
+                raise TransferError(full, (), "earlier failures left no room to move anything through")
 
     def _move(self, segments: list[S], tier: int, stream: Any) -> int:
         """Move as many slots as there is room for, from the front of the list; returns their number."""
@@ -198,20 +216,15 @@ class Tiers(Generic[S, Slots]):
             self._memory.copy(SlotMoves(self.layer_group, source_tier, sources, tier, destinations.tolist()), stream)
         except TransferError as error:
             pool.give_back(destinations)
-            position = 0
-            # deeper ones first: losing a page also takes what is below it out of reach
-            lost = set(error.lost)
-            places = []
+            first = 0
             for segment in batch:
-                for index in range(len(self.slots_of(segment))):
-                    if position in lost:
-                        places.append((segment, index))
-                    position += 1
-            if tier > source_tier:
-                for segment in batch:
+                end = first + len(self.slots_of(segment))
+                indices = [position - first for position in error.lost if first <= position < end]
+                if indices:
+                    self._lost.append((segment, indices))
+                if tier > source_tier:
                     self.unselect(segment)
-            for segment, index in reversed(places):
-                self.lose(segment, index)
+                first = end
             raise
         first = 0
         for segment in batch:
