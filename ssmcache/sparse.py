@@ -246,7 +246,8 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def cut(self, segment: SparseSegment, count: int, selected: bool) -> tuple[SparseSegment, SparseSegment]:
         assert segment.run is not None
-        ordinals, slots = segment.take(list(range(count)))
+        size = len(segment.slots)
+        ordinals, slots = segment.take(list(range(size - count, size) if selected else range(count)))
         first = self._new(segment.run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
         if not selected:
             self.queues[segment.tier].put(first)

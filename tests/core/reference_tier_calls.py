@@ -65,7 +65,7 @@ class ReferenceTierCache(ReferenceTiers):
                 mine = {sequence.parked_state()}
             shared = {item for other in self.resumed() if other is not sequence for item in other.path}
             idle = here & self.held(kind) - locked - (mine - shared)
-            stuck = max(0, len(idle) - self.room(kind, GPU + 1))
+            stuck = max(0, len(idle) - self.room_below(kind, GPU))
             if len(here & locked) + self.private(kind) + stuck > self.setup.max_util * kind.capacity[GPU]:
                 return Refusal("utilization", kind.name, GPU, 0)
         return None

@@ -4,11 +4,12 @@ Like `reference.py` it shares no idea with the code: every page and state is an 
 holds are found by going through all open sequences, and a victim is found by looking at every entry. The rules:
 
 - A tier has room: what is free, what leaves it upward, what nobody resumed depends on, and what only suspended
-  sequences hold as far as the tier below has room for it.
-- Where room is needed, as much as the tier below can have goes there, the oldest first; of pages, only what is the
-  deepest of its tier on each path through it. What the tier below cannot have is dropped before anything moves, the
-  oldest first, a page with all that lies below it; the last tier drops everything. What a sequence found that was not
-  resumed yet is dropped after all else, that of the newest sequence first, but it moves like anything else.
+  sequences hold as far as there is that much of the former in all tiers below.
+- Where room is needed, as much as the tiers below can have goes there, the oldest first; of pages, only what is the
+  deepest of its tier on each path through it. It goes to the next tier; if that cannot have so much although all of
+  its own goes on, the oldest go to the tier after it. What the tiers below cannot have is dropped before anything
+  moves, the oldest first, a page with all that lies below it; the last tier drops everything. What a sequence found
+  that was not resumed yet is dropped after all else, that of the newest sequence first, but it moves like all else.
 - What comes up from the tiers below comes up all at once, and its old slots count as free.
 - A live state is taken beside the snapshot that it starts from, which stays where it is until it is copied. Is that
   on the GPU and all that could go, and nobody else waits for it, it becomes the live state itself.
@@ -149,9 +150,12 @@ class ReferenceTiers:
     def room(self, kind: Kind, tier: int, leaving: set[Prefix] = frozenset()) -> int:
         here, locked, held = kind.at(tier), self.locked(kind), self.held(kind)
         room = self.free(kind, tier) + len(here & leaving) + len(here - locked - held)
-        if tier < self.last:
-            room += min(len(here & held - locked), self.room(kind, tier + 1, leaving))
-        return room
+        return room + min(len(here & held - locked), self.room_below(kind, tier, leaving))
+
+    def room_below(self, kind: Kind, tier: int, leaving: set[Prefix] = frozenset()) -> int:
+        kept = self.locked(kind) | self.held(kind)
+        below = range(tier + 1, self.last + 1)
+        return sum(self.free(kind, low) + len(kind.at(low) & leaving) + len(kind.at(low) - kept) for low in below)
 
     # -- going -------------------------------------------------------------------------------------------------------
 
@@ -187,28 +191,30 @@ class ReferenceTiers:
             if item in self.states.entries:
                 self.remove(self.states, item)
 
-    def make_room(self, kind: Kind, tier: int, count: int, leaving: set[Prefix]) -> list[tuple[Prefix, int]]:
-        """What moves down, and whereto, so that `count` slots of a tier are free after all moves; what is dropped
-        goes at once.
+    def make_room(self, kind: Kind, tier: int, count: int, leaving: set[Prefix]) -> tuple[dict[Prefix, int], int]:
+        """What moves down, and whereto, so that there is room for `count` more in a tier after all moves, and how many
+        of them have to go on to the next tier all the same; what is dropped goes at once.
         """
         short = count - self.free(kind, tier) - len(kind.at(tier) & leaving)
         if short <= 0:
-            return []
-        below = 0 if tier == self.last else min(short, self.room(kind, tier + 1, leaving))
+            return {}, 0
+        below = min(short, self.room_below(kind, tier, leaving))
         self.drop(kind, tier, short - below)
         if not below:
-            return []
-        moves = self.make_room(kind, tier + 1, below, leaving)
-        going: set[Prefix] = set()
-        for _ in range(below):
-            staying = kind.at(tier) - going
-            going.add(self.oldest(kind, self.deepest_of_tier(kind, staying) - self.locked(kind)))
-        return moves + [(item, tier + 1) for item in going]
+            return {}, 0
+        moves, num_through = self.make_room(kind, tier + 1, below, leaving)
+        movable = len(kind.at(tier) - self.locked(kind))
+        for index in range(min(below, movable)):
+            staying = kind.at(tier) - moves.keys()
+            item = self.oldest(kind, self.deepest_of_tier(kind, staying) - self.locked(kind))
+            moves[item] = tier + 2 if index < num_through else tier + 1
+            self.reached["moved through a tier"] += index < num_through
+        return moves, max(0, below - movable)
 
     def bring(self, kind: Kind, items: set[Prefix], tier: int, beside: int = 0) -> None:
         """Items that lie below a tier come up to it, and `beside` more of its slots are free then."""
-        moves = self.make_room(kind, tier, len(items) + beside, items)
-        for item, target in moves + [(item, tier) for item in items]:
+        moves, _ = self.make_room(kind, tier, len(items) + beside, items)
+        for item, target in [*moves.items(), *((item, tier) for item in items)]:
             self.moves[kind.name, kind.entries[item].tier, target] += 1
             kind.entries[item].tier = target
 
