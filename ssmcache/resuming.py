@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssmcache.committing import raise_priorities
@@ -10,6 +11,7 @@ from ssmcache.keys import Int64Array
 from ssmcache.match import Partial
 from ssmcache.memory.base import GPU_TIER, SlotMoves, TransferError
 from ssmcache.parking import Parked
+from ssmcache.segments import PageSegment, SparseSegment
 from ssmcache.sparse import Pin, SparseStore
 from ssmcache.stats import Shortage
 from ssmcache.tiers import Tiers
@@ -20,15 +22,21 @@ if TYPE_CHECKING:
 
 
 class _Need(NamedTuple):
-    """What is needed of one layer group: segments to be brought up, and free slots beside them."""
+    """What is needed of one layer group: segments to be brought up, and free slots beside them. `lifts` finds those
+    anew each time, since bringing up the pages of full attention may cut runs, with all that lies on them.
+    """
 
     tiers: Tiers[Any, Any]
-    lifts: list[Any]
+    lifts: Callable[[], list[Any]]
     beside: int
+
+    def bring(self, sequence: KVCache, tier: int) -> None:
+        """Errors: TransferError."""
+        self.tiers.bring(self.lifts(), tier, self.beside, sequence.stream)
 
     def shortage(self, sequence: KVCache, tier: int) -> Shortage | None:
         leaving = [0] * len(self.tiers.pools)
-        for segment in self.lifts:
+        for segment in self.lifts():
             leaving[segment.tier] += len(self.tiers.slots_of(segment))
         needed = sum(leaving) + self.beside
         if not needed or self.tiers.obtainable(tier, leaving) >= needed:
@@ -76,7 +84,7 @@ def first_resume(
         sequence.usable_tokens_by_tier = _usable_tokens_by_tier(sequence)
     try:
         for need in needs:
-            need.tiers.bring(need.lifts, GPU_TIER, need.beside, sequence.stream)
+            need.bring(sequence, GPU_TIER)
         if states is not None:
             states.start(sequence.cursor, sequence.source)
             sequence.source = None
@@ -87,11 +95,19 @@ def first_resume(
                 _take_over_partial(sequence, sequence.partial)
     except TransferError as error:
         _undo_lock(sequence)
-        store.free_lost()
-        return transfer_shortage(sequence, error)
+        return _after_failure(sequence, error)
+    del store.soft_holders[sequence]
     if sequence.priority is not None:
         raise_priorities(store, sequence.cursor, 0, sequence.priority)
     return None
+
+
+def _after_failure(sequence: KVCache, error: TransferError) -> Shortage:
+    """A sequence that was not resumed yet lets go of what it found if some of that may be lost."""
+    if error.lost:
+        sequence.store.drop_soft_hold(sequence)
+        sequence.store.free_lost()
+    return transfer_shortage(sequence, error)
 
 
 def _shortage(sequence: KVCache, needs: list[_Need], tier: int) -> Shortage | None:
@@ -111,10 +127,14 @@ def _protect_partial(sequence: KVCache, protected: bool) -> None:
     """Keep the block that is about to be copied where it is, or let it go as before."""
     if sequence.partial is None:
         return
+    run = sequence.partial.run
     if protected:
-        sequence.store.lock_child(sequence.partial.run)
+        run.soft_holds -= 1
+        sequence.store.lock_child(run)
     else:
-        sequence.store.release(sequence.partial.run)
+        run.soft_holds += 1
+        sequence.store.release(run)
+        sequence.store.settle_leaf(run)
     for sparse, block, pin in sequence.pins:
         if block == sequence.partial.block:
             sparse.count_pin(pin, locked=1 if protected else -1)
@@ -142,11 +162,22 @@ def _needs_of_first(sequence: KVCache) -> list[_Need]:
         return []
     needs: list[_Need] = []
     if store.pages is not None:
-        needs.append(_Need(store.pages, store.lifts(sequence.cursor), beside))
+        needs.append(_Need(store.pages, functools.partial(store.lifts, sequence.cursor), beside))
     for window in sequence.windows:
-        lifts = window.store.lifts(sequence.cursor.path(), set(window.pins.values()), GPU_TIER)
-        needs.append(_Need(window.store, lifts, beside))
+        pins: set[Pin | None] = set(window.pins.values())
+        needs.append(
+            _Need(window.store, functools.partial(_sparse_lifts, sequence, window.store, pins, GPU_TIER), beside)
+        )
     return needs
+
+
+def _sparse_lifts(
+    sequence: KVCache, sparse: SparseStore, pins: Container[Pin | None], tier: int
+) -> list[SparseSegment]:
+    runs = list(sequence.cursor.path())
+    if sequence.parked is not None:
+        runs.append(sequence.parked.states)
+    return sparse.lifts(runs, pins, tier)
 
 
 def _usable_tokens_by_tier(sequence: KVCache) -> tuple[int, ...]:
@@ -188,6 +219,7 @@ def _copy_partial(sequence: KVCache, partial: Partial) -> None:
         for tiers, slots in taken:
             tiers.pools[GPU_TIER].give_back(slots)
         if error.lost:
+            _end_partial(sequence, partial)
             store.lose(partial.run, partial.block)
         raise
     for tiers, slots in taken:
@@ -204,6 +236,7 @@ def _end_partial(sequence: KVCache, partial: Partial) -> None:
     for sparse, block, pin in sequence.pins:
         if block == partial.block:
             sparse.count_pin(pin, soft=-1)
+    sequence.pins = [(sparse, block, pin) for sparse, block, pin in sequence.pins if block != partial.block]
     sequence.partial = None
     partial.run.soft_holds -= 1
     sequence.store.settle_leaf(partial.run)
@@ -215,7 +248,7 @@ def _can_take_over(sequence: KVCache) -> bool:
     if partial is None or sequence.windows or partial.run.pages is None:
         return False
     run = partial.run
-    alone = run.holds == 1 and run.soft_holds == 1 and not run.children and run.end - run.start == 1
+    alone = run.holds == 1 and not run.soft_holds and not run.children and run.end - run.start == 1
     return alone and partial.run.pages.tier == GPU_TIER
 
 
@@ -267,24 +300,24 @@ def _bring_up(sequence: KVCache, parked: Parked | None, tier: int) -> Shortage |
     """Bring a sequence's pages and states up to a tier; it protects them."""
     store = sequence.store
     needs: list[_Need] = []
-    runs = list(sequence.cursor.path())
     own_pins: set[Pin] = set() if parked is None else parked.pins()
-    if parked is not None:
-        runs.append(parked.states)
     if store.pages is not None:
-        lifts = store.lifts(sequence.cursor, tier) + ([] if parked is None else parked.page_lifts(tier))
-        needs.append(_Need(store.pages, lifts, 0))
+        needs.append(_Need(store.pages, functools.partial(_page_lifts, sequence, parked, tier), 0))
     for window in sequence.windows:
         pins = own_pins.union(window.pins.values(), (pin for _, _, pin in sequence.pins))
-        needs.append(_Need(window.store, window.store.lifts(runs, pins, tier), 0))
+        needs.append(_Need(window.store, functools.partial(_sparse_lifts, sequence, window.store, pins, tier), 0))
     if store.snapshots is not None:
         pins = own_pins if sequence.source is None else own_pins | {sequence.source}
-        needs.append(_Need(store.snapshots, store.snapshots.lifts(runs, pins, tier), 0))
+        needs.append(_Need(store.snapshots, functools.partial(_sparse_lifts, sequence, store.snapshots, pins, tier), 0))
     shortage = _shortage(sequence, needs, tier)
     if shortage is None:
         for need in needs:
-            need.tiers.bring(need.lifts, tier, 0, sequence.stream)
+            need.bring(sequence, tier)
     return shortage
+
+
+def _page_lifts(sequence: KVCache, parked: Parked | None, tier: int) -> list[PageSegment]:
+    return sequence.store.lifts(sequence.cursor, tier) + ([] if parked is None else parked.page_lifts(tier))
 
 
 def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
@@ -303,17 +336,21 @@ def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
     if sequence.source is not None and store.snapshots is not None:
         pins.append((store.snapshots, sequence.source))
     store.lock(sequence)
+    _protect_partial(sequence, True)
     for sparse, pin in pins:
         sparse.count_pin(pin, locked=1)
+    failure: TransferError | None = None
+    shortage = None
     try:
-        return _bring_up(sequence, None, tier)
+        shortage = _bring_up(sequence, None, tier)
     except TransferError as error:
-        return transfer_shortage(sequence, error)
-    finally:
-        for sparse, pin in pins:
-            sparse.count_pin(pin, locked=-1)
-        store.unlock(sequence)
-        _release_windows(sequence, sequence.cursor if sequence.partial is None else sequence.partial.run)
+        failure = error
+    for sparse, pin in pins:
+        sparse.count_pin(pin, locked=-1)
+    _protect_partial(sequence, False)
+    store.unlock(sequence)
+    _release_windows(sequence, sequence.cursor if sequence.partial is None else sequence.partial.run)
+    return shortage if failure is None else _after_failure(sequence, failure)
 
 
 def suspend(sequence: KVCache) -> None:
@@ -339,6 +376,7 @@ def is_lost(sequence: KVCache) -> bool:
 
 
 def transfer_shortage(sequence: KVCache, error: TransferError) -> Shortage:
-    """A failed move as a reason."""
+    """A failed move as a reason. What others have lost is no reason to give up: the next call goes on without it."""
     name = sequence.manager.tier_names[error.tier]
-    return Shortage("lost" if error.lost else "io", 0, name, 0, 0, 0, 0)
+    lost = bool(error.lost) and (not sequence.locked or is_lost(sequence))
+    return Shortage("lost" if lost else "io", 0, name, 0, 0, 0, 0)

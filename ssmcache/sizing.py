@@ -86,7 +86,7 @@ def held_by_others(tiers: Tiers[Any, Any], sequence: KVCache) -> int:
     held, own = tiers.num_held(GPU_TIER), _gpu_slots_of(tiers, sequence)
     movable = 0
     if held and tiers.last_tier > GPU_TIER:  # what is held is idle, and so is the asking sequence
-        movable = min(max(0, held - own), tiers.obtainable(GPU_TIER + 1))
+        movable = min(max(0, held - own), tiers.room_below(GPU_TIER))
     return tiers.pools[GPU_TIER].used - tiers.num_droppable(GPU_TIER) - own - movable
 
 

@@ -252,7 +252,8 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def cut(self, segment: SparseSegment, count: int, selected: bool) -> tuple[SparseSegment, SparseSegment]:
         assert segment.run is not None
-        ordinals, slots = segment.take(list(range(count)))
+        size = len(segment.slots)
+        ordinals, slots = segment.take(list(range(size - count, size) if selected else range(count)))
         first = self._new(segment.run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
         if not selected:
             self.queues[segment.tier].put(first)
@@ -317,7 +318,11 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         self._forgotten(tier, slots)
         if not segment.slots:
             self._drop_empty(run)
-        self._settle_loser(run, ordinals[0])
+        self._settle_lost(run, ordinals[0])
+
+    def _settle_lost(self, run: Run, block: int) -> None:
+        """A run lost slots, the first of them that of `block`."""
+        self._settle_loser(run, block)
 
     def _forgotten(self, tier: int, slots: Sequence[int]) -> int:
         """These slots left the tree; returns how many of them somebody has made use of, as far as that is known."""

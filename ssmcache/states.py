@@ -62,6 +62,16 @@ class SequenceStates:
             return None
         return self._manager.shortage("slots", snapshots, 1)
 
+    def _room_beside_source(self, source: Pin | None) -> int:
+        """Slots that can be had while a source in a tier below stays where it is."""
+        snapshots = self._snapshots
+        if source is None:
+            return snapshots.obtainable()
+        snapshots.count_pin(source, locked=1)
+        room = snapshots.obtainable()
+        snapshots.count_pin(source, locked=-1)
+        return room
+
     def start(self, cursor: Run, source: Pin | None) -> None:
         """Take the live slot, and queue the copy of the source into it: a snapshot of the path of `cursor` that the
         caller holds softly until this returns.

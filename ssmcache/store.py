@@ -161,21 +161,22 @@ class BlockStore(TreeStructure):
 
     def drop_newest_soft_hold(self) -> None:
         """Make room: whoever was created last runs last, so it loses its match first."""
-        assert self.soft_holders, "room was promised that does not exist"
-        self.drop_soft_hold(next(reversed(self.soft_holders)))
+        newest = next((holder for holder in reversed(self.soft_holders) if holder.soft), None)
+        assert newest is not None, "room was promised that does not exist"
+        self.drop_soft_hold(newest)
 
     def drop_soft_holds_of(self, run: Run) -> None:
-        for holder in [holder for holder in self.soft_holders if run in (holder.cursor, _partial_run(holder))]:
-            self.drop_soft_hold(holder)
+        for holder in list(self.soft_holders):
+            if holder.soft and run in (holder.cursor, _partial_run(holder)):
+                self.drop_soft_hold(holder)
 
     # -- locks -------------------------------------------------------------------------------------------------------
 
     def lock(self, holder: PathHolder) -> None:
         """Turn a soft hold into a lock of the whole path. The caller ends the soft hold of source and partial block,
-        and locks the pins.
+        and locks the pins. The holder keeps its place among `soft_holders` until it is certain that it goes on.
         """
         run = holder.cursor
-        del self.soft_holders[holder]
         run.soft_holds -= 1
         holder.soft, holder.locked = False, True
         while run.parent is not None:
@@ -186,7 +187,6 @@ class BlockStore(TreeStructure):
         """Undo `lock`: the hold is soft again, and nothing was touched."""
         run = holder.cursor
         holder.soft, holder.locked = True, False
-        self.soft_holders[holder] = None
         run.soft_holds += 1
         while run.parent is not None:
             self.release(run)

@@ -267,24 +267,27 @@ class TreeStructure:
         Whoever holds some of that, and is not ACTIVE, finds itself below a root that is lost, and holds nothing else.
         """
         self.version += 1
-        parent = run.parent
-        assert parent is not None
-        if run.start < block:
-            parent = self.split(run, block)
-        root = parent
+        root = run
         while root.parent is not None:
             root = root.parent
         assert isinstance(root, Root)
         if self.roots.get(root.scope) is not root:
             root.lost = True  # out of the tree already, or the pages that a suspended sequence parked
             return
+        parent = run.parent
+        assert parent is not None
+        if run.start < block:
+            parent = self.split(run, block)
         if self.events is not None:
             self.events.lost(run, None if self.pages is None else self.pages.layer_group)
         lost_root = Root(run.kind, root.scope)
         lost_root.lost = True
+        lost_root.start = lost_root.end = run.start
         for below in (run, *runs_below(run)):
             while below.soft_holds:
                 self.drop_soft_holds_of(below)
+            if self.events is not None:
+                self._tell_lost(self.events, below)
         self.forget_holds(parent, run.holds, run.idle_holds)
         del parent.children[run.edge]
         if parent.pages is not None and run.pages is not None and parent.pages.tier == run.pages.tier:
@@ -292,8 +295,18 @@ class TreeStructure:
         run.parent = lost_root
         lost_root.children[run.edge] = run
         self.lost_roots.append(lost_root)
+        for window in self.windows:
+            window.release(parent)  # whoever locks pages there does not find them from below any more
         self.settle_leaf(parent)
         self.free_lost()
+
+    def _tell_lost(self, events: EventLog, run: Run) -> None:
+        """Nobody can match the blocks of a run any more, though some may be held for a while."""
+        if run.pages is not None and self.pages is not None:
+            events.removed(self.pages.layer_group, run.pages.tier, run, range(run.start, run.end))
+        for segment in run.items:
+            events.removed(segment.store.layer_group, segment.tier, run, segment.ordinals)
+        run.digests = ()
 
     def forget_holds(self, run: Run, holds: int, idle_holds: int) -> None:
         raise NotImplementedError

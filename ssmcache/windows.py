@@ -73,6 +73,12 @@ class WindowStore(SparseStore):
             self._store.drop_subtree(run, block)
         super()._settle_loser(run, block)
 
+    def _settle_lost(self, run: Run, block: int) -> None:
+        if block < self.window.num_sink_blocks:
+            self._store.lose(run, block)
+        else:
+            super()._settle_lost(run, block)
+
     def _stays_out(self, segment: SparseSegment) -> bool:
         # what is all locked comes back with `release`: ACTIVE sequences lock many, which would come up again and again
         return bool(self._locked[segment.tier]) and self.num_locked_of(segment) == len(segment.slots)
