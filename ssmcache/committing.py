@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ssmcache.keys import Int64Array
-from ssmcache.match import match_partial
+from ssmcache.match import common_prefix, match_partial
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pools import SlotArray, int_array
 from ssmcache.priority import Priority
@@ -46,6 +46,10 @@ def commit_blocks(sequence: KVCache, keys: Int64Array, base: int, first: int, la
         store.lock_child(child)
         cursor = child
     if position < last:
+        reused, block = sequence.reuse_match.usable_tokens, store.tokens_per_block
+        if reused % block and reused // block == position:
+            first_key = (position - base) * kind.width
+            _drop_leaves_of(store, cursor, keys[first_key : first_key + kind.width])
         if sequence.priority is None:
             cursor = _append(sequence, cursor, keys, position - base, last - position, DEFAULT_RANK)
         else:
@@ -65,6 +69,14 @@ def _append(sequence: KVCache, cursor: Run, keys: Int64Array, first: int, count:
     if sequence.store.pages is not None:
         pages, sequence.own_pages = own[:count], own[count:]
     return sequence.store.append(cursor, keys[first * width : (first + count) * width], count, pages, rank)
+
+
+def _drop_leaves_of(store: BlockStore, cursor: Run, block: Int64Array) -> None:
+    """Partial blocks below `cursor` that a full one begins with, such as the one it grew from, are of no more use."""
+    for leaf in [child for child in cursor.children.values() if child.num_tokens]:
+        is_held = leaf.holds or leaf.soft_holds
+        if not is_held and common_prefix(leaf.keys, block) == leaf.num_tokens:
+            store.drop_tail(leaf, 1)
 
 
 def rebase(store: BlockStore, run: Run, own: SlotArray) -> None:
@@ -120,6 +132,7 @@ def raise_priorities(store: BlockStore, cursor: Run, first: int, priority: Prior
         for holder in list(cursor.path()):
             for segment in list(sparse.on(holder)):
                 _raise_sparse(sparse, segment, priority, first)
+            sparse.join_like(holder)
 
 
 def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
@@ -162,19 +175,26 @@ def _raise_sparse(store: SparseStore, segment: SparseSegment, priority: Priority
 
 def commit_tail(sequence: KVCache) -> Run | None:
     """Offer the last, partial block of a sequence that closes as a leaf, unless a block that begins with the same
-    tokens is there. Returns its run.
+    tokens is there, or history is so far ahead that a window has passed it. Returns the run to be touched with the
+    path, if there is one.
     """
     store, tail, cursor = sequence.store, sequence.pending, sequence.cursor
     block = cursor.end
     if not tail.size or store.pages is None or block * sequence.kind.width > sequence.num_committed_tokens:
         return None
+    if any(block not in window.own for window in sequence.windows):
+        return None
     known = match_partial(cursor, block, tail)
     if known is not None:
         if known.num_tokens == tail.size:
-            return None
+            if known.run.num_tokens == tail.size:
+                for window in sequence.windows:
+                    window.add_leaf(known.run)
+            return known.run if known.run.num_tokens else None
         shorter = known.run
         if shorter.num_tokens == known.num_tokens and not (shorter.holds or shorter.soft_holds):
-            store.drop_tail(shorter, 1)
+            with store.not_evicting():  # the longer one takes its place
+                store.drop_tail(shorter, 1)
     rank = DEFAULT_RANK if sequence.priority is None else rank_of(sequence.priority(store.pages.layer_group, block))
     leaf = store.add_leaf(cursor, tail, sequence.take_own_pages(1), rank)
     for window in sequence.windows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,18 +17,12 @@ if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
 
 
-def compact(manager: KVCacheManager, num_slots: Mapping[int, Sequence[int]]) -> None:
-    """Make everything in some tiers lie in the first slots of its pool, so many for each layer group. No sequence is
-    ACTIVE, and no more slots are in use than that.
+def compact(manager: KVCacheManager, tiers: Tiers[Any, Any], tier: int, limit: int, stream: Any) -> None:
+    """Make all that a layer group has in a tier lie in the first `limit` slots of its pool. No sequence is ACTIVE, and
+    no more slots are in use than that.
 
-    Errors: TransferError; nothing has changed for the layer group at fault then.
+    Errors: TransferError; nothing has changed then.
     """
-    for tier, limits in num_slots.items():
-        for tiers, limit in zip(manager.store.all_tiers(), limits, strict=True):
-            _compact_pool(manager, tiers, tier, limit)
-
-
-def _compact_pool(manager: KVCacheManager, tiers: Tiers[Any, Any], tier: int, limit: int) -> None:
     segments = [segment for segment in segments_of(manager, tiers) if segment.tier == tier]
     in_use = [slot for segment in segments for slot in tiers.slots_of(segment).tolist()]
     if tier == GPU_TIER:
@@ -36,7 +30,8 @@ def _compact_pool(manager: KVCacheManager, tiers: Tiers[Any, Any], tier: int, li
     table = tiers.pools[tier].plan_compaction(limit, in_use)
     if table:
         moves = SlotMoves(tiers.layer_group, tier, list(table), tier, list(table.values()))
-        manager.memory.copy(moves, None)
+        manager.memory.copy(moves, stream)
+        tiers.moved[tier][tier] += len(table)
         for segment in segments:
             _renumber(tiers, segment, table)
         if tier == GPU_TIER:

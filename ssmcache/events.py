@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
 
-from ssmcache.keys import ReuseScope
+import numpy as np
+import numpy.typing as npt
+
+from ssmcache.keys import Int64Array, ReuseScope, TokenIds
 from ssmcache.memory.base import GPU_TIER
-from ssmcache.tree import Root, Run
+from ssmcache.tree import Root, Run, runs_below
 
 
 class EventKind(Enum):
@@ -25,8 +28,9 @@ class CacheEvent:
 
     Attributes:
         id: grows by one with each event; a gap says that the buffer was too short and events were dropped.
-        digests: the blocks: SHA-256 over the scope and all tokens up to the end of the block, chained block by block.
-        parents: for each block, the digest of the block before it; that of the scope for the first.
+        digests: the blocks: SHA-256 of the parent's digest and the bytes of the block's tokens, each a 64-bit integer,
+            little-endian, or for a multimodal item the integer -1 and its 32 bytes. A ready key is one such integer.
+        parents: for each block, the digest of the block before it; for the first SHA-256 of `repr` of the scope.
         tier, source_tier: indices of tiers; where the slots lie now (for REMOVED: lay), and where a move came from.
     """
 
@@ -44,10 +48,14 @@ class EventLog:
     """The last `capacity` events.
 
     A set of (layer group, digest) to which STORED adds and from which REMOVED takes is what the cache has; a block can
-    be matched if its layer groups have what the rules of matching ask for.
+    be matched if its layer groups have what the rules of matching ask for. Partial blocks have no events.
+
+    Args:
+        token_ids: tells which items negative tokens stand for.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, token_ids: TokenIds) -> None:
+        self._token_ids = token_ids
         self._events: deque[CacheEvent] = deque(maxlen=capacity)
         self._next_id = 0
 
@@ -63,11 +71,21 @@ class EventLog:
         digest = self._digest_before(run, run.end - num_blocks)
         digests = []
         for block in range(run.end - num_blocks - run.start, run.end - run.start):
-            digest = sha256(digest + run.keys[block * width : (block + 1) * width].tobytes()).digest()
+            keys = run.keys[block * width : (block + 1) * width]
+            content = _bytes(keys) if run.kind.prefix_unique else self._bytes_of_tokens(keys)
+            digest = sha256(digest + content).digest()
             digests.append(digest)
         run.digests += tuple(digests)
         if layer_group is not None:
             self._add(EventKind.STORED, layer_group, run, range(run.end - num_blocks, run.end), GPU_TIER)
+
+    def _bytes_of_tokens(self, tokens: Int64Array) -> bytes:
+        if tokens.min() >= 0:
+            return _bytes(tokens)
+        item = _bytes(np.array([-1]))
+        return b"".join(
+            item + self._token_ids.digest_of(int(token)) if token < 0 else _bytes(token) for token in tokens
+        )
 
     def added(self, cursor: Run, layer_group: int, ordinals: Iterable[int]) -> None:
         """Blocks of the path of `cursor`, ascending, got slots of a layer group."""
@@ -84,13 +102,24 @@ class EventLog:
     def moved(self, layer_group: int, source_tier: int, tier: int, run: Run, ordinals: Iterable[int]) -> None:
         self._add(EventKind.MOVED, layer_group, run, ordinals, tier, source_tier)
 
+    def lost(self, run: Run, page_group: int | None) -> None:
+        """A run and all below it leave the tree, though somebody may hold them for some time yet."""
+        runs = [run, *runs_below(run)]
+        for below in runs:
+            if below.pages is not None and page_group is not None:
+                self.removed(page_group, below.pages.tier, below, range(below.start, below.end))
+            for segment in below.items:
+                self.removed(segment.store.layer_group, segment.tier, below, segment.ordinals)
+        for below in runs:
+            below.digests = ()
+
     def _add(
         self, kind: EventKind, layer_group: int, run: Run, ordinals: Iterable[int], tier: int,
         source_tier: int | None = None,
     ) -> None:  # fmt: skip
         blocks = list(ordinals)
         if not run.digests or not blocks:
-            return  # parked by a suspended sequence: not in the tree
+            return  # a partial block, or not in the tree: parked by a suspended sequence, or lost
         digests = tuple(run.digests[block - run.start] for block in blocks)
         parents = tuple(self._digest_before(run, block) for block in blocks)
         scope = _root_of(run).scope
@@ -104,6 +133,10 @@ class EventLog:
         if run.parent.digests:
             return run.parent.digests[-1]
         return sha256(repr(_root_of(run).scope).encode()).digest()
+
+
+def _bytes(keys: npt.NDArray[np.int64] | np.int64) -> bytes:
+    return keys.astype("<i8").tobytes()
 
 
 def _root_of(run: Run) -> Root:

@@ -31,7 +31,9 @@ def check_manager(manager: KVCacheManager) -> None:
         _check_children(root)
     for run in runs:
         _check_run(run, has_pages=store.pages is not None, has_tiers=store.has_tiers)
+    _check_roots(manager)
     _check_holds(manager, runs)
+    _check_sequences(manager)
     _check_pins(manager)
     for tiers in store.all_tiers():
         _check_slots(manager, tiers)
@@ -76,6 +78,20 @@ def _check_page_counts(manager: KVCacheManager) -> None:
     _expect(held == pages.held, f"{held} held pages by tier, counted {pages.held}")
 
 
+def _check_roots(manager: KVCacheManager) -> None:
+    store = manager.store
+    for scope, root in store.roots.items():
+        _expect(root.scope == scope and not root.lost, f"the root of {scope} is lost, or of another scope")
+    _expect(all(root.lost for root in store.lost_roots), "a root among the lost ones that is not lost")
+    if store.events is None:
+        return
+    for run in store.all_runs():
+        *_, top = run.path()
+        assert isinstance(top.parent, Root)
+        expected = 0 if top.parent.lost or run.num_tokens else run.end - run.start
+        _expect(len(run.digests) == expected, f"run {run.start}..{run.end} has {len(run.digests)} digests")
+
+
 def _check_children(run: Run) -> None:
     for edge, child in run.children.items():
         name = f"run {child.start}..{child.end}"
@@ -85,7 +101,8 @@ def _check_children(run: Run) -> None:
             _expect(child.edge == edge == child.keys.tobytes(), f"{name}: wrong edge")
         else:
             _expect(child.edge == edge == child.kind.edge_key(child.keys, 0), f"{name}: wrong edge")
-        _expect(child.start == run.end, f"{name} below a run that ends at {run.end}")
+        is_lost = isinstance(run, Root) and run.lost  # what hangs there begins wherever a page could not be read
+        _expect(child.start == run.end or is_lost, f"{name} below a run that ends at {run.end}")
 
 
 def _check_run(run: Run, has_pages: bool, has_tiers: bool) -> None:
@@ -112,6 +129,7 @@ def _check_pages_of(run: Run, name: str, has_tiers: bool) -> None:
     pages = run.pages
     assert pages is not None
     _expect(pages.run is run, f"{name}: its pages belong to another run")
+    _expect(pages.tier == GPU_TIER or run.holds == run.idle_holds, f"{name} is locked in tier {pages.tier}")
     covered = (pages.start, pages.start + pages.count)
     _expect(covered == (run.start, run.end), f"{name} has pages for {covered}")
     warm = 0
@@ -151,6 +169,36 @@ def _check_holds(manager: KVCacheManager, runs: list[Run]) -> None:
         _expect(root.num_sequences == num_open, f"{root.scope}: {root.num_sequences} sequences, {num_open} open")
 
 
+def _check_sequences(manager: KVCacheManager) -> None:
+    """What an ACTIVE sequence needs is there; what a suspended one has lies where it says."""
+    store, block = manager.store, manager.tokens_per_block
+    num_active = 0
+    for sequence in manager.open_sequences:
+        name = f"sequence {sequence.id}"
+        is_active = sequence.status.value == "active"
+        num_active += is_active
+        parks = sequence.locked and not is_active and store.has_tiers
+        _expect((sequence.parked is not None) == parks == sequence.idle, f"{name}: parked, but not suspended, or back")
+        _expect(sequence.soft == (sequence in store.soft_holders), f"{name}: a soft hold that is not registered")
+        _expect(not (sequence.soft and sequence.locked), f"{name} holds softly what it has locked")
+        has_own = sequence.locked and not parks
+        if sequence.states is not None:
+            _expect((sequence.states.live_slot >= 0) == has_own, f"{name}: a live state lost, or left")
+        if is_active:
+            num_blocks = -(-sequence.capacity // block)
+            if store.pages is not None:
+                missing = num_blocks - sequence.cursor.end - sequence.num_own_pages
+                _expect(missing <= 0, f"{name} lacks {missing} pages")
+            for window in sequence.windows:
+                gone = window.incomplete(sequence.history_length, num_blocks)
+                _expect(not gone, f"{name} lacks the window pages of blocks {gone[:5]}")
+        elif not has_own:
+            left = sequence.num_own_pages + sum(len(window.own) for window in sequence.windows)
+            _expect(not left, f"{name} has {left} private pages, though it is not resumed")
+    _expect(num_active == manager.num_active, f"{num_active} ACTIVE sequences, counted {manager.num_active}")
+    _expect(set(store.soft_holders) <= set(manager.open_sequences), "a soft hold of a closed sequence")
+
+
 def _check_pins(manager: KVCacheManager) -> None:
     """Each pin is counted by exactly the sequences that have it."""
     counts: dict[Pin, list[int]] = {}
@@ -172,11 +220,19 @@ def _check_pins(manager: KVCacheManager) -> None:
                 count(pin, 1)
     for store in manager.store.sparse_stores():
         places = {(segment.tier, slot) for segment in segments_of(manager, store) for slot in segment.slots}
-        for pin in store.pins.all():
+        by_class = [[0, 0] for _ in store.pools]
+        for tier, slot, pin in store.pins.all():
+            _expect((pin.tier, pin.slot) == (tier, slot), f"the pin of slot {slot} of tier {tier} names another")
+            if pin.locked or pin.held:
+                by_class[pin.tier][not pin.locked] += 1
             _expect((pin.tier, pin.slot) in places, f"a pin of slot {pin.slot} of tier {pin.tier}, which has no block")
             found = [pin.soft, pin.held, pin.locked]
             _expect(found == counts.get(pin), f"a pin is counted {found} times, by {counts.get(pin)} sequences")
             _expect(not pin.locked or pin.tier == GPU_TIER, f"a locked slot in tier {pin.tier}")
+            counts.pop(pin)
+        counted = [list(counts) for counts in zip(store.pins.locked, store.pins.held, strict=True)]
+        _expect(counted == by_class, f"locked and held slots by tier: {by_class}, counted {counted}")
+    _expect(not counts, f"{len(counts)} pins that no layer group knows")
 
 
 def _check_queues(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> None:
@@ -187,4 +243,6 @@ def _check_queues(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> None:
         for tier, counted in enumerate(entries):
             expected = int(segment.queued and tier == segment.tier)
             _expect(counted[segment] == expected, f"{name}: {counted[segment]} entries in the queue of tier {tier}")
+        is_colder = segment.tier < tiers.last_tier
+        _expect(getattr(segment, "colder", is_colder) == is_colder, f"{name} takes it for another tier")
         _expect(segment.queued or not tiers.must_be_queued(segment), f"{name} may go, but is not in the queue")

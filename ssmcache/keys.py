@@ -10,6 +10,7 @@ Int64Array = npt.NDArray[np.int64]
 EdgeKey = int | bytes
 
 _DIGEST_BYTES = 32
+_MAX_TOKEN = np.iinfo(np.int64).max
 
 
 class KeyKind:
@@ -120,10 +121,22 @@ class TokenIds:
     An id is kept for good, so that equal digests stay equal: 100 bytes or so for each item ever seen.
     """
 
-    __slots__ = ("_ids",)
+    __slots__ = ("_digests", "_ids")
 
     def __init__(self) -> None:
         self._ids: dict[bytes, int] = {}
+        self._digests: list[bytes] = []
+
+    def digest_of(self, token_id: int) -> bytes:
+        """The digest that a negative id stands for."""
+        return self._digests[-1 - token_id]
+
+    def _id_of(self, digest: bytes) -> int:
+        known = self._ids.get(digest)
+        if known is None:
+            self._digests.append(digest)
+            known = self._ids[digest] = -len(self._digests)
+        return known
 
     def array(self, tokens: "Tokens") -> Int64Array:
         """[n] int64, a copy. Errors: ValueError unless all are integers >= 0 or digests, in one dimension."""
@@ -136,6 +149,8 @@ class TokenIds:
             raise ValueError(f"tokens: expected integers in one dimension, got {array.dtype} of shape {array.shape}")
         if array.min() < 0:
             raise ValueError(f"tokens: expected integers >= 0, got {array.min()}")
+        if array.dtype.kind == "u" and array.max() > _MAX_TOKEN:
+            raise ValueError(f"tokens: expected integers up to {_MAX_TOKEN}, got {array.max()}")
         return array.astype(np.int64, copy=False)
 
     def _with_digests(self, tokens: "Sequence[int | bytes]") -> Int64Array:
@@ -144,10 +159,7 @@ class TokenIds:
                 raise ValueError(f"tokens: expected digests of {_DIGEST_BYTES} bytes, got one of {len(token)}")
         integers = self.array([token for token in tokens if not isinstance(token, bytes)])
         known = iter(integers.tolist())
-        ids = [
-            self._ids.setdefault(token, -1 - len(self._ids)) if isinstance(token, bytes) else next(known)
-            for token in tokens
-        ]
+        ids = [self._id_of(token) if isinstance(token, bytes) else next(known) for token in tokens]
         return np.array(ids, dtype=np.int64)
 
 

@@ -128,9 +128,9 @@ def split_tier(
     """
     if quota is None:
         return (UNLIMITED_SLOTS,) * len(groups)
-    quota = -(-quota // grain) * grain
     floors = [floor_slots(group, config) if tier == 0 else 1 for group in groups]
     _check_floors(groups, floors, tier, quota, grain)
+    quota = -(-quota // grain) * grain
     weights: list[float] = [step_slots(group, step, config) * group.slot_bytes for group in groups]
     if config.ssm_fraction is not None:
         weights = _weights_with_fraction(groups, weights, config.ssm_fraction)
@@ -159,12 +159,13 @@ def _split(
     at_floor: set[int],
     grain: int,
 ) -> list[int]:
-    """One division of the quota where the groups of `at_floor` get just their floor."""
+    """One division of the quota where the groups of `at_floor` get just their floor, up to the grain."""
     slots = [0] * len(groups)
     rest = quota
     for index in at_floor:
-        slots[index] = floors[index]
-        rest -= _pool_bytes(groups[index], floors[index], grain)
+        num_bytes = _pool_bytes(groups[index], floors[index], grain)
+        slots[index] = num_bytes // groups[index].slot_bytes
+        rest -= num_bytes
     shared = rest
     free = [index for index in range(len(groups)) if index not in at_floor]
     total = sum(weights[index] for index in free)
@@ -189,7 +190,7 @@ def _pool_bytes(group: LayerGroup, num_slots: int, grain: int) -> int:
 
 def _check_floors(groups: Sequence[LayerGroup], floors: list[int], tier: int, quota: int, grain: int) -> None:
     needed = sum(_pool_bytes(group, floor, grain) for group, floor in zip(groups, floors, strict=True))
-    if needed > quota:
+    if needed > -(-quota // grain) * grain:
         counts = ", ".join(
             f"{floor} of {group.slot_bytes} bytes ({group.kind.value})"
             for group, floor in zip(groups, floors, strict=True)

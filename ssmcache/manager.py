@@ -14,7 +14,7 @@ from ssmcache.invariants import check_manager
 from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, TokenIds, Tokens
 from ssmcache.layout import BufferPlace, layer_groups
 from ssmcache.match import find
-from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves, TransferError
+from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves
 from ssmcache.priority import PriorityCallback
 from ssmcache.sequence import KVCache
 from ssmcache.stats import CacheStats, Counters, MemoryUsage, ReuseMatch, Shortage
@@ -39,8 +39,10 @@ class KVCacheManager:
 
     Threads: every public call of the manager and of its sequences holds one lock for as long as it runs, so calls
     from several threads leave the state whole. None is held between calls: a probe may be out of date when it returns,
-    and each sequence belongs to one thread at a time. Copies are queued under the lock; a file of the disk tier may be
-    read or written under it, too.
+    and each sequence belongs to one thread at a time. Under the lock copies are queued, files of the disk tier read and
+    written, memory taken and given back (`adjust`, `resize_tier`), and priority callbacks asked; these may call the
+    manager, but not wait for other threads that do. What a view of `buffer` shows is guarded by nobody: a sequence may
+    read its pages and write those that are its own while it is ACTIVE.
 
     Errors: ValueError when a quota is too small for the slots that each layer group needs, or the memory cannot play a
     tier.
@@ -56,7 +58,8 @@ class KVCacheManager:
         self.tier_names = tuple(("gpu", "host", "disk")[sizing.kind_of(tier)] for tier in config.cache_tiers)
         self.quotas = [tier.quota for tier in config.cache_tiers]
         self.pools = sizing.make_pools(self.groups, config, memory)
-        events = EventLog(config.event_buffer_size) if config.event_buffer_size else None
+        self._token_ids = TokenIds()
+        events = EventLog(config.event_buffer_size, self._token_ids) if config.event_buffer_size else None
         self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, events)
         self.page_group = -1 if self.store.pages is None else self.store.pages.layer_group
         self.state_group = -1 if self.store.snapshots is None else self.store.snapshots.layer_group
@@ -65,9 +68,9 @@ class KVCacheManager:
         self.counters = Counters(len(config.cache_tiers))
         self.traffic: deque[tuple[int, int]] = deque(maxlen=_TRAFFIC_SEQUENCES)  # (capacity, history) at the end
         self.num_active = 0
+        self.has_priorities = False  # a sequence had a priority callback
         self.open_sequences: dict[KVCache, None] = {}
         self._closed = False
-        self._token_ids = TokenIds()
         self._token_kind = KeyKind(self.tokens_per_block, prefix_unique=False)
         self._ready_kind = KeyKind(1, prefix_unique=True)
 
@@ -101,10 +104,11 @@ class KVCacheManager:
         finally:
             self.lock.release()
 
-    def forget(self, sequence: KVCache) -> None:
+    def forget(self, sequence: KVCache, was_resumed: bool) -> None:
         """Called by a sequence that closes."""
         del self.open_sequences[sequence]
-        self.traffic.append((sequence.capacity, sequence.history_length))
+        if was_resumed:
+            self.traffic.append((sequence.capacity, sequence.history_length))
 
     def probe_reuse(self, tokens: Tokens, reuse_scope: ReuseScope = _DEFAULT_SCOPE) -> ReuseMatch:
         """What a sequence created with these tokens would reuse. Changes nothing."""
@@ -159,10 +163,6 @@ class KVCacheManager:
         evictable = tiers.obtainable(tier) - pool.free
         held = pool.used - evictable
         return Shortage(reason, tiers.layer_group, self.tier_names[tier], needed, pool.free, evictable, held)
-
-    def transfer_shortage(self, error: TransferError) -> Shortage:
-        """A failed move as a reason."""
-        return Shortage("lost" if error.lost else "io", 0, self.tier_names[error.tier], 0, 0, 0, 0)
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         self.memory.copy(moves, stream)
@@ -262,22 +262,26 @@ class KVCacheManager:
             return sizing.need_adjustment(self)
 
     def adjust(self) -> bool:
-        """Split the tiers as the sequences closed lately want it. Slots may move; what no longer fits goes, oldest
-        first. False, and nothing changed, if what is held does not fit. Errors: RuntimeError with an ACTIVE sequence.
+        """Split the tiers as the sequences closed lately want it. Slots may move; what no longer fits moves down or
+        goes, oldest first. False as with `resize_tier`. Errors: RuntimeError with an ACTIVE sequence.
         """
         with self.lock:
             self._require_no_active_sequence("adjust")
             return sizing.resplit(self, range(len(self.quotas)), self.quotas)
 
     def resize_tier(self, tier: int, quota: int) -> bool:
-        """Give a tier another quota, in bytes. Slots may move; what no longer fits moves down or goes, oldest first.
-        False, and nothing changed, if that is not possible. Errors: RuntimeError with an ACTIVE sequence; ValueError
-        for an unknown tier or a quota that is too small for one slot of each layer group, or for `constraints`.
+        """Give a tier another quota, in bytes, split as the sequences closed lately want it. Slots may move; what no
+        longer fits moves down or goes, oldest first. False, and nothing changed, if what is held does not fit or the
+        memory has not enough; False, too, if a tier below could not be read or written, and some pages may have moved
+        then. Errors: RuntimeError with an ACTIVE sequence; ValueError for an unknown tier or a quota that is too small
+        for one slot of each layer group, or for `constraints`.
         """
         with self.lock:
             self._require_no_active_sequence("resize_tier")
             if not 0 <= tier < len(self.quotas) or self.quotas[tier] is None:
                 raise ValueError(f"resize_tier: expected a tier with a quota, of {len(self.quotas)}, got {tier}")
+            if not isinstance(quota, int) or quota <= 0:
+                raise ValueError(f"resize_tier: expected a quota in bytes, a positive integer, got {quota!r}")
             quotas = list(self.quotas)
             quotas[tier] = quota
             return sizing.resplit(self, (tier,), quotas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ssmcache.keys import Int64Array
@@ -60,9 +61,9 @@ def match_blocks(root: Root, keys: Int64Array, num_blocks: int) -> tuple[Run, in
     return run, depth
 
 
-def match_partial(run: Run, depth: int, tail: Int64Array) -> Partial | None:
+def match_partial(run: Run, depth: int, tail: Int64Array, windows: Sequence[WindowStore] = ()) -> Partial | None:
     """The block after `depth` blocks of the path of `run` that has most tokens in common with `tail`, the next tokens
-    of a prompt, at most one block of them.
+    of a prompt, at most one block of them; only blocks that have a page of each of `windows`.
 
     Cost: O(tokens of a block), times the number of children where the path ends with its run.
     """
@@ -79,6 +80,8 @@ def match_partial(run: Run, depth: int, tail: Int64Array) -> Partial | None:
         known = candidate.keys[start : start + tail.size]
         common = common_prefix(known, tail)
         if common and (best is None or common > best.num_tokens):
+            if not all(any(block in segment.ordinals for segment in store.on(candidate)) for store in windows):
+                continue
             best = Partial(candidate, block, common)
     return best
 
@@ -109,20 +112,24 @@ def find(
         reuse = _new(ReuseMatch, (found * block, found * block, usable * block))
         return run, depth, reuse, segment, position, None
     block = structure.tokens_per_block
-    partial = match_partial(run, depth, keys[depth * width : (depth + 1) * width]) if partly else None
-    deepest = run if partial is None else partial.run
-    tree = min(depth, num_tokens // block) * block if partial is None else depth * block + partial.num_tokens
-    cut = _Cut(structure, deepest)
+    cut = _Cut(structure, run)
+    if partly:  # there are no states then
+        partial = match_partial(run, depth, keys[depth * width : (depth + 1) * width])
+        tree = depth * block + (0 if partial is None else partial.num_tokens)
+        usable, partial = cut.longest_in_part(keys, depth, partial)
+        if partial is None:
+            depth = cut.adopted(usable // block, depth) if adopt else usable // block
+        else:
+            depth = partial.block
+        return run, depth, ReuseMatch(tree, usable, usable), None, -1, partial
+    tree = min(depth, num_tokens // block) * block
     attention = cut.longest(tree, with_states=False)
     usable = cut.longest(attention, with_states=True)
-    if usable < tree:
-        partial = None
     segment, position = None, -1
     if snapshots is not None:
         _, segment, position = snapshots.deepest(run, usable // block)
-    if partial is None:
-        depth = cut.adopted(usable // block, depth) if adopt else usable // block
-    return run, depth, ReuseMatch(tree, attention, usable), segment, position, partial
+    depth = cut.adopted(usable // block, depth) if adopt else usable // block
+    return run, depth, ReuseMatch(tree, attention, usable), segment, position, None
 
 
 class _Cut:
@@ -155,6 +162,39 @@ class _Cut:
                         break
             if length == before:
                 return length
+
+    def longest_in_part(self, keys: Int64Array, depth: int, partial: Partial | None) -> tuple[int, Partial | None]:
+        """The greatest length at which everything needed exists where the last block may match in part: `depth` full
+        blocks match, and `partial` is the best of the next, whatever it lacks.
+
+        Where the path lacks a page of a block, another block in its place may have it and begin with the same tokens.
+        """
+        block = self._structure.tokens_per_block
+        if not self._present:
+            return depth * block + (0 if partial is None else partial.num_tokens), partial
+        missing: int | None = depth
+        while missing is not None:
+            depth = missing
+            partial = self._partial_at(keys, depth)
+            if partial is not None and self._missing(depth * block + partial.num_tokens, depth) is None:
+                return depth * block + partial.num_tokens, partial
+            missing = self._missing(depth * block, depth)
+        return depth * block, None
+
+    def _partial_at(self, keys: Int64Array, depth: int) -> Partial | None:
+        run = self._run
+        while run.parent is not None and run.start >= depth:
+            run = run.parent
+        width = run.kind.width
+        return match_partial(run, depth, keys[depth * width : (depth + 1) * width], self._structure.windows)
+
+    def _missing(self, length: int, num_blocks: int) -> int | None:
+        """The first of `num_blocks` blocks that is needed at a length and lacks a page."""
+        lacking = (
+            next((block for block in store.window.needed_blocks(length, num_blocks) if block not in present), None)
+            for store, present in self._present
+        )
+        return min((block for block in lacking if block is not None), default=None)
 
     def adopted(self, usable: int, depth: int) -> int:
         """Blocks, at most `depth`, up to which every life cycle of attention has a page beyond the usable ones."""

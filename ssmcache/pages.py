@@ -28,6 +28,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
         self.held = [0] * len(pools)
         self._store = store
         self._moved_down: list[Run] = []  # by the batch under way
+        self._selected: set[PageSegment] = set()  # to move down, by the batch under way: nobody's warm child any more
 
     def num_droppable(self, tier: int) -> int:
         return self.cached[tier] - self.locked[tier] - self.held[tier]
@@ -62,7 +63,6 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
                     self._store.drop_subtree(child, child.start)
             num_blocks = min(count, run.end - run.start)
             self._store.drop_tail(run, num_blocks)
-            self.num_evicted += num_blocks
             count -= num_blocks
         for kept in passed_over:
             queue.put(kept)
@@ -80,6 +80,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
                 self._store.split(run, run.end - count)
             count -= run.end - run.start
             selected.append(segment)
+            self._selected.add(segment)
             parent = run.parent
             if parent is not None and _tier_of(parent) == tier:
                 parent.warm_children -= 1
@@ -89,6 +90,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
     def unselect(self, segment: PageSegment) -> None:
         run = segment.run
         assert run is not None
+        self._selected.discard(segment)
         parent = run.parent
         if parent is not None and _tier_of(parent) == segment.tier:
             parent.warm_children += 1
@@ -107,6 +109,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
         if not selected:
             return upper.pages, segment
         upper.warm_children = 0  # the lower part is on its way already
+        self._selected.add(upper.pages)
         return segment, upper.pages
 
     def settle(self, segment: PageSegment, tier: int, slots: SlotArray) -> SlotArray:
@@ -125,7 +128,11 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
             self.held[old_tier] -= num_blocks
             self.held[tier] += num_blocks
         if tier > old_tier:
-            run.warm_children = sum(_tier_of(child) == tier for child in run.children.values())
+            self._selected.discard(segment)
+            below = [child.pages for child in run.children.values()]
+            run.warm_children = sum(
+                pages is not None and pages.tier == tier and pages not in self._selected for pages in below
+            )
             self._moved_down.append(run)
         else:
             run.warm_children = 0
@@ -145,9 +152,9 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
                 self._store.absorb_parent(child)
         self._moved_down.clear()
 
-    def lose(self, segment: PageSegment, index: int) -> None:
+    def lose(self, segment: PageSegment, indices: list[int]) -> None:
         assert segment.run is not None
-        self._store.lose(segment.run, segment.run.start + index)
+        self._store.lose(segment.run, segment.start + indices[0])  # with all that is below
 
 
 def _is_softly_held(run: Run) -> bool:

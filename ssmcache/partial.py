@@ -17,10 +17,14 @@ def protect_partial(sequence: KVCache, protected: bool) -> None:
     """Keep the block that is about to be copied where it is, or let it go as before."""
     if sequence.partial is None:
         return
+    run = sequence.partial.run
     if protected:
-        sequence.store.lock_child(sequence.partial.run)
+        run.soft_holds -= 1
+        sequence.store.lock_child(run)
     else:
-        sequence.store.release(sequence.partial.run)
+        run.soft_holds += 1
+        sequence.store.release(run)
+        sequence.store.settle_leaf(run)
     for sparse, block, pin in sequence.pins:
         if block == sequence.partial.block:
             sparse.pins.count(pin, locked=1 if protected else -1)
@@ -56,9 +60,8 @@ def copy_partial(sequence: KVCache, partial: Partial) -> None:
     except TransferError as error:
         for tiers, slots in taken:
             tiers.pools[GPU_TIER].give_back(slots)
-        _end_partial(sequence, partial)
-        sequence.version = -1  # the match is not what it was
         if error.lost:
+            _end_partial(sequence, partial)
             store.lose(partial.run, partial.block)
         raise
     for tiers, slots in taken:
@@ -87,7 +90,7 @@ def can_take_over(sequence: KVCache) -> bool:
     if partial is None or sequence.windows or partial.run.pages is None:
         return False
     run = partial.run
-    alone = run.holds == 1 and run.soft_holds == 1 and not run.children and run.end - run.start == 1
+    alone = run.holds == 1 and not run.soft_holds and not run.children and run.end - run.start == 1
     return alone and partial.run.pages.tier == GPU_TIER
 
 

@@ -86,6 +86,6 @@ class PinTable:
     def num_locked_of(self, tier: int, slots: Iterable[int]) -> int:
         return sum(bool(pin.locked) for pin in self.of(tier, slots))
 
-    def all(self) -> list[Pin]:
-        """Every pin, for checks."""
-        return [pin for pins in self.by_slot for pin in pins.values()]
+    def all(self) -> list[tuple[int, int, Pin]]:
+        """Every pin, with the tier and slot that it is known by, for checks."""
+        return [(tier, slot, pin) for tier, pins in enumerate(self.by_slot) for slot, pin in pins.items()]

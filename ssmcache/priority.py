@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ssmcache.segments import DEFAULT_PRIORITY
+
 LOWEST, HIGHEST = 0, 100
 
 PriorityCallback = Callable[[int, int], int]
 """From a layer group and the ordinal of a block to a priority, 0..100: the lower, the sooner its slots go."""
+
+
+def default_priority(layer_group: int, block: int) -> int:
+    """What a sequence without a callback of its own gives to its blocks."""
+    return DEFAULT_PRIORITY
 
 
 class Priority:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssmcache.committing import raise_priorities
@@ -12,24 +13,32 @@ from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.parking import Parked
 from ssmcache.partial import can_take_over, copy_partial, protect_partial, release_windows, take_over_partial
 from ssmcache.pins import Pin
+from ssmcache.segments import PageSegment, SparseSegment
 from ssmcache.sparse import SparseStore
 from ssmcache.stats import Shortage
 from ssmcache.tiers import Tiers
 
 if TYPE_CHECKING:
     from ssmcache.sequence import KVCache
+    from ssmcache.sequence_pages import SequencePages
 
 
 class _Need(NamedTuple):
-    """What is needed of one layer group: segments to be brought up, and free slots beside them."""
+    """What is needed of one layer group: segments to be brought up, and free slots beside them. `lifts` finds those
+    anew each time, since bringing up the pages of full attention may cut runs, with all that lies on them.
+    """
 
     tiers: Tiers[Any, Any]
-    lifts: list[Any]
+    lifts: Callable[[], list[Any]]
     beside: int
+
+    def bring(self, sequence: KVCache, tier: int) -> None:
+        """Errors: TransferError."""
+        self.tiers.bring(self.lifts(), tier, self.beside, sequence.stream)
 
     def shortage(self, sequence: KVCache, tier: int) -> Shortage | None:
         leaving = [0] * len(self.tiers.pools)
-        for segment in self.lifts:
+        for segment in self.lifts():
             leaving[segment.tier] += len(self.tiers.slots_of(segment))
         needed = sum(leaving) + self.beside
         if not needed or self.tiers.obtainable(tier, leaving) >= needed:
@@ -37,19 +46,23 @@ class _Need(NamedTuple):
         return sequence.manager.shortage("slots", self.tiers, needed, tier)
 
 
-def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_tokens: int) -> Shortage | None:
+def first_resume(
+    sequence: KVCache, keys: Int64Array, num_blocks: int, num_tokens: int, partly: bool = True
+) -> Shortage | None:
     """Lock what was found, start the live state, and copy a block that matches in part.
 
-    If the tree has changed since creation the prompt is looked up again; a refusal leaves the old match as it was.
+    If the tree has changed since creation the prompt is looked up again; a refusal leaves the old match as it was. A
+    block that matches in part is done without (`partly`) rather than refuse for want of room for it and its copy.
     """
     manager, store, states = sequence.manager, sequence.store, sequence.states
     shortage = manager.gate(sequence) if manager.num_active else None
     if shortage is not None:
         return shortage
-    current = sequence.soft and sequence.version == store.version
+    current = partly and sequence.soft and sequence.version == store.version
     found = None
     if not current:
-        found = find(store, sequence.root, keys, num_blocks, num_tokens, sequence.partly, sequence.adopt)
+        in_part = partly and sequence.partly
+        found = find(store, sequence.root, keys, num_blocks, num_tokens, in_part, sequence.adopt)
     old = None if found is None else store.hold_softly(sequence, found)
     reuse = sequence.reuse_match if found is None else found[2]
     store.lock(sequence)
@@ -65,20 +78,23 @@ def first_resume(sequence: KVCache, keys: Int64Array, num_blocks: int, num_token
         own = 1 + (old is not None and old[1] is sequence.source)
         shortage = states.shortage_of_live_state(sequence.source, own)
     if shortage is not None:
+        had_partial = sequence.partial is not None
         _undo_lock(sequence)
         if found is not None:
             store.take_up_again(sequence, old)
-        return shortage
-    del store.soft_holders[sequence]
+        return first_resume(sequence, keys, num_blocks, num_tokens, partly=False) if had_partial else shortage
     if found is not None:  # from here on the old match is not needed, and its room is
         if old is not None:
             store.end_soft_hold(old)
         sequence.apply(reuse)
     if needs or states is not None:
         shortage = _bring_first(sequence, needs)
-    if sequence.priority is not None and shortage is None:
+        if shortage is not None:
+            return shortage
+    del store.soft_holders[sequence]
+    if sequence.priority is not None:
         raise_priorities(store, sequence.cursor, 0, sequence.priority)
-    return shortage
+    return None
 
 
 def _bring_first(sequence: KVCache, needs: list[_Need]) -> Shortage | None:
@@ -87,7 +103,7 @@ def _bring_first(sequence: KVCache, needs: list[_Need]) -> Shortage | None:
         sequence.usable_tokens_by_tier = _usable_tokens_by_tier(sequence)
     try:
         for need in needs:
-            need.tiers.bring(need.lifts, GPU_TIER, need.beside, sequence.stream)
+            need.bring(sequence, GPU_TIER)
         if sequence.states is not None:
             sequence.states.start(sequence.cursor, sequence.source)
             sequence.source = None
@@ -98,9 +114,16 @@ def _bring_first(sequence: KVCache, needs: list[_Need]) -> Shortage | None:
                 take_over_partial(sequence, sequence.partial)
     except TransferError as error:
         _undo_lock(sequence)
-        sequence.store.free_lost()
-        return sequence.manager.transfer_shortage(error)
+        return _after_failure(sequence, error)
     return None
+
+
+def _after_failure(sequence: KVCache, error: TransferError) -> Shortage:
+    """A sequence that was not resumed yet lets go of what it found if some of that may be lost."""
+    if error.lost:
+        sequence.store.drop_soft_hold(sequence)
+        sequence.store.free_lost()
+    return transfer_shortage(sequence, error)
 
 
 def _shortage(sequence: KVCache, needs: list[_Need], tier: int) -> Shortage | None:
@@ -131,11 +154,22 @@ def _needs_of_first(sequence: KVCache) -> list[_Need]:
         return []
     needs: list[_Need] = []
     if store.pages is not None:
-        needs.append(_Need(store.pages, store.lifts(sequence.cursor), beside))
+        needs.append(_Need(store.pages, functools.partial(store.lifts, sequence.cursor), beside))
     for window in sequence.windows:
-        lifts = window.store.lifts(sequence.cursor.path(), set(window.pins.values()), GPU_TIER)
-        needs.append(_Need(window.store, lifts, beside))
+        pins: set[Pin | None] = set(window.pins.values())
+        needs.append(
+            _Need(window.store, functools.partial(_sparse_lifts, sequence, window.store, pins, GPU_TIER), beside)
+        )
     return needs
+
+
+def _sparse_lifts(
+    sequence: KVCache, sparse: SparseStore, pins: Container[Pin | None], tier: int
+) -> list[SparseSegment]:
+    runs = list(sequence.cursor.path())
+    if sequence.parked is not None:
+        runs.append(sequence.parked.states)
+    return sparse.lifts(runs, pins, tier)
 
 
 def _usable_tokens_by_tier(sequence: KVCache) -> tuple[int, ...]:
@@ -160,8 +194,12 @@ def resume_again(sequence: KVCache) -> Shortage | None:
     if is_lost(sequence):
         return Shortage("lost", 0, manager.tier_names[-1], 0, 0, 0, 0)
     shortage = manager.gate(sequence)
-    if shortage is not None or parked is None:
+    if shortage is not None:
         return shortage
+    if parked is None:
+        for window in sequence.windows:
+            window.begin_activity()
+        return None
     shortage = _with_locks(sequence, parked, lambda: _bring_up(sequence, parked, GPU_TIER))
     if shortage is None:
         parked.unpark()
@@ -175,7 +213,7 @@ def _with_locks(sequence: KVCache, parked: Parked, bring_up: Callable[[], Shorta
     try:
         shortage = bring_up()
     except TransferError as error:
-        shortage = sequence.manager.transfer_shortage(error)
+        shortage = transfer_shortage(sequence, error)
     if shortage is not None:
         _set_idle(sequence, parked, True)
     return shortage
@@ -192,24 +230,24 @@ def _bring_up(sequence: KVCache, parked: Parked | None, tier: int) -> Shortage |
     """Bring a sequence's pages and states up to a tier; it protects them."""
     store = sequence.store
     needs: list[_Need] = []
-    runs = list(sequence.cursor.path())
     own_pins: set[Pin] = set() if parked is None else parked.pins()
-    if parked is not None:
-        runs.append(parked.states)
     if store.pages is not None:
-        lifts = store.lifts(sequence.cursor, tier) + ([] if parked is None else parked.page_lifts(tier))
-        needs.append(_Need(store.pages, lifts, 0))
+        needs.append(_Need(store.pages, functools.partial(_page_lifts, sequence, parked, tier), 0))
     for window in sequence.windows:
         pins = own_pins.union(window.pins.values(), (pin for _, _, pin in sequence.pins))
-        needs.append(_Need(window.store, window.store.lifts(runs, pins, tier), 0))
+        needs.append(_Need(window.store, functools.partial(_sparse_lifts, sequence, window.store, pins, tier), 0))
     if store.snapshots is not None:
         pins = own_pins if sequence.source is None else own_pins | {sequence.source}
-        needs.append(_Need(store.snapshots, store.snapshots.lifts(runs, pins, tier), 0))
+        needs.append(_Need(store.snapshots, functools.partial(_sparse_lifts, sequence, store.snapshots, pins, tier), 0))
     shortage = _shortage(sequence, needs, tier)
     if shortage is None:
         for need in needs:
-            need.tiers.bring(need.lifts, tier, 0, sequence.stream)
+            need.bring(sequence, tier)
     return shortage
+
+
+def _page_lifts(sequence: KVCache, parked: Parked | None, tier: int) -> list[PageSegment]:
+    return sequence.store.lifts(sequence.cursor, tier) + ([] if parked is None else parked.page_lifts(tier))
 
 
 def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
@@ -228,17 +266,21 @@ def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
     if sequence.source is not None and store.snapshots is not None:
         pins.append((store.snapshots, sequence.source))
     store.lock(sequence)
+    protect_partial(sequence, True)
     for sparse, pin in pins:
         sparse.pins.count(pin, locked=1)
+    failure: TransferError | None = None
+    shortage = None
     try:
-        return _bring_up(sequence, None, tier)
+        shortage = _bring_up(sequence, None, tier)
     except TransferError as error:
-        return sequence.manager.transfer_shortage(error)
-    finally:
-        for sparse, pin in pins:
-            sparse.pins.count(pin, locked=-1)
-        store.unlock(sequence)
-        release_windows(sequence, sequence.cursor if sequence.partial is None else sequence.partial.run)
+        failure = error
+    for sparse, pin in pins:
+        sparse.pins.count(pin, locked=-1)
+    protect_partial(sequence, False)
+    store.unlock(sequence)
+    release_windows(sequence, sequence.cursor if sequence.partial is None else sequence.partial.run)
+    return shortage if failure is None else _after_failure(sequence, failure)
 
 
 def suspend(sequence: KVCache) -> None:
@@ -252,7 +294,7 @@ def suspend(sequence: KVCache) -> None:
         sequence.parked = Parked(sequence, stamp)
 
 
-def is_lost(sequence: KVCache) -> bool:
+def is_lost(sequence: SequencePages) -> bool:
     """Whether a page or state of a suspended sequence could not be read back."""
     if sequence.parked is None:
         return False
@@ -261,3 +303,10 @@ def is_lost(sequence: KVCache) -> bool:
         root = root.parent
     lost = root is not sequence.root
     return lost or sequence.parked.is_lost() or any(window.is_lost() for window in sequence.windows)
+
+
+def transfer_shortage(sequence: SequencePages, error: TransferError) -> Shortage:
+    """A failed move as a reason. What others have lost is no reason to give up: the next call goes on without it."""
+    name = sequence.manager.tier_names[error.tier]
+    lost = bool(error.lost) and (not sequence.locked or is_lost(sequence))
+    return Shortage("lost" if lost else "io", 0, name, 0, 0, 0, 0)

@@ -14,7 +14,7 @@ from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.parking import Parked
 from ssmcache.pools import NO_SLOTS
-from ssmcache.priority import Priority, PriorityCallback
+from ssmcache.priority import Priority, PriorityCallback, default_priority
 from ssmcache.sequence_pages import ACTIVE, CLOSED, SUSPENDED, SequencePages, StateError
 from ssmcache.sequence_windows import SequenceWindow
 from ssmcache.states import SequenceStates
@@ -56,6 +56,10 @@ class KVCache(SequencePages):
         self.kind = kind
         self.id = id
         self.adopt = adopt
+        if priority is not None:
+            manager.has_priorities = True
+        elif manager.has_priorities:  # a block that was given less may have to be raised
+            priority = default_priority
         self.priority = None if priority is None else Priority(priority, len(manager.groups))
         self.status = SUSPENDED
         self.shortage: Shortage | None = None
@@ -123,6 +127,8 @@ class KVCache(SequencePages):
                 self.shortage = resuming.first_resume(self, keys, num_blocks, num_tokens)
                 if self.shortage is None:
                     self._start(keys, num_tokens)
+            if manager.streams.only is not stream:
+                manager.streams.release(stream)
             if self.shortage is not None:
                 return False
             self.status = ACTIVE
@@ -174,7 +180,9 @@ class KVCache(SequencePages):
                 raise StateError(f"prefetch: expected a SUSPENDED sequence, got {self.status.name}")
             if not 0 <= tier < len(self.manager.tier_names):
                 raise ValueError(f"prefetch: expected a tier in 0..{len(self.manager.tier_names) - 1}, got {tier}")
+            self.manager.streams.acquire(self.stream)
             self.shortage = resuming.prefetch(self, tier)
+            self.manager.streams.release(self.stream)
             return self.shortage is None
 
     def close(self) -> None:
@@ -206,10 +214,11 @@ class KVCache(SequencePages):
                 if store.lost_roots:
                     store.free_lost()
             self.status = CLOSED
+            was_resumed = self._input is None
             self._input = None
             self._rows = None
             store.leave_scope(self.root)
-            manager.forget(self)
+            manager.forget(self, was_resumed)
         finally:
             lock.release()
 
@@ -264,7 +273,10 @@ class KVCache(SequencePages):
                 )
             if self.manager.streams.only is not self.stream:
                 self.manager.streams.acquire(self.stream)
-            return self.states.reserve(wanted, self.cursor)
+            slots = self.states.reserve(wanted, self.cursor)
+            if self.manager.streams.only is not self.stream:
+                self.manager.streams.release(self.stream)
+            return slots
         finally:
             lock.release()
 
@@ -301,6 +313,7 @@ class KVCache(SequencePages):
             if self.priority is not None:
                 self.priority.prepare(last + 1)
             if last > first:
+                self.manager.streams.acquire(self.stream)
                 commit_blocks(self, keys, base, first, last)
             self.pending = pending
             if self.states is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.pools import SlotArray
+from ssmcache.resuming import transfer_shortage
 from ssmcache.rows import PageRows
 from ssmcache.sequence_windows import SequenceWindow
 from ssmcache.soft_holds import PathHolder
@@ -99,11 +100,16 @@ class SequencePages(PathHolder):
                 self._rows.check(num_blocks)
             pages = self.store.pages
             missing = 0 if pages is None else num_blocks - self.cursor.end - self.own_pages.size
+            ordered = self.manager.streams.only is not self.stream and self._changes(missing, history, num_blocks)
+            if ordered:
+                self.manager.streams.acquire(self.stream)
             shortage = self._shortage_of_windows(history, num_blocks) if self.windows else None
             if missing and shortage is None:
                 shortage = self._change_pages(missing)
             if self.windows and shortage is None:
                 shortage = self._change_windows(history, num_blocks, missing)
+            if ordered:
+                self.manager.streams.release(self.stream)
             self.shortage = shortage
             if shortage is not None:
                 return False
@@ -115,23 +121,24 @@ class SequencePages(PathHolder):
         finally:
             lock.release()
 
+    def _changes(self, missing: int, history: int, num_blocks: int) -> bool:
+        """Whether slots change hands, so that streams have to wait for each other."""
+        has_pages = missing > 0 or (missing < 0 and self.own_pages.size > 0)
+        return has_pages or any(window.would_change(history, num_blocks) for window in self.windows)
+
     def _change_pages(self, missing: int) -> Shortage | None:
         """Take `missing` pages, or give some back if it is negative."""
         manager, pages, own = self.manager, self.store.pages, self.own_pages
         assert pages is not None
         if missing > 0:
-            if manager.streams.only is not self.stream:
-                manager.streams.acquire(self.stream)
             try:
                 taken = pages.try_take(missing, self.stream)
             except TransferError as error:
-                return self.manager.transfer_shortage(error)
+                return transfer_shortage(self, error)
             if taken is None:
                 return manager.shortage("slots", pages, missing)
             self.own_pages = np.concatenate((own, taken)) if own.size else taken
         elif own.size:
-            if manager.streams.only is not self.stream:
-                manager.streams.release(self.stream)
             keep = max(0, own.size + missing)
             pages.pools[GPU_TIER].give_back(own[keep:])
             self.own_pages = own[:keep]
@@ -146,17 +153,13 @@ class SequencePages(PathHolder):
 
     def _change_windows(self, history: int, num_blocks: int, new_pages: int) -> Shortage | None:
         """Take what windows need, for which there is room, and give up what is stale. `new_pages` were just taken."""
-        streams = self.manager.streams
-        if streams.only is not self.stream:
-            streams.acquire(self.stream)
-            streams.release(self.stream)
         try:
             for window in self.windows:
                 window.resize(history, num_blocks, self.stream)
         except TransferError as error:
             if new_pages > 0:
                 self._change_pages(-new_pages)
-            return self.manager.transfer_shortage(error)
+            return transfer_shortage(self, error)
         return None
 
     # -- what kernels read -------------------------------------------------------------------------------------------

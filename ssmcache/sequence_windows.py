@@ -42,6 +42,10 @@ class SequenceWindow:
     def _needed(self, history_length: int, shape: tuple[int, int, int]) -> list[int]:
         return self.store.window.needed_blocks(history_length, shape[0])
 
+    def would_change(self, history_length: int, num_blocks: int) -> bool:
+        """Whether `resize` to these lengths takes pages or gives some up."""
+        return self._shape_for(history_length, num_blocks) != self._shape
+
     def missing(self, history_length: int, num_blocks: int) -> int:
         """Slots that must be obtained for these lengths, counting those that go stale as free already."""
         shape = self._shape_for(history_length, num_blocks)
@@ -62,11 +66,19 @@ class SequenceWindow:
         if shape == self._shape:
             return
         needed = self._needed(history_length, shape)
+        self._shape = (0, 0, 0)  # until all is there
         self._drop_all_but(set(needed))
         missing = [block for block in needed if block not in self.own and block not in self.pins]
         if missing:
             self.own.update(zip(missing, self.store.take(len(missing), stream), strict=True))
         self._shape = shape
+
+    def incomplete(self, history_length: int, num_blocks: int) -> list[int]:
+        """Blocks whose pages should be there and are not, for checks; after a failed `resize` nothing should be."""
+        if self.would_change(history_length, num_blocks):
+            return []
+        there = self.own.keys() | {block for block, pin in self.pins.items() if pin.tier == GPU_TIER}
+        return [block for block in self._needed(history_length, self._shape) if block not in there]
 
     def forget_stale(self, history_length: int, num_blocks: int) -> None:
         """Give up what went stale; nothing new is needed."""
@@ -105,6 +117,10 @@ class SequenceWindow:
         pins, self.pins = self.pins, {}
         return pins
 
+    def begin_activity(self) -> None:
+        """The sequence was suspended without tiers below, and goes on."""
+        self._stamp = self.store.stamp_of_activity()
+
     def set_idle(self, idle: bool) -> None:
         """The sequence is suspended: its pages may move; or the other way round."""
         change = 1 if idle else -1
@@ -138,7 +154,7 @@ class SequenceWindow:
         if not blocks:
             return
         there = self.store.find(cursor, first, last)
-        self._add(cursor, [block for block in blocks if block not in there])
+        new = [block for block in blocks if block not in there]
         for block in [block for block in blocks if block in there]:
             segment, position = there[block]
             slot = segment.slots[position]
@@ -151,6 +167,7 @@ class SequenceWindow:
                 there = self.store.find(cursor, first, last)
             self.pins[block] = pin
             self.store.pins.count(pin, locked=1)
+        self._add(cursor, new)
 
     def _add(self, cursor: Run, blocks: list[int]) -> None:
         by_rank: dict[int, list[int]] = {}
@@ -168,7 +185,9 @@ class SequenceWindow:
         return DEFAULT_RANK if self._priority is None else rank_of(self._priority(self.store.layer_group, block))
 
     def add_leaf(self, leaf: Run) -> None:
-        """Give the private page of a partial block to the tree."""
+        """Give the private page of a partial block to the tree, unless there is one."""
+        if self.store.ordinals_on(leaf, leaf.start):
+            return
         slot = self.own.pop(leaf.start)
         self.store.add(leaf, int_array((leaf.start,)), int_array((slot,)), self._stamp, self._rank(leaf.start))
 

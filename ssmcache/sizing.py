@@ -46,26 +46,29 @@ def make_pools(
 ) -> tuple[tuple[AnyPool, ...], ...]:
     """The pools of each layer group, by tier, reserved in the memory.
 
-    Errors: ValueError when a quota is too small, or the memory does not have it.
+    Errors: ValueError when a quota is too small, or the memory does not have it; the memory is closed then.
     """
     memory.open(config.cache_tiers, [group.slot_bytes for group in groups])
-    by_tier: list[list[AnyPool]] = []
-    for tier, tier_config in enumerate(config.cache_tiers):
-        step = config.typical_step or DEFAULT_STEP
-        slots = split_tier(groups, config, tier, tier_config.quota, step, memory.grain(tier))
-        pools: list[AnyPool] = []
-        for group, capacity in zip(groups, slots, strict=True):
-            kind = PagePool if group.kind is LayerGroupKind.ATTENTION else StatePool
-            pools.append(kind(capacity, _staging_slots(group, tier, capacity)))
-        by_tier.append(pools)
-        if not memory.resize(tier, _physical(pools)):
-            memory.close()
-            raise ValueError(f"tier {tier}: expected a memory with room for {tier_config.quota} bytes, got too little")
+    try:
+        by_tier = [_make_pools_of_tier(groups, config, memory, tier) for tier in range(len(config.cache_tiers))]
+    except ValueError:
+        memory.close()
+        raise
     return tuple(zip(*by_tier, strict=True))
 
 
-def _physical(pools: Iterable[AnyPool]) -> list[int | None]:
-    return [None if is_unlimited(pool) else pool.capacity + pool.staging for pool in pools]
+def _make_pools_of_tier(
+    groups: Sequence[LayerGroup], config: KVCacheManagerConfig, memory: Memory, tier: int
+) -> list[AnyPool]:
+    quota = config.cache_tiers[tier].quota
+    slots = split_tier(groups, config, tier, quota, config.typical_step or DEFAULT_STEP, memory.grain(tier))
+    pools: list[AnyPool] = []
+    for group, capacity in zip(groups, slots, strict=True):
+        kind = PagePool if group.kind is LayerGroupKind.ATTENTION else StatePool
+        pools.append(kind(capacity, _staging_slots(group, tier, capacity)))
+    if not memory.resize(tier, [None if is_unlimited(pool) else pool.capacity + pool.staging for pool in pools]):
+        raise ValueError(f"tier {tier}: expected a memory with room for {quota} bytes, got too little")
+    return pools
 
 
 def max_capacity(manager: KVCacheManager) -> int | None:
@@ -82,7 +85,7 @@ def held_by_others(tiers: Tiers[Any, Any], sequence: KVCache) -> int:
     held, own = tiers.num_held(GPU_TIER), _gpu_slots_of(tiers, sequence)
     movable = 0
     if held and tiers.last_tier > GPU_TIER:  # what is held is idle, and so is the asking sequence
-        movable = min(max(0, held - own), tiers.obtainable(GPU_TIER + 1))
+        movable = min(max(0, held - own), tiers.room_below(GPU_TIER))
     return tiers.pools[GPU_TIER].used - tiers.num_droppable(GPU_TIER) - own - movable
 
 
@@ -116,74 +119,136 @@ def step_of(traffic: Collection[tuple[int, int]]) -> BatchDesc | None:
 
 def need_adjustment(manager: KVCacheManager) -> bool:
     """See `KVCacheManager.need_adjustment`."""
-    wanted = _wanted_slots(manager, GPU_TIER, manager.quotas[GPU_TIER])
-    if wanted is None:
+    if step_of(manager.traffic) is None:
         return False
-    present = [pools[GPU_TIER].capacity for pools in manager.pools]
-    ratios = [new / old for new, old in zip(wanted, present, strict=True)]
-    return max(ratios) > _TOLERATED_RATIO or min(ratios) < 1 / _TOLERATED_RATIO
+    for tier, quota in enumerate(manager.quotas):
+        wanted = _wanted_slots(manager, tier, quota)
+        for new, pools in zip(wanted, manager.pools, strict=True):
+            old = pools[tier].capacity
+            if max(new, old) > _TOLERATED_RATIO * min(new, old):
+                return True
+    return False
 
 
-def _wanted_slots(manager: KVCacheManager, tier: int, quota: int | None) -> tuple[int, ...] | None:
-    """The split that the traffic wants; None without a quota or without traffic."""
-    step = step_of(manager.traffic)
-    if step is None or quota is None:
-        return None
+def _wanted_slots(manager: KVCacheManager, tier: int, quota: int | None) -> tuple[int, ...]:
+    """The split that the traffic wants; that of the settings before there is any."""
+    step = step_of(manager.traffic) or manager.config.typical_step or DEFAULT_STEP
     return split_tier(manager.groups, manager.config, tier, quota, step, manager.memory.grain(tier))
+
+
+class _Change:
+    """The slots of one tier, by layer group, before and after a change. Totals are what the memory has, with the slots
+    for staging; `total` is the present one.
+    """
+
+    def __init__(self, manager: KVCacheManager, tier: int, new: Sequence[int]) -> None:
+        pools = [pools[tier] for pools in manager.pools]
+        self.tier = tier
+        self.pools = pools
+        self.new = new
+        self.old = [pool.capacity for pool in pools]
+        self.total = self.old_total = [pool.capacity + pool.staging for pool in pools]
+        staging = [_staging_slots(group, tier, count) for group, count in zip(manager.groups, new, strict=True)]
+        self.new_total = [count + more for count, more in zip(new, staging, strict=True)]
+        self._slot_bytes = [group.slot_bytes for group in manager.groups]
+
+    def set_capacities(self, capacities: Sequence[int], totals: Sequence[int]) -> None:
+        for pool, capacity, total in zip(self.pools, capacities, totals, strict=True):
+            pool.capacity, pool.staging = capacity, total - capacity
+
+    def shrink(self) -> None:
+        """Let no more be in use than there will be room for; the memory is still as it was."""
+        self.set_capacities(list(map(min, self.old, self.new)), self.old_total)
+
+    @property
+    def is_none(self) -> bool:
+        return self.old == list(self.new) and self.old_total == self.new_total
+
+    def grown_total(self) -> list[int]:
+        """The old pools, grown where they will grow by as many bytes as the tier will have more: the memory has no more
+        to give after that.
+        """
+        bytes_left = sum(
+            (new - old) * slot_bytes
+            for old, new, slot_bytes in zip(self.old_total, self.new_total, self._slot_bytes, strict=True)
+        )
+        grown = []
+        for old, new, slot_bytes in zip(self.old_total, self.new_total, self._slot_bytes, strict=True):
+            more = max(0, min(new - old, bytes_left // slot_bytes))
+            bytes_left -= more * slot_bytes
+            grown.append(old + more)
+        return grown
 
 
 def resplit(manager: KVCacheManager, tiers: Iterable[int], quotas: Sequence[int | None]) -> bool:
     """Give some tiers new quotas and splits: by the traffic, or by the settings before there is any.
 
-    Shrinks first, so that no more memory is in use than there was; False, and nothing changed, if what is held does not
-    fit, or the memory cannot grow. Errors: ValueError for quotas that are too small.
+    The memory is first asked for what it will have more, and pools grow by the rest once others have shrunk, so that no
+    more is in use than before or after. False if what is held does not fit or the memory has not enough, and nothing
+    has changed then; False, too, if a tier below could not be read or written, and some pages may have moved then.
+    Errors: ValueError for quotas that are too small.
     """
-    new: dict[int, tuple[int, ...]] = {}
-    for tier in tiers:
-        quota = quotas[tier]
-        slots = _wanted_slots(manager, tier, quota)
-        if slots is None:
-            step = manager.config.typical_step or DEFAULT_STEP
-            slots = split_tier(manager.groups, manager.config, tier, quota, step, manager.memory.grain(tier))
-        new[tier] = slots
-    old = {tier: tuple(pools[tier].capacity for pools in manager.pools) for tier in new}
-    groups = manager.store.all_tiers()
-    _set_capacities(manager, {tier: tuple(map(min, new[tier], old[tier])) for tier in new})
-    fits = all(group.obtainable(tier) >= 0 for group in groups for tier in range(group.last_tier + 1))
-    try:
-        if fits:
-            for group in groups:
-                for tier in range(group.last_tier + 1):
-                    group.bring([], tier, 0, None)
-            compact(manager, new)
-    except TransferError:
-        fits = False
-    if not fits or not _resize_memory(manager, new, old):
-        _set_capacities(manager, old)
+    changes = [
+        _Change(manager, tier, _wanted_slots(manager, tier, quotas[tier])) for tier in tiers if quotas[tier] is not None
+    ]
+    changes = [change for change in changes if not change.is_none]
+    if changes and not _carry_out(manager, changes):
         return False
-    _set_capacities(manager, new)
     manager.quotas = list(quotas)
     return True
 
 
-def _set_capacities(manager: KVCacheManager, capacities: dict[int, tuple[int, ...]]) -> None:
-    for tier, counts in capacities.items():
-        for group, pools, capacity in zip(manager.groups, manager.pools, counts, strict=True):
-            pools[tier].capacity = capacity
-            pools[tier].staging = _staging_slots(group, tier, capacity)
+def _carry_out(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
+    memory = manager.memory
+    for change in changes:
+        change.shrink()
+    groups = manager.store.all_tiers()
+    fits = all(group.obtainable(tier) >= 0 for group in groups for tier in range(group.last_tier + 1))
+    if (
+        fits
+        and _resize_memory(memory, changes, [change.grown_total() for change in changes])
+        and _make_room(manager, changes)
+        and _resize_memory(memory, changes, [change.new_total for change in changes])
+    ):
+        for change in changes:
+            change.set_capacities(change.new, change.new_total)
+        return True
+    _resize_memory(memory, changes, [change.old_total for change in changes])
+    for change in changes:
+        change.set_capacities(change.old, change.old_total)
+    return False
 
 
-def _resize_memory(manager: KVCacheManager, new: dict[int, tuple[int, ...]], old: dict[int, tuple[int, ...]]) -> bool:
-    """Resize the pools of some tiers, all or none."""
-    done: list[int] = []
-    for tier, slots in new.items():
-        if not manager.memory.resize(tier, _with_staging(manager, tier, slots)):
-            for other in done:
-                manager.memory.resize(other, _with_staging(manager, other, old[other]))
-            return False
-        done.append(tier)
+def _make_room(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
+    """Move and drop what no longer fits, and make the rest lie in the slots that remain; False if a copy failed."""
+    streams = manager.streams
+    stream = streams.acquire_any()
+    groups = manager.store.all_tiers()
+    try:
+        for group in groups:
+            for tier in range(group.last_tier + 1):
+                group.bring([], tier, 0, stream)
+        for change in changes:
+            for group, old, new in zip(groups, change.old_total, change.new_total, strict=True):
+                if new < old:
+                    compact(manager, group, change.tier, new, stream)
+    except TransferError:
+        return False
+    finally:
+        streams.release(stream)
     return True
 
 
-def _with_staging(manager: KVCacheManager, tier: int, slots: Sequence[int]) -> list[int]:
-    return [count + _staging_slots(group, tier, count) for group, count in zip(manager.groups, slots, strict=True)]
+def _resize_memory(memory: Memory, changes: Sequence[_Change], totals: Sequence[list[int]]) -> bool:
+    """Resize the pools of some tiers, all or none."""
+    before = [change.total for change in changes]
+    for index, (change, total) in enumerate(zip(changes, totals, strict=True)):
+        if total == change.total:
+            continue
+        if not memory.resize(change.tier, total):
+            for other, old in zip(changes[:index], before[:index], strict=True):
+                memory.resize(other.tier, old)
+                other.total = old
+            return False
+        change.total = total
+    return True

@@ -74,10 +74,10 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     # -- going -------------------------------------------------------------------------------------------------------
 
     def drop(self, tier: int, count: int) -> None:
-        queue, kept = self.queues[tier], self.pins.by_slot[tier]
+        queue, kept, pool = self.queues[tier], self.pins.by_slot[tier], self.pools[tier]
         passed_over: list[SparseSegment] = []
-        losers: list[tuple[Run, int]] = []
-        while count > 0:
+        goal = pool.used - count
+        while pool.used > goal:
             segment = queue.oldest()
             if segment is None:
                 self._put_back(passed_over)
@@ -90,18 +90,17 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
                 queue.take_out(segment)
                 passed_over.append(segment)
                 continue
-            ordinals, slots = segment.take_oldest(count, kept)
+            ordinals, slots = segment.take_oldest(self._num_at_once(segment, pool.used - goal, kept), kept)
             if slots:
-                count -= len(slots)
                 self._evict(run, tier, ordinals, slots)
-                losers.append((run, ordinals[0]))
             if not segment.slots:
                 self.drop_empty(run)
-            elif count > 0:  # what is left of it is pinned
+            elif not slots:  # what is left of it is pinned
                 queue.take_out(segment)
                 passed_over.append(segment)
+            if slots:  # which may take others with it
+                self._settle_loser(run, ordinals[0])
         self._put_back(passed_over)
-        self._settle_losers(losers)
 
     def _put_back(self, passed_over: list[SparseSegment]) -> None:
         """Enter segments again that could not go just now."""
@@ -125,11 +124,14 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         if self._store.events is not None:
             self._store.events.removed(self.layer_group, tier, run, ordinals)
 
-    def _settle_losers(self, losers: list[tuple[Run, int]]) -> None:
-        """Runs that lost slots, and the first block of each that did: without pages a block may have nothing left."""
-        for run, _ in losers:
-            if run.pages is None and run.end > run.start:
-                self._store.settle_leaf(run)
+    def _num_at_once(self, segment: SparseSegment, count: int, kept: Container[int]) -> int:
+        """How many slots of a segment may be dropped before the effect of that has to be seen."""
+        return count
+
+    def _settle_loser(self, run: Run, block: int) -> None:
+        """A run has lost slots, of `block` and deeper ones: without pages a block may have nothing left."""
+        if run.pages is None and run.end > run.start:
+            self._store.settle_leaf(run)
 
     def give_back(self, tier: int, slots: IntArray) -> None:
         """Slots of the tree go back to the pool of their tier."""
@@ -184,7 +186,8 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def cut(self, segment: SparseSegment, count: int, selected: bool) -> tuple[SparseSegment, SparseSegment]:
         assert segment.run is not None
-        ordinals, slots = segment.take(list(range(count)))
+        size = len(segment.slots)
+        ordinals, slots = segment.take(list(range(size - count, size) if selected else range(count)))
         first = self.new_segment(segment.run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
         if not selected:
             self.queues[segment.tier].put(first)
@@ -231,17 +234,24 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
             for slot, new_slot in zip(old_slots, slots, strict=True):
                 self.pins.move(old_tier, slot, tier, new_slot)
 
-    def lose(self, segment: SparseSegment, index: int) -> None:
+    def lose(self, segment: SparseSegment, indices: list[int]) -> None:
         run, tier = segment.run, segment.tier
         assert run is not None
         self._store.version += 1
-        ordinals, slots = segment.take([index])
-        self.pins.break_off(tier, slots[0])
+        ordinals, slots = segment.take(indices)
+        if self._store.events is not None:
+            self._store.events.removed(self.layer_group, tier, run, ordinals)
+        for slot in slots:
+            self.pins.break_off(tier, slot)
         self.give_back(tier, slots)
         self._forgotten(tier, slots)
         if not segment.slots:
             self.drop_empty(run)
-        self._settle_losers([(run, ordinals[0])])
+        self._settle_lost(run, ordinals[0])
+
+    def _settle_lost(self, run: Run, block: int) -> None:
+        """A run lost slots, the first of them that of `block`."""
+        self._settle_loser(run, block)
 
     def _forgotten(self, tier: int, slots: Sequence[int]) -> int:
         """These slots left the tree; returns how many of them somebody has made use of, as far as that is known."""
@@ -311,6 +321,9 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         """Attach GPU slots to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each.
         The arrays become the tree's.
         """
+        self._store.version += 1
+        if self._store.events is not None:
+            self._store.events.added(cursor, self.layer_group, ordinals)
         end = len(ordinals)
         run: Run | None = cursor
         queue = self.queues[GPU_TIER]
@@ -374,7 +387,8 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
 
     def lose_slot(self, cursor: Run, tier: int, slot: int) -> None:
         """`lose` for a slot of the path of `cursor`."""
-        self.lose(*self._place_of(cursor, tier, slot))
+        segment, index = self._place_of(cursor, tier, slot)
+        self.lose(segment, [index])
 
     def lifts(self, runs: Iterable[Run], wanted: Container[Pin | None], tier: int) -> list[SparseSegment]:
         """The pinned slots on some runs that lie below a tier, as segments of their own."""

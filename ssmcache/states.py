@@ -49,12 +49,15 @@ class SequenceStates:
         snapshots = self._snapshots
         if snapshots.has_room_for(2):
             return None
-        room = snapshots.obtainable()
-        if source is not None and source.tier == GPU_TIER:
-            # another one may go, or the source itself becomes the live state if nobody else waits for it
-            if room > 1 or (source.soft <= softly_held and not source.locked):
-                return None
-        elif room > 0:
+        if source is None:
+            room = snapshots.obtainable()
+        else:  # in whatever tier it lies, it stays there until it was copied
+            snapshots.pins.count(source, locked=1)
+            room = snapshots.obtainable()
+            snapshots.pins.count(source, locked=-1)
+            if source.tier == GPU_TIER and source.soft <= softly_held and not source.locked:
+                return None  # if no other can go, the source itself becomes the live state: nobody else waits for it
+        if room > 0:
             return None
         return self._manager.shortage("slots", snapshots, 1)
 

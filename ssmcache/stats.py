@@ -18,7 +18,8 @@ class Shortage:
     """Why a resume or resize was refused.
 
     `reason`: "utilization" (others hold more than `max_util_for_resume` of the pool), "slots" (not enough are free or
-    evictable), "io" (a tier below could not be written) or "lost" (a page cannot be read back: a sequence that was
+    evictable), "io" (a tier below could not be written, or not be read where
+    others have something) or "lost" (a page cannot be read back: a sequence that was
     resumed before must be closed, one that was not may be resumed again, with a shorter match). Counts are slots of the
     layer group in the tier: needed by the call, free, evictable, and held.
     """
@@ -34,7 +35,7 @@ class Shortage:
 
 @dataclass(frozen=True, slots=True)
 class Transfers:
-    """Slots of one layer group that were copied from one tier to another, or within the GPU, and their bytes."""
+    """Slots of one layer group that were copied from one tier to another, or within one, and their bytes."""
 
     layer_group: int
     source_tier: str

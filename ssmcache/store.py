@@ -63,7 +63,7 @@ class BlockStore(SoftHolds):
 
     def lock(self, holder: PathHolder) -> None:
         """Turn a soft hold into a lock of the whole path. The caller ends the soft hold of source and partial block,
-        and locks the pins; and takes the holder out of `soft_holders` if this is for good.
+        and locks the pins. The holder keeps its place among `soft_holders` until it is certain that it goes on.
         """
         run = holder.cursor
         run.soft_holds -= 1
@@ -82,7 +82,6 @@ class BlockStore(SoftHolds):
         """Undo `lock`: the hold is soft again, and nothing was touched."""
         run = holder.cursor
         holder.soft, holder.locked = True, False
-        self.soft_holders[holder] = None  # where it was, unless `lock` was for good
         run.soft_holds += 1
         while run.parent is not None:
             self.release(run)
@@ -225,10 +224,7 @@ class BlockStore(SoftHolds):
     def add_snapshots(self, cursor: Run, ordinals: IntArray, slots: IntArray, rank: int = DEFAULT_RANK) -> None:
         """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each."""
         assert self.snapshots is not None
-        self.version += 1
         self.snapshots.add(cursor, ordinals, slots, self.clock.touch(cursor.end), rank)
-        if self.events is not None:
-            self.events.added(cursor, self.snapshots.layer_group, ordinals)
 
     def all_tiers(self) -> tuple[Tiers[Any, Any], ...]:
         """Every layer group, in order."""
@@ -236,8 +232,8 @@ class BlockStore(SoftHolds):
 
     def clear(self) -> None:
         """Take every block out of the tree. No sequence is open."""
-        for root in list(self.roots.values()):
-            for child in list(root.children.values()):
+        with self.not_evicting():
+            for child in [child for root in self.roots.values() for child in root.children.values()]:
                 self.drop_subtree(child, child.start)
         assert not self.roots, "a scope without a sequence has lost all blocks"
         self.version += 1

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 from ssmcache.events import EventLog
 from ssmcache.keys import Int64Array, KeyKind, ReuseScope
 from ssmcache.memory.base import GPU_TIER
@@ -11,6 +15,7 @@ from ssmcache.recency import Clock
 from ssmcache.segments import PageSegment
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.sparse import SparseStore
+from ssmcache.tiers import Tiers
 from ssmcache.tree import PartialRun, Root, Run, runs_below
 from ssmcache.windows import WindowStore
 
@@ -165,7 +170,9 @@ class TreeStructure:
     # -- leaving -----------------------------------------------------------------------------------------------------
 
     def drop_tail(self, run: Run, num_blocks: int) -> None:
-        """Take the last blocks of a leaf that nobody holds out of the tree, with all that lies on them."""
+        """Take the last blocks of a leaf that nobody holds out of the tree, with all that lies on them; it counts as
+        evicted.
+        """
         self.version += 1
         new_end = run.end - num_blocks
         pages, tiers = run.pages, self.pages
@@ -175,6 +182,7 @@ class TreeStructure:
                 self.events.removed(tiers.layer_group, tier, run, range(new_end, run.end))
             tiers.pools[tier].give_back(pages.drop_tail(num_blocks))
             tiers.cached[tier] -= num_blocks
+            tiers.num_evicted += num_blocks
         for segment in run.items:
             if segment.ordinals[-1] >= new_end:
                 segment.store.drop_from(run, segment, new_end)
@@ -194,6 +202,19 @@ class TreeStructure:
                 parent.warm_children -= 1
         self.settle_leaf(parent)
 
+    @contextmanager
+    def not_evicting(self) -> Iterator[None]:
+        """What is dropped meanwhile does not go for want of room, and is not counted."""
+        pages, snapshots = self.pages, self.snapshots
+        tiers: Sequence[Tiers[Any, Any]] = [*self.sparse_stores(), *([] if pages is None else [pages])]
+        counts = [group.num_evicted for group in tiers]
+        num_unused = 0 if snapshots is None else snapshots.num_evicted_unused
+        yield
+        for group, count in zip(tiers, counts, strict=True):
+            group.num_evicted = count
+        if snapshots is not None:
+            snapshots.num_evicted_unused = num_unused
+
     def take_over_leaf(self, run: Run) -> SlotArray:
         """Take a leaf of one block, which is on the GPU and which nobody holds, out of the tree; its page becomes the
         caller's.
@@ -201,7 +222,8 @@ class TreeStructure:
         assert self.pages is not None
         assert run.pages is not None
         slot = run.pages.slots[0]
-        self.drop_tail(run, 1)
+        with self.not_evicting():
+            self.drop_tail(run, 1)
         slots = self.pages.pools[GPU_TIER].take(1)
         assert slots[0] == slot, "the last slot that came back is the first to be handed out"
         return slots
@@ -245,22 +267,27 @@ class TreeStructure:
         Whoever holds some of that, and is not ACTIVE, finds itself below a root that is lost, and holds nothing else.
         """
         self.version += 1
-        parent = run.parent
-        assert parent is not None
-        if run.start < block:
-            parent = self.split(run, block)
-        root = parent
+        root = run
         while root.parent is not None:
             root = root.parent
         assert isinstance(root, Root)
         if self.roots.get(root.scope) is not root:
             root.lost = True  # out of the tree already, or the pages that a suspended sequence parked
             return
+        parent = run.parent
+        assert parent is not None
+        if run.start < block:
+            parent = self.split(run, block)
+        if self.events is not None:
+            self.events.lost(run, None if self.pages is None else self.pages.layer_group)
         lost_root = Root(run.kind, root.scope)
         lost_root.lost = True
+        lost_root.start = lost_root.end = run.start
         for below in (run, *runs_below(run)):
             if below.soft_holds:  # one that is being resumed just now keeps its own
                 self.drop_soft_holds_of(below)
+            if self.events is not None:
+                self._tell_lost(self.events, below)
         self.forget_holds(parent, run.holds, run.idle_holds)
         del parent.children[run.edge]
         if parent.pages is not None and run.pages is not None and parent.pages.tier == run.pages.tier:
@@ -268,16 +295,26 @@ class TreeStructure:
         run.parent = lost_root
         lost_root.children[run.edge] = run
         self.lost_roots.append(lost_root)
+        for window in self.windows:
+            window.release(parent)  # whoever locks pages there does not find them from below any more
         self.settle_leaf(parent)
         self.free_lost()
+
+    def _tell_lost(self, events: EventLog, run: Run) -> None:
+        """Nobody can match the blocks of a run any more, though some may be held for a while."""
+        if run.pages is not None and self.pages is not None:
+            events.removed(self.pages.layer_group, run.pages.tier, run, range(run.start, run.end))
+        for segment in run.items:
+            events.removed(segment.store.layer_group, segment.tier, run, segment.ordinals)
+        run.digests = ()
 
     def forget_holds(self, run: Run, holds: int, idle_holds: int) -> None:
         raise NotImplementedError
 
     def free_lost(self) -> None:
         """Drop what is lost and held by nobody."""
-        for root in self.lost_roots:
-            for run in reversed(runs_below(root)):
+        with self.not_evicting():
+            for run in [run for root in self.lost_roots for run in reversed(runs_below(root))]:
                 if not (run.children or run.holds or run.soft_holds) and run.end > run.start:
                     self.drop_tail(run, run.end - run.start)
         self.lost_roots = [root for root in self.lost_roots if root.children]

@@ -1,8 +1,9 @@
 """Slots of one layer group in all tiers: how much room can be had, what has to go for it, and the moves.
 
 Tiers are exclusive. Room is found from the top down: a victim of one tier moves to the next, which makes room for it in
-the same way, and the last tier drops. What a suspended sequence holds may move but not go, so where the tiers below are
-full of such slots, others are dropped instead, oldest first.
+the same way, and the last tier drops. If one tier has more victims than the next one can have slots, the oldest of them
+go on to the tier after that. What a suspended sequence holds may move but not go, so where the tiers below are full of
+such slots, others are dropped instead, oldest first.
 
 Moves are planned on net counts: a slot that is left by a page on its way up is free for a victim on its way down. The
 tiers below the GPU have a few slots beside their capacity (`SlotPool.staging`), so that nothing is ever overwritten
@@ -39,6 +40,7 @@ class Tiers(Generic[S, Slots]):
         self.moved = [[0] * len(pools) for _ in pools]
         self.num_evicted = 0  # slots dropped by want of room
         self._memory = memory
+        self._lost: list[tuple[S, list[int]]] = []  # by the batch that has just failed
         self._none_leaving = (0,) * len(pools)
         self._num_segments = 0
 
@@ -69,8 +71,8 @@ class Tiers(Generic[S, Slots]):
         raise NotImplementedError
 
     def cut(self, segment: S, count: int, selected: bool) -> tuple[S, S]:
-        """A segment as two, the one with `count` of its slots first: the lower part if the segment was selected to
-        move down, the upper part if it moves up.
+        """A segment as two, the one with `count` of its slots first: the lower part, which is older, if the segment was
+        selected to move down, the upper part if it moves up.
         """
         raise NotImplementedError
 
@@ -89,8 +91,8 @@ class Tiers(Generic[S, Slots]):
         """A batch of moves is over: what lies beside its like now may become one segment with it."""
         raise NotImplementedError
 
-    def lose(self, segment: S, index: int) -> None:
-        """Slot number `index` of a segment cannot be read any more."""
+    def lose(self, segment: S, indices: list[int]) -> None:
+        """The slots of a segment, in the tree or parked, at some ascending positions cannot be read any more."""
         raise NotImplementedError
 
     # -- room --------------------------------------------------------------------------------------------------------
@@ -104,7 +106,17 @@ class Tiers(Generic[S, Slots]):
         if tier < self.last_tier:
             held = self.num_held(tier)
             if held:
-                room += min(held, self.obtainable(tier + 1, leaving))
+                room += min(held, self.room_below(tier, leaving))
+        return room
+
+    def room_below(self, tier: int, leaving: Sequence[int] | None = None) -> int:
+        """Slots of the tiers below one that can be had for what has to go from there: what others hold stays."""
+        room = 0
+        for below in range(tier + 1, self.last_tier + 1):
+            pool = self.pools[below]
+            room += pool.capacity - pool.used + self.num_droppable(below)
+            if leaving is not None:
+                room += leaving[below]
         return room
 
     def take(self, count: int, stream: Any) -> Slots:
@@ -136,51 +148,97 @@ class Tiers(Generic[S, Slots]):
         """Move segments up to a tier and leave `beside` more of its slots free; what is in the way goes. The segments
         come from the top of a path down. The caller has checked `obtainable`, and protects them by a lock.
 
-        Errors: TransferError. Every page is in one place then, and those that were lost are out of the tree.
+        Errors: TransferError. Every page is in one place then, and those that were lost are out of the tree; a tier
+        may have given up its oldest slots, or have taken more of them for good than before, which were its staging.
         """
         leaving = list(self._none_leaving)
         for segment in lifts:
             leaving[segment.tier] += len(self.slots_of(segment))
-        downs: list[list[S]] = [[] for _ in self.pools]
-        self._choose(tier, beside + sum(leaving), leaving, downs)
+        downs: list[tuple[int, list[S]]] = []
+        most_used = [max(pool.capacity, pool.used) for pool in self.pools]
+        self._make_way(tier, beside + sum(leaving), leaving, downs)
         try:
             self._relocate(downs, list(lifts), tier, stream)
         except TransferError as error:
-            for segments in downs:
+            for _, segments in downs:
                 for segment in segments:
                     self.unselect(segment)
-            if not error.lost:  # what lies there can still be read, but nothing more fits
-                pool = self.pools[error.tier]
-                pool.capacity = min(pool.capacity, pool.used)
+            self._settle_failure(error, most_used)
             raise
         finally:
             self.join_moved()
 
-    def _choose(self, tier: int, count: int, leaving: list[int], downs: list[list[S]]) -> None:
-        """Decide what goes so that `count` slots of a tier are free once everything has moved."""
-        pool = self.pools[tier]
-        short = count - (pool.capacity - pool.used) - leaving[tier]
+    def _settle_failure(self, error: TransferError, most_used: list[int]) -> None:
+        """Some moves of a batch were not made, and none is under way any more. `most_used`: slots by tier that may stay
+        in use, as many as there were before.
+        """
+        lost, self._lost = self._lost, []
+        for segment, indices in lost:
+            if segment.run is not None:  # else it went with another
+                self.lose(segment, indices)
+        for tier, pool in enumerate(self.pools):
+            excess = pool.used - most_used[tier]
+            if excess > 0:  # what was to make room for it is still there
+                self.drop(tier, min(excess, self.num_droppable(tier)))
+                pool.staging -= max(0, pool.used - pool.capacity)
+                pool.capacity = max(pool.capacity, pool.used)
+        if not error.lost:  # what lies there can still be read, but nothing more fits
+            pool = self.pools[error.tier]
+            kept = min(pool.capacity, pool.used)
+            pool.staging += pool.capacity - kept  # the memory still has the slots, and some in use may be the last
+            pool.capacity = kept
+
+    def _make_way(self, tier: int, count: int, leaving: list[int], downs: list[tuple[int, list[S]]]) -> int:
+        """Decide what goes so that `count` more slots of a tier are in use once everything has moved; adds (tier, what
+        goes there) to `downs`, the lowest first. Returns how many of the `count` find no place and go on to the next
+        tier: all else has gone there already.
+        """
+        short = self._short_by(tier, count, leaving)
         if short <= 0:
-            return
+            return 0
         if tier == self.last_tier:
             self.drop(tier, short)
-            return
-        room_below = min(short, self.obtainable(tier + 1, leaving))
-        if short > room_below:  # before anything below is on its way: what is dropped may take that with it
-            self.drop(tier, short - room_below)
-        self._choose(tier + 1, room_below, leaving, downs)
-        downs[tier] = self.select(tier, room_below)
+            return 0
+        num_down = min(short, self.room_below(tier, leaving))
+        if short > num_down:  # before anything below is on its way: what is dropped may take that with it
+            self.drop(tier, short - num_down)
+            num_down = max(0, self._short_by(tier, count, leaving))
+        num_own = min(num_down, self.num_droppable(tier) + self.num_held(tier))
+        num_passing = num_down - num_own
+        num_through = self._make_way(tier + 1, num_down, leaving, downs)
+        # a sink page that was dropped below may have taken slots of this tier along
+        num_own = min(num_own, max(0, self._short_by(tier, count, leaving) - num_passing))
+        num_through = min(num_through, num_own)
+        selected = self.select(tier, num_own)  # the oldest first
+        through: list[S] = []
+        while num_through:
+            segment = selected.pop(0)
+            if len(self.slots_of(segment)) > num_through:
+                segment, rest = self.cut(segment, num_through, True)
+                selected.insert(0, rest)
+            through.append(segment)
+            num_through -= len(self.slots_of(segment))
+        if through:
+            downs.append((tier + 2, through))
+        downs.append((tier + 1, selected))
+        return num_passing
 
-    def _relocate(self, downs: list[list[S]], lifts: list[S], target: int, stream: Any) -> None:
+    def _short_by(self, tier: int, count: int, leaving: list[int]) -> int:
+        pool = self.pools[tier]
+        return count - (pool.capacity - pool.used) - leaving[tier]
+
+    def _relocate(self, downs: list[tuple[int, list[S]]], lifts: list[S], target: int, stream: Any) -> None:
         """Carry the moves out, and take what is done out of the lists. Each round gets further: what is above its
         capacity by staging has a move to come.
         """
-        while lifts or any(downs):
+        while lifts or any(segments for _, segments in downs):
             num_moved = 0
-            for tier in reversed(range(self.last_tier)):  # the lowest first, since a failed write spoils least there
-                num_moved += self._move(downs[tier], tier + 1, stream)
+            for tier, segments in downs:  # the lowest first, since a failed write spoils least there
+                num_moved += self._move(segments, tier, stream)
             num_moved += self._move(lifts, target, stream)
-            assert num_moved, "moves were planned that have no room"
+            if not num_moved:
+                full = next(tier for tier in range(1, self.last_tier + 1) if not self.pools[tier].staging)
+                raise TransferError(full, (), "earlier failures left no room to move anything through")
 
     def _move(self, segments: list[S], tier: int, stream: Any) -> int:
         """Move as many slots as there is room for, from the front of the list; returns their number."""
@@ -210,20 +268,15 @@ class Tiers(Generic[S, Slots]):
             self._memory.copy(SlotMoves(self.layer_group, source_tier, sources, tier, destinations.tolist()), stream)
         except TransferError as error:
             pool.give_back(destinations)
-            position = 0
-            # deeper ones first: losing a page also takes what is below it out of reach
-            lost = set(error.lost)
-            places = []
+            first = 0
             for segment in batch:
-                for index in range(len(self.slots_of(segment))):
-                    if position in lost:
-                        places.append((segment, index))
-                    position += 1
-            if tier > source_tier:
-                for segment in batch:
+                end = first + len(self.slots_of(segment))
+                indices = [position - first for position in error.lost if first <= position < end]
+                if indices:
+                    self._lost.append((segment, indices))
+                if tier > source_tier:
                     self.unselect(segment)
-            for segment, index in reversed(places):
-                self.lose(segment, index)
+                first = end
             raise
         first = 0
         for segment in batch:

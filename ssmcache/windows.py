@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from ssmcache.memory.base import Memory
@@ -58,12 +58,26 @@ class WindowStore(SparseStore):
         super().__init__(store, layer_group, pools, memory)
         self.window = window
 
-    def _settle_losers(self, losers: list[tuple[Run, int]]) -> None:
+    def _num_at_once(self, segment: SparseSegment, count: int, kept: Container[int]) -> int:
+        # with a sink page goes all that is below it, and that may be enough
+        if count == 1 or segment.ordinals[0] >= self.window.num_sink_blocks:
+            return count
+        places = zip(segment.ordinals, segment.slots, strict=True)
+        return min(
+            count, max(1, sum(block >= self.window.num_sink_blocks and slot not in kept for block, slot in places))
+        )
+
+    def _settle_loser(self, run: Run, block: int) -> None:
         # without a sink page nothing from its block on can be used any more
-        for run, block in losers:
-            if block < self.window.num_sink_blocks and run.start <= block < run.end:
-                self._store.drop_subtree(run, block)
-        super()._settle_losers(losers)
+        if block < self.window.num_sink_blocks and run.start <= block < run.end:
+            self._store.drop_subtree(run, block)
+        super()._settle_loser(run, block)
+
+    def _settle_lost(self, run: Run, block: int) -> None:
+        if block < self.window.num_sink_blocks:
+            self._store.lose(run, block)
+        else:
+            super()._settle_lost(run, block)
 
     def _stays_out(self, segment: SparseSegment) -> bool:
         # what is all locked comes back with `release`: ACTIVE sequences lock many, which would come up again and again

@@ -1,0 +1,214 @@
+"""The oracle of who goes first: one tier, sequences one after the other, every page and snapshot an entry of its own
+with a priority and a time of its own. Written from the rules: lowest priority first, then the oldest; pages of full
+attention from the tails of leaves only; a window touches its sinks and what is seen at the path's end and at each
+snapshot, and what goes stale in between keeps the time of its sequence's resume.
+
+Partial blocks are off here, and prompts are tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Prefix = tuple[int, ...]
+PriorityFunction = Callable[[int, int], int]
+
+
+@dataclass
+class Entry:
+    priority: int
+    time: tuple[int, int] = (0, 0)
+
+    @property
+    def order(self) -> tuple[int, tuple[int, int]]:
+        return self.priority, self.time
+
+
+@dataclass
+class Model:
+    """Layer groups by number. `windows`: (size, sink tokens) of a group; `slots` of every group."""
+
+    block: int
+    slots: dict[int, int]
+    full: int = -1
+    windows: dict[int, tuple[int, int]] = field(default_factory=dict)
+    ssm: int = -1
+    interval: int = 0
+
+
+class EvictionReference:
+    """See the module. One request at a time: `start`, `extend` and `commit` as often as wanted, `close`."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.entries: dict[int, dict[Prefix, Entry]] = {group: {} for group in model.slots}
+        self.own: dict[int, set[int]] = {group: set() for group in model.slots}  # blocks of private pages
+        self.pins: dict[int, set[int]] = {group: set() for group in model.windows}  # blocks of the path
+        self.clock = 0
+        self.path: list[Prefix] = []
+        self.num_evicted = dict.fromkeys(model.slots, 0)
+
+    # -- what is there -----------------------------------------------------------------------------------------------
+
+    def free(self, group: int) -> int:
+        return self.model.slots[group] - len(self.entries[group]) - len(self.own[group])
+
+    def needed(self, group: int, history: int, num_blocks: int) -> set[int]:
+        size, num_sinks = self.model.windows[group]
+        block = self.model.block
+        keys = range(num_blocks * block)
+        return {key // block for key in keys if key > history - size or key // block * block < min(num_sinks, history)}
+
+    def match(self, prompt: Prefix) -> tuple[int, int]:
+        """Blocks that can be used, and that are taken up beyond them."""
+        block = self.model.block
+        known = 0
+        while (known + 1) * block <= len(prompt) and self._is_known(prompt[: (known + 1) * block]):
+            known += 1
+        usable = next(n for n in range(known, -1, -1) if self._is_usable(prompt, n))
+        adopted = usable
+        while adopted < known and all(prompt[: (adopted + 1) * block] in self.entries[g] for g in self.model.windows):
+            adopted += 1
+        return usable, adopted
+
+    def _is_known(self, prefix: Prefix) -> bool:
+        """Without full attention a block is there as long as anything is, on it or below."""
+        if self.model.full >= 0:
+            return prefix in self.entries[self.model.full]
+        return any(other[: len(prefix)] == prefix for entries in self.entries.values() for other in entries)
+
+    def _is_usable(self, prompt: Prefix, num_blocks: int) -> bool:
+        block = self.model.block
+        if self.model.ssm >= 0 and num_blocks and prompt[: num_blocks * block] not in self.entries[self.model.ssm]:
+            return False
+        return all(
+            prompt[: (b + 1) * block] in self.entries[group]
+            for group in self.model.windows
+            for b in self.needed(group, num_blocks * block, num_blocks)
+        )
+
+    # -- going -------------------------------------------------------------------------------------------------------
+
+    def droppable(self, group: int, kept: set[Prefix]) -> list[Prefix]:
+        entries = self.entries[group]
+        if group == self.model.full:
+            kept = kept | set(self.path)
+        elif group in self.model.windows:
+            kept = kept | {self.path[b] for b in self.pins[group] if b < len(self.path)}
+        return [prefix for prefix in entries if prefix not in kept]
+
+    def make_room(self, group: int, count: int, kept: set[Prefix] = frozenset()) -> bool:
+        if count > self.free(group) + len(self.droppable(group, kept)):
+            return False
+        entries = self.entries[group]
+        while count > self.free(group):
+            candidates = self.droppable(group, kept)
+            if group == self.model.full:
+                parents = {prefix[: -self.model.block] for prefix in entries}
+                candidates = [prefix for prefix in candidates if prefix not in parents]
+            victim = min(candidates, key=lambda prefix: entries[prefix].order)
+            self._drop(group, victim)
+        return True
+
+    def _drop(self, group: int, victim: Prefix) -> None:
+        self.num_evicted[group] += 1
+        del self.entries[group][victim]
+        is_sink = group in self.model.windows and len(victim) - self.model.block < self.model.windows[group][1]
+        if group == self.model.full or is_sink:  # nothing from there on can be reached
+            for entries in self.entries.values():
+                for prefix in [prefix for prefix in entries if prefix[: len(victim)] == victim]:
+                    del entries[prefix]
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    def start(self, text: Prefix, num_prompt: int, priority: PriorityFunction) -> int:
+        """Create and resume; returns the reused tokens."""
+        block, ssm = self.model.block, self.model.ssm
+        self.text, self.priority = text, priority
+        usable, adopted = self.match(text[: num_prompt - 1])
+        self.path = [text[: (b + 1) * block] for b in range(adopted)]
+        self.history = self.capacity = self.committed = usable * block
+        self.clock += 1
+        self.activity = self.clock
+        for group in self.model.windows:
+            self.pins[group] = self.needed(group, self.history, adopted)
+        if ssm >= 0:
+            source = set(self.path[usable - 1 : usable])
+            if not self.make_room(ssm, 1, source):
+                self.entries[ssm].pop(source.pop())  # it becomes the live state
+            self.own[ssm] = {0}
+        self._raise(0)
+        return self.committed
+
+    def _raise(self, first: int) -> None:
+        for group, entries in self.entries.items():
+            for b, prefix in enumerate(self.path):
+                if b >= first and prefix in entries:
+                    entries[prefix].priority = max(entries[prefix].priority, self.priority(group, b))
+
+    def extend(self, capacity: int, history: int) -> bool:
+        """`resize`."""
+        num_blocks = -(-capacity // self.model.block)
+        wanted = {} if self.model.full < 0 else {self.model.full: set(range(len(self.path), num_blocks))}
+        for group in self.model.windows:
+            wanted[group] = self.needed(group, history, max(num_blocks, len(self.path)))
+        for group, needed in wanted.items():
+            held = self.own[group] | self.pins.get(group, set())
+            if len(needed - held) - len(held - needed) > self.free(group) + len(self.droppable(group, set())):
+                return False
+        for group, needed in wanted.items():
+            self._keep(group, needed)
+            missing = needed - self.own[group] - self.pins.get(group, set())
+            assert self.make_room(group, len(missing))
+            self.own[group] |= missing
+        self.capacity, self.history = capacity, history
+        return True
+
+    def _keep(self, group: int, needed: set[int]) -> None:
+        self.own[group] &= needed
+        if group in self.pins:
+            self.pins[group] &= needed
+
+    def commit(self, end: int) -> None:
+        block, first = self.model.block, len(self.path)
+        self.path += [self.text[: (b + 1) * block] for b in range(first, end // block)]
+        for group in self.entries:
+            for b in sorted(self.own[group]) if group != self.model.ssm else ():
+                if b < len(self.path):
+                    self.own[group].discard(b)
+                    entry = Entry(self.priority(group, b), (self.activity, -b))
+                    self.entries[group].setdefault(self.path[b], entry)
+                    if group in self.pins:
+                        self.pins[group].add(b)
+        self._raise(first)
+        if self.model.ssm >= 0 and end % self.model.interval == 0 and end > self.committed:
+            self._take_snapshot(self.path[end // block - 1])
+        self.committed = end
+        if end > self.history:
+            self.history = end
+            for group in self.model.windows:
+                self._keep(group, self.needed(group, end, max(-(-self.capacity // block), len(self.path))))
+
+    def _take_snapshot(self, prefix: Prefix) -> None:
+        ssm = self.model.ssm
+        if prefix not in self.entries[ssm] and self.make_room(ssm, 1, set(self.path)):
+            self.entries[ssm][prefix] = Entry(self.priority(ssm, len(prefix) // self.model.block - 1))
+
+    def close(self) -> None:
+        """Touch the path and let go."""
+        block = self.model.block
+        self.clock += 1
+        ends = [len(self.path)]
+        if self.model.ssm >= 0:
+            ends += [b + 1 for b, prefix in enumerate(self.path) if prefix in self.entries[self.model.ssm]]
+        for group, entries in self.entries.items():
+            touched = set(range(len(self.path)))
+            if group in self.model.windows:
+                touched = {b for end in ends for b in self.needed(group, end * block, end)}
+            for b in touched:
+                if self.path[b] in entries:
+                    entries[self.path[b]].time = (self.clock, -b)
+            self.own[group] = set()
+        self.pins = {group: set() for group in self.model.windows}
+        self.path = []
