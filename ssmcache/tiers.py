@@ -237,8 +237,9 @@ class Tiers(Generic[S, Slots]):
                 num_moved += self._move(segments, tier, stream)
             num_moved += self._move(lifts, target, stream)
             if not num_moved:
-                full = next(tier for tier in range(1, self.last_tier + 1) if not self.pools[tier].staging)
-                raise TransferError(full, (), "earlier failures left no room to move anything through")
+                full = [tier for tier in range(1, self.last_tier + 1) if not self.pools[tier].staging]
+                assert full, "moves were planned that have no room"
+                raise TransferError(full[0], (), "earlier failures left no room to move anything through")
 
     def _move(self, segments: list[S], tier: int, stream: Any) -> int:
         """Move as many slots as there is room for, from the front of the list; returns their number."""

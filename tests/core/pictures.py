@@ -70,9 +70,10 @@ def deep_picture(manager: KVCacheManager) -> dict[str, object]:
                 pages[block] = (part.tier, int(part.slots[index]), time, run.holds, run.idle_holds, is_next)
         for segment in run.items:
             group = segment.store.layer_group
+            is_queued = segment.queued or not segment.store.must_be_queued(segment)
             for ordinal, slot in zip(segment.ordinals, segment.slots, strict=True):
                 time = segment.rank + segment.stamp - ordinal
-                sparse[group, blocks[ordinal - run.start]] = (segment.tier, slot, time, segment.queued)
+                sparse[group, blocks[ordinal - run.start]] = (segment.tier, slot, time, is_queued)
     pools = [
         (pool.capacity, pool.used, tuple(pool.returned_slots()), pool.num_ever_used)
         for pools in manager.pools

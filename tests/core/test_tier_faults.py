@@ -75,12 +75,12 @@ def test_random_faults_never_lead_to_a_wrong_byte_and_every_slot_comes_back(
 ) -> None:
     reasons: Counter[str] = Counter()
     num_failed = 0
-    for seed in range(10 * FACTOR):
+    for seed in range(6 * FACTOR):
         random = Random(seed)
         shape = draw_shape(random, kind, TIGHT[seed % 2])
         fault = at_random(random, random.choice((0.1, 0.3, 0.6)), losses=faults != "writes", writes=faults != "reads")
         runner = FaultyRunner(shape, str(tmp_path), fault)
-        run_at_random(runner, random, 200, longest=random.choice((8, 12)))
+        run_at_random(runner, random, 160, longest=random.choice((8, 12)))
         reasons.update(runner.reasons)
         num_failed += runner.memory.num_failed
     assert num_failed > 5
@@ -93,7 +93,7 @@ def test_random_faults_while_moves_need_rounds_leave_everything_whole(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sizing, "_STAGING_BYTES", 1)
-    for seed in range(100, 100 + 8 * FACTOR):
+    for seed in range(100, 100 + 5 * FACTOR):
         random = Random(seed)
         shape = draw_shape(random, kind, TIERS["three tiers"])
         runner = FaultyRunner(shape, str(tmp_path), at_random(random, 0.2, losses=True, writes=True))
