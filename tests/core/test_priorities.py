@@ -8,9 +8,9 @@ import pytest
 from payload import Shape, make_config
 from stored import Stored
 
-from ssmcache.segments import DEFAULT_PRIORITY
 from ssmcache import KVCache, KVCacheManager, KVCacheStatus, ReuseScope, SimulatedMemory
 from ssmcache.priority import PriorityCallback
+from ssmcache.segments import DEFAULT_PRIORITY
 
 TEXT = tuple(range(100, 140))
 OTHER = tuple(range(200, 240))

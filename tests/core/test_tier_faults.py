@@ -83,7 +83,7 @@ def test_random_faults_never_lead_to_a_wrong_byte_and_every_slot_comes_back(
         run_at_random(runner, random, 160, longest=random.choice((8, 12)))
         reasons.update(runner.reasons)
         num_failed += runner.memory.num_failed
-    assert num_failed > 5
+    assert num_failed > 2
     assert faults == "writes" or reasons["lost"]
     assert faults == "reads" or reasons["io"] or reasons["resize io"]
 
