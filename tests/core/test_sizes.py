@@ -109,7 +109,7 @@ def run_and_resize(runner: Runner, random: Random, num_steps: int) -> tuple[int,
 @pytest.mark.parametrize("name", SHAPES)
 def test_bytes_stay_right_whatever_is_resized_and_a_refusal_changes_nothing(name: str, tmp_path: Path) -> None:
     made = refused = checked = 0
-    for seed in range(16):
+    for seed in range(20):
         runner = Runner(SHAPES[name], str(tmp_path))
         counts = run_and_resize(runner, Random(seed), 120)
         made, refused, checked = made + counts[0], refused + counts[1], checked + runner.num_checked
