@@ -22,7 +22,8 @@ class IntervalAdmission:
         self.interval = interval
 
     def points(self, start: int, end: int) -> range:
-        return range(self.next_point(start), end + 1, self.interval)
+        interval = self.interval
+        return range(start - start % interval + interval, end + 1, interval)
 
     def next_point(self, start: int) -> int:
         return start - start % self.interval + self.interval

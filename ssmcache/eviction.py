@@ -40,6 +40,9 @@ class EvictionQueue:
         if not segment.queued:
             return
         heap = self._heap
+        if heap[0][2] is segment:  # it was the oldest, and has just gone
+            heappop(heap)
+            return
         if heap[-1][2] is segment:  # it was the youngest, like the snapshots of a commit that the close joins to others
             heap.pop()
             return
