@@ -204,7 +204,10 @@ class PagedPools:
             self._source.allow(self._address(pool, start), len(pages) * self._source.page_bytes)
 
     def _restore(self, before: Sequence[Sequence[Any]]) -> None:
-        for pool, pages in enumerate(before):
-            self._cut(pool, len(pages))
-        for pool, pages in enumerate(before):
-            self._extend(pool, pages[len(self._mapped[pool]) :])
+        try:
+            for pool, pages in enumerate(before):
+                self._cut(pool, len(pages))
+            for pool, pages in enumerate(before):
+                self._extend(pool, pages[len(self._mapped[pool]) :])
+        except NoMemoryError as error:
+            raise CudaDriverError(f"a change of sizes failed and cannot be undone, pages are lost: {error}") from error

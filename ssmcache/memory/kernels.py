@@ -8,7 +8,7 @@ import triton.language as tl
 PIECE_BYTES = 16 << 10
 NUM_WARPS = 4
 LINK_PROGRAMS = 64
-"""Programs of a copy over the host link: with a piece under way in each they fill it, and leave most of the GPU free."""
+"""Programs of a copy over the host link: with a piece under way in each they fill it, and most of the GPU is free."""
 
 _MAX_PROGRAMS = 2**31 - 1
 

@@ -1,7 +1,7 @@
 """The contract of `ssmcache.memory.base.Memory`, on every memory. The oracle is a dict from slots to their bytes.
 
-To add a memory: subclass `Subject` if its view is no NumPy array, and add a line to `MEMORIES`. Those on a GPU are marked
-`gpu` and skip where there is none.
+To add a memory: subclass `Subject` if its view is no NumPy array, and add a line to `MEMORIES`. Those on a GPU are
+marked `gpu` and skip where there is none.
 """
 
 import random
