@@ -153,6 +153,8 @@ class KVCache(PathHolder):
                 self.shortage = resuming.first_resume(self, keys, num_blocks, num_tokens)
                 if self.shortage is None:
                     self._start(keys, num_tokens)
+            if manager.streams.only is not stream:  # what was moved is not there yet, nor is its place free
+                manager.streams.release(stream)
             if self.shortage is not None:
                 return False
             self.status = _ACTIVE
@@ -204,7 +206,9 @@ class KVCache(PathHolder):
                 raise StateError(f"prefetch: expected a SUSPENDED sequence, got {self.status.name}")
             if not 0 <= tier < len(self.manager.tier_names):
                 raise ValueError(f"prefetch: expected a tier in 0..{len(self.manager.tier_names) - 1}, got {tier}")
+            self.manager.streams.acquire(self.stream)
             self.shortage = resuming.prefetch(self, tier)
+            self.manager.streams.release(self.stream)
             return self.shortage is None
 
     def close(self) -> None:
@@ -304,6 +308,9 @@ class KVCache(PathHolder):
                 taken = pages.try_take(missing, self.stream)
             except TransferError as error:
                 return resuming.transfer_shortage(self, error)
+            finally:
+                if manager.streams.only is not self.stream:
+                    manager.streams.release(self.stream)
             if taken is None:
                 return manager.shortage("slots", pages, missing)
             self.own_pages = np.concatenate((own, taken)) if own.size else taken
@@ -327,7 +334,6 @@ class KVCache(PathHolder):
         streams = self.manager.streams
         if streams.only is not self.stream:
             streams.acquire(self.stream)
-            streams.release(self.stream)
         try:
             for window in self.windows:
                 window.resize(history, num_blocks, self.stream)
@@ -335,6 +341,9 @@ class KVCache(PathHolder):
             if new_pages > 0:
                 self._change_pages(-new_pages)
             return resuming.transfer_shortage(self, error)
+        finally:
+            if streams.only is not self.stream:
+                streams.release(self.stream)
         return None
 
     # -- committing --------------------------------------------------------------------------------------------------
@@ -378,9 +387,13 @@ class KVCache(PathHolder):
                     f"reserve_snapshots: expected points in {self.num_committed_tokens + 1}..{self.capacity}, "
                     f"got {wanted}"
                 )
-            if self.manager.streams.only is not self.stream:
-                self.manager.streams.acquire(self.stream)
-            return self.states.reserve(wanted, self.cursor)
+            streams = self.manager.streams
+            if streams.only is not self.stream:
+                streams.acquire(self.stream)
+            slots = self.states.reserve(wanted, self.cursor)
+            if streams.only is not self.stream:
+                streams.release(self.stream)
+            return slots
         finally:
             lock.release()
 

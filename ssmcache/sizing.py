@@ -150,6 +150,7 @@ def resplit(manager: KVCacheManager, tiers: Iterable[int], quotas: Sequence[int 
     groups = manager.store.all_tiers()
     _set_capacities(manager, {tier: tuple(map(min, new[tier], old[tier])) for tier in new})
     fits = all(group.obtainable(tier) >= 0 for group in groups for tier in range(group.last_tier + 1))
+    manager.streams.acquire(None)
     try:
         if fits:
             for group in groups:
@@ -158,6 +159,8 @@ def resplit(manager: KVCacheManager, tiers: Iterable[int], quotas: Sequence[int 
             compact(manager, new)
     except TransferError:
         fits = False
+    finally:
+        manager.streams.release(None)
     if not fits or not _resize_memory(manager, new, old):
         _set_capacities(manager, old)
         return False

@@ -47,7 +47,7 @@ def memory() -> Iterator[CudaMemory]:
     memory.close()
 
 
-def opened(memory: CudaMemory, slot_bytes: list[int], *num_slots: list[int], path: str = "") -> CudaMemory:
+def opened(memory: CudaMemory, slot_bytes: list[int], *num_slots: list[int], path: str = ".") -> CudaMemory:
     """So many slots of each layer group on the GPU, the host and the disk."""
     kinds: list[Any] = [GpuCacheTierConfig(1), HostCacheTierConfig(1), DiskCacheTierConfig(1, path)]
     memory.open(kinds[: len(num_slots)], slot_bytes)
