@@ -429,6 +429,8 @@ class KVCache(PathHolder):
             keys, base, pending = self._keys_of_commit(tokens, first, last)
             if self.priority is not None:
                 self.priority.prepare(last + 1)
+            if self.manager.streams.only is not self.stream:  # others may have written the pages that it goes on with
+                self.manager.streams.acquire(self.stream)
             if last > first:
                 commit_blocks(self, keys, base, first, last)
             self.pending = pending
