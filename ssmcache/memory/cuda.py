@@ -31,7 +31,7 @@ class CudaMemory:
     changes that names streams instead. Events are `torch.cuda.Event`s.
 
     What blocks the caller:
-    - `copy` between GPU and host: nothing; a batch of 4,096 slots costs the thread less than 100 microseconds.
+    - `copy` between GPU and host: nothing.
     - `copy` to the disk: only a ring that is full; one from it: reading the file; see `DiskQueue`. What goes to the
       disk is written after the call: a failure loses those slots, and the copy that would read one raises
       `TransferError`.
@@ -224,10 +224,11 @@ class CudaMemory:
             return
         self._is_open = False
         self._tiers, self._num_slots, self._ring = [], [], []
-        with ExitStack() as tolerant:
-            if self._device_fails() is not None:
-                tolerant.enter_context(suppress(RuntimeError, NoMemoryError))
+        if self._device_fails() is None:
             with torch.cuda.device(self._device):
+                self._end.close()
+        else:
+            with suppress(RuntimeError, NoMemoryError):
                 self._end.close()
         del self._copier
 

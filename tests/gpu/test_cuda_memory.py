@@ -93,6 +93,9 @@ def test_pages_go_from_pool_to_pool_without_new_memory(memory: CudaMemory) -> No
     assert torch.equal(memory.view(0), kept)
     content = fill_at_random(memory.view(1))
     assert torch.equal(memory.view(1), content)
+    del content
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
     assert memory.resize(GPU, [64, 1])
     assert torch.cuda.mem_get_info()[0] >= free + 500 * 2 * MIB
 
