@@ -45,6 +45,7 @@ WITHIN_GPU = [
 ]
 OVER_LINK = [(64 * KIB, 4096, 0.83), (2 * MIB, 128, 0.90), (50 * MIB, 8, None)]
 MAX_HOST_US = 100
+KERNEL_CASES = [(64 * KIB, 4096), (2 * MIB, 128)]
 SIZES = [(size, 256 * MIB // size) for size in (16 * KIB, 64 * KIB, 256 * KIB, 512 * KIB, MIB, 2 * MIB)]
 Row = dict[str, Any]
 
@@ -239,12 +240,12 @@ def disk(slot_bytes: int = 2 * MIB, num_slots: int = 128) -> Row:
 # -- variants --------------------------------------------------------------------------------------------------------
 
 
-def kernel_constants(repeats: int) -> list[Row]:
+def kernel_constants(repeats: int) -> Row:
     """The kernel within the GPU with other piece sizes and numbers of warps, GB of payload a second."""
     from ssmcache.memory import kernels
 
     rows = []
-    for slot_bytes, num_slots in ((64 * KIB, 4096), (2 * MIB, 128)):
+    for slot_bytes, num_slots in KERNEL_CASES:
         with opened(slot_bytes, 2 * num_slots) as memory:
             moves = Batches(GPU, GPU, num_slots).last
             sources = torch.from_numpy(np.asarray(moves.sources)).int().cuda()
@@ -257,10 +258,10 @@ def kernel_constants(repeats: int) -> list[Row]:
                 (seconds,) = medians(repeats, launch)
                 rate = round(slot_bytes * num_slots / seconds / 1e9)
                 rows.append([slot_bytes // KIB, piece_bytes // KIB, num_warps, max_programs, rate])
-    return [{"columns": ["slot_kib", "piece_kib", "warps", "programs", "gb_s"], "rows": rows}]
+    return {"columns": ["slot_kib", "piece_kib", "warps", "programs", "gb_s"], "rows": rows}
 
 
-def ways_over_link(repeats: int) -> list[Row]:
+def ways_over_link(repeats: int) -> Row:
     """The kernel and the copy engines for each size of slots, alone and beside matrix products on another stream."""
     rows = []
     kept = cuda_copies.ENGINE_BYTES
@@ -295,7 +296,7 @@ def ways_over_link(repeats: int) -> list[Row]:
                         )
     finally:
         cuda_copies.ENGINE_BYTES = kept
-    return [{"columns": ["way", "direction", "slot_kib", "gb_s", "gb_s_beside_products"], "rows": rows}]
+    return {"columns": ["way", "direction", "slot_kib", "gb_s", "gb_s_beside_products"], "rows": rows}
 
 
 def versions() -> Row:
@@ -310,6 +311,19 @@ def versions() -> Row:
         "device": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
     }
+
+
+def as_lines(result: Row) -> str:
+    """JSON with a line for each entry of a list or table."""
+
+    def value(found: Any) -> str:
+        if isinstance(found, dict) and "rows" in found:
+            found = [found["columns"], *found["rows"]]
+        if isinstance(found, list):
+            return "[\n  " + ",\n  ".join(map(json.dumps, found)) + "\n ]"
+        return json.dumps(found)
+
+    return "{\n " + ",\n ".join(f"{json.dumps(name)}: {value(found)}" for name, found in result.items()) + "\n}"
 
 
 def main() -> None:
@@ -337,7 +351,7 @@ def main() -> None:
         result["kernel_constants"] = kernel_constants(options.repeats)
         result["ways_over_link"] = ways_over_link(options.repeats)
     result["bars"] = bars
-    print(json.dumps(result, indent=1))
+    print(as_lines(result))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from ssmcache.memory.cuda_indices import MAX_SLOTS, IndexLines, neighbours, piec
 from ssmcache.memory.cuda_pools import SlotPool, access, say_once
 
 ENGINE_BYTES = 512 << 10
-"""Slots from this size on go over the host link by the copy engines. They lose about 1.3 microseconds a copy (26 GB/s at
-64 KiB where the link has 54.6), which is half of their rate at 64 KiB and 4 % at 2 MiB. A kernel has about nine tenths
-of the link at any size, and needs multiprocessors.
+"""Slots from this size on go over the host link by the copy engines. They lose about 1.3 microseconds a copy (26 GB/s
+at 64 KiB where the link has 54.6), which is half of their rate at 64 KiB and 4 % at 2 MiB. A kernel has about nine
+tenths of the link at any size, and needs multiprocessors.
 """
 
 _GATHER_BYTES = 64 << 20  # of a copy within the GPU without Triton, which goes through a buffer
