@@ -312,8 +312,9 @@ class KVCache(SequencePages):
             keys, base, pending = self._keys_of_commit(tokens, first, last)
             if self.priority is not None:
                 self.priority.prepare(last + 1)
-            if last > first:
+            if self.manager.streams.only is not self.stream:  # it may go on with pages that others have written
                 self.manager.streams.acquire(self.stream)
+            if last > first:
                 commit_blocks(self, keys, base, first, last)
             self.pending = pending
             if self.states is not None:

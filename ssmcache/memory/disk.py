@@ -4,7 +4,7 @@ import errno
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,7 +53,8 @@ class DiskTier:
     """
 
     def __init__(self, tier: int, path: str, slot_bytes: Sequence[int], staging: ByteArray) -> None:
-        self._tier = tier
+        self.tier = tier
+        self.slot_bytes = tuple(slot_bytes)
         self._staging = staging
         self._pools: list[_FilePool] = []
         try:
@@ -84,13 +85,11 @@ class DiskTier:
 
         Errors: TransferError without lost positions; what lies in `slots` is undefined then.
         """
-        pool = self._pools[layer_group]
-        with self._write_errors():
-            pool.allocate(slots)
-            for positions, rows in self._pieces(pool, slots):
-                fill(positions, rows)
-                pool.write(slots[positions], rows)
-            pool.sync()
+        self.allocate(layer_group, slots)
+        for positions, rows in self.pieces(layer_group, slots, self._staging):
+            fill(positions, rows)
+            self.write(layer_group, slots[positions], rows)
+        self.sync(layer_group)
 
     def load(self, layer_group: int, slots: SlotArray, drain: Callable[[SlotArray, ByteArray], None]) -> None:
         """Read slots, [n]. `drain(positions, rows)` is called for one piece of the batch after the other with what lies
@@ -98,23 +97,59 @@ class DiskTier:
 
         Errors: TransferError with the positions of all slots that cannot be read.
         """
-        pool = self._pools[layer_group]
         lost: dict[int, str] = {}
-        for positions, rows in self._pieces(pool, slots):
-            lost.update((int(positions[row]), why) for row, why in pool.read(slots[positions], rows).items())
+        for positions, rows in self.pieces(layer_group, slots, self._staging):
+            found = self.read(layer_group, slots[positions], rows)
+            lost.update((int(positions[row]), why) for row, why in found.items())
             if not lost:
                 drain(positions, rows)
-        if lost:
-            reason = f"disk tier: cannot read {len(lost)} of {slots.size} slots: {next(iter(lost.values()))}"
-            raise TransferError(self._tier, sorted(lost), reason)
+        self.raise_if_lost(lost, slots.size)
 
     def move(self, layer_group: int, sources: SlotArray, destinations: SlotArray) -> None:
         """Copy slots to other slots. Errors: as of `load` and `store`."""
-        pool = self._pools[layer_group]
+        self.allocate(layer_group, destinations)
+        self.load(layer_group, sources, lambda positions, rows: self.write(layer_group, destinations[positions], rows))
+        self.sync(layer_group)
+
+    # -- steps of these, for callers with buffers of their own; `write`, `sync` and `read` may run in several threads at
+    # -- once, on different slots and buffers
+
+    def allocate(self, layer_group: int, slots: SlotArray) -> None:
+        """Make sure of the space for slots that will be written. Errors: TransferError without lost positions."""
         with self._write_errors():
-            pool.allocate(destinations)
-            self.load(layer_group, sources, lambda positions, rows: pool.write(destinations[positions], rows))
-            pool.sync()
+            self._pools[layer_group].allocate(slots)
+
+    def write(self, layer_group: int, slots: SlotArray, rows: ByteArray) -> None:
+        """Write rows, [k, slot_bytes], to slots, [k]; `sync` brings them to the disk. Errors: as of `allocate`."""
+        with self._write_errors():
+            self._pools[layer_group].write(slots, rows)
+
+    def sync(self, layer_group: int) -> None:
+        """Wait until the disk has what was written. Errors: as of `allocate`."""
+        with self._write_errors():
+            self._pools[layer_group].sync()
+
+    def read(self, layer_group: int, slots: SlotArray, rows: ByteArray) -> dict[int, str]:
+        """Fill rows, [k, slot_bytes], from slots, [k]. Returns the rows that cannot be read, ascending, and why."""
+        return self._pools[layer_group].read(slots, rows)
+
+    def pieces(self, layer_group: int, slots: SlotArray, buffer: ByteArray) -> Iterator[tuple[SlotArray, ByteArray]]:
+        """Positions of a batch, a buffer full at a time and in the order of the slots so that neighbours go together,
+        with the rows of the buffer for them.
+        """
+        slot_bytes = self._pools[layer_group].slot_bytes
+        order = np.argsort(slots)
+        num_rows = buffer.size // slot_bytes
+        rows = buffer[: num_rows * slot_bytes].reshape(num_rows, slot_bytes)
+        for start in range(0, slots.size, num_rows):
+            positions = order[start : start + num_rows]
+            yield positions, rows[: positions.size]
+
+    def raise_if_lost(self, lost: Mapping[int, str], num_slots: int) -> None:
+        """Errors: TransferError if positions of a batch of so many slots are lost, saying why the first is."""
+        if lost:
+            reason = f"disk tier: cannot read {len(lost)} of {num_slots} slots: {next(iter(lost.values()))}"
+            raise TransferError(self.tier, sorted(lost), reason)
 
     def close(self) -> None:
         """Free the files. Safe to call twice."""
@@ -132,21 +167,12 @@ class DiskTier:
         # some file systems tell nothing about their space
         return space.f_bavail * space.f_frsize if space.f_blocks else float("inf")
 
-    def _pieces(self, pool: "_FilePool", slots: SlotArray) -> Iterator[tuple[SlotArray, ByteArray]]:
-        """Positions in the batch, in the order of the slots so that neighbours go together, and staging rows."""
-        order = np.argsort(slots)
-        num_rows = self._staging.size // pool.slot_bytes
-        staging = self._staging[: num_rows * pool.slot_bytes].reshape(num_rows, pool.slot_bytes)
-        for start in range(0, slots.size, num_rows):
-            positions = order[start : start + num_rows]
-            yield positions, staging[: positions.size]
-
     @contextmanager
     def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise TransferError(self._tier, (), f"disk tier: cannot write: {error.strerror}") from error
+            raise TransferError(self.tier, (), f"disk tier: cannot write: {error.strerror}") from error
 
 
 @dataclass(slots=True)

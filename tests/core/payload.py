@@ -97,6 +97,10 @@ class Runner:
         self.requests: list[Request] = []
         self.num_checked = self.num_refused = 0
 
+    def stream_of(self, request: Request) -> Hashable:
+        """The stream that a request computes on."""
+        return None
+
     # -- what lies where ---------------------------------------------------------------------------------------------
 
     def page(self, request: Request, layer: int, role: str, block: int, end: int) -> np.ndarray:
@@ -175,7 +179,7 @@ class Runner:
 
     def resume(self, request: Request) -> bool:
         first = request.kv.history_length == request.computed == 0 or not request.kv.locked
-        granted = request.kv.resume()
+        granted = request.kv.resume(self.stream_of(request))
         self.num_refused += not granted
         if granted:
             if first:

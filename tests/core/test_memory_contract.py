@@ -1,6 +1,7 @@
 """The contract of `ssmcache.memory.base.Memory`, on every memory. The oracle is a dict from slots to their bytes.
 
-To add a memory: subclass `Subject` if its view is no NumPy array, and add a line to `MEMORIES`.
+To add a memory: subclass `Subject` if its view is no NumPy array, and add a line to `MEMORIES`. Those on a GPU are
+marked `gpu` and skip where there is none.
 """
 
 import random
@@ -64,6 +65,38 @@ class Subject:
     def copy(self, group: int, source: int, sources: Sequence[int], target: int, targets: Sequence[int]) -> None:
         self.memory.copy(SlotMoves(group, source, sources, target, targets), self.stream)
 
+    def other_stream(self, name: str) -> Any:
+        """The stream of this name."""
+        return name
+
+    def pool_bytes(self, tier: int, num_slots: Sequence[int]) -> int:
+        """What pools of so many slots take from the system: whole grains."""
+        grain = self.memory.grain(tier)
+        return sum(
+            -(-count * num_bytes // grain) * grain for count, num_bytes in zip(num_slots, SLOT_BYTES, strict=True)
+        )
+
+
+@dataclass
+class CudaSubject(Subject):
+    """The view is a tensor, and streams are torch's."""
+
+    streams: dict[str, Any] = field(default_factory=dict)
+
+    def put_gpu(self, group: int, slot: int, content: bytes) -> None:
+        import torch
+
+        self.memory.view(group)[slot] = torch.frombuffer(bytearray(content), dtype=torch.uint8).cuda()
+
+    def get_gpu(self, group: int, slot: int) -> bytes:
+        found: bytes = self.memory.view(group)[slot].cpu().numpy().tobytes()
+        return found
+
+    def other_stream(self, name: str) -> Any:
+        import torch
+
+        return self.streams.setdefault(name, torch.cuda.Stream())
+
 
 def simulated(tiers: tuple[CacheTierConfig, ...]) -> Subject:
     return Subject(SimulatedMemory(), tiers, has_bytes=False)
@@ -73,7 +106,40 @@ def host(tiers: tuple[CacheTierConfig, ...]) -> Subject:
     return Subject(HostMemory(), tiers, has_bytes=True)
 
 
-MEMORIES: dict[str, Callable[[tuple[CacheTierConfig, ...]], Subject]] = {"simulated": simulated, "host": host}
+def cuda(tiers: tuple[CacheTierConfig, ...]) -> Subject:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    from ssmcache.memory.cuda import CudaMemory
+
+    return CudaSubject(CudaMemory(), tiers, has_bytes=True)
+
+
+def plain_cuda(tiers: tuple[CacheTierConfig, ...]) -> Subject:
+    """The same where neither cuda-bindings nor Triton is installed."""
+    subject = cuda(tiers)
+    import ssmcache.memory.cuda as cuda_module
+    import ssmcache.memory.cuda_copies as copies_module
+
+    open_memory = subject.memory.open
+
+    def open_without(*args: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_module, "cuda_driver", lambda: None)
+            patch.setattr(copies_module, "_kernels", lambda: None)
+            open_memory(*args)
+
+    subject.memory.open = open_without  # type: ignore[method-assign]
+    return subject
+
+
+MEMORIES: dict[str, Callable[[tuple[CacheTierConfig, ...]], Subject]] = {
+    "simulated": simulated,
+    "host": host,
+    "cuda": cuda,
+    "plain_cuda": plain_cuda,
+}
+ON_GPU = ("cuda", "plain_cuda")
 WITH_BYTES = [name for name in MEMORIES if name != "simulated"]
 TIERS = ("gpu", "gpu host", "gpu disk", "gpu host disk")
 
@@ -88,7 +154,11 @@ def tier_configs(kinds: str, folder: Path) -> tuple[CacheTierConfig, ...]:
 
 
 def each(names: Sequence[str]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("subject", list(product(names, TIERS)), indirect=True, ids="-".join)
+    cases = [
+        pytest.param((name, kinds), marks=[pytest.mark.gpu] if name in ON_GPU else [], id=f"{name}-{kinds}")
+        for name, kinds in product(names, TIERS)
+    ]
+    return pytest.mark.parametrize("subject", cases, indirect=True)
 
 
 @pytest.fixture
@@ -180,10 +250,15 @@ def test_batches_larger_than_any_staging_buffer_arrive_whole(subject: Subject, s
 @each(list(MEMORIES))
 def test_an_empty_batch_is_no_copy(opened: Subject) -> None:
     opened.resize(*[[2, 2]] * len(opened.tiers))
+    if opened.has_bytes:
+        opened.put((GPU_TIER, 0, 1), b"\1" * SLOT_BYTES[0])
     before = opened.memory.record(None)
     for source, target in product(range(len(opened.tiers)), repeat=2):
         opened.copy(0, source, [], target, [])
-    assert opened.memory.record(None) == before
+    if opened.has_bytes:
+        assert opened.get((GPU_TIER, 0, 1)) == b"\1" * SLOT_BYTES[0]
+    else:
+        assert opened.memory.record(None) == before
 
 
 @each(list(MEMORIES))
@@ -239,10 +314,7 @@ def test_bytes_in_use_are_those_of_all_pools_in_whole_grains(opened: Subject) ->
     expected = 0
     for tier in range(len(opened.tiers)):
         assert memory.resize(tier, [3, 5])
-        grain = memory.grain(tier)
-        expected += sum(
-            -(-count * num_bytes // grain) * grain for count, num_bytes in zip((3, 5), SLOT_BYTES, strict=True)
-        )
+        expected += opened.pool_bytes(tier, [3, 5])
         assert memory.bytes_in_use == expected
     for tier in range(len(opened.tiers)):
         assert memory.resize(tier, [0, 0])
@@ -284,7 +356,7 @@ def test_no_pool_with_bytes_is_unlimited(opened: Subject) -> None:
         opened.memory.resize(tier, [2, 2])
         with pytest.raises(ValueError, match=f"slots of tier {tier}: expected a number, got None"):
             opened.memory.resize(tier, [3, None])
-    assert opened.memory.bytes_in_use == len(opened.tiers) * 2 * sum(SLOT_BYTES)
+    assert opened.memory.bytes_in_use == sum(opened.pool_bytes(tier, [2, 2]) for tier in range(len(opened.tiers)))
 
 
 @each(list(MEMORIES))
@@ -308,17 +380,18 @@ def test_the_view_of_a_pool_is_that_pool(opened: Subject) -> None:
 def test_events_are_recorded_and_waited_for_in_any_order(opened: Subject) -> None:
     memory = opened.memory
     opened.resize(*[[3, 3]] * len(opened.tiers))
-    unused = memory.record("never used")
+    other, third = opened.other_stream("other"), opened.other_stream("third")
+    unused = memory.record(opened.other_stream("never used"))
     first = memory.record(None)
     for tier in range(len(opened.tiers)):
         memory.copy(SlotMoves(1, GPU_TIER, [1], tier, [2]), None)
-    memory.wait("other", memory.record(None))
-    memory.wait(None, memory.record("other"))  # each waits for the other
-    memory.wait("other", first)
+    memory.wait(other, memory.record(None))
+    memory.wait(None, memory.record(other))  # each waits for the other
+    memory.wait(other, first)
     memory.wait(None, unused)
     memory.wait(None, unused)
-    memory.copy(SlotMoves(1, GPU_TIER, [2], GPU_TIER, [1]), "other")
-    memory.wait("third", memory.record("other"))
+    memory.copy(SlotMoves(1, GPU_TIER, [2], GPU_TIER, [1]), other)
+    memory.wait(third, memory.record(other))
 
 
 # -- ends ------------------------------------------------------------------------------------------------------------
@@ -350,7 +423,7 @@ def test_a_memory_is_opened_once_and_not_used_before(subject: Subject) -> None:
     subject.resize([2, 2])
     with pytest.raises(RuntimeError, match="open: expected a memory that was never opened"):
         subject.memory.open(subject.tiers, SLOT_BYTES)
-    assert subject.memory.bytes_in_use == 2 * sum(SLOT_BYTES)
+    assert subject.memory.bytes_in_use == subject.pool_bytes(GPU_TIER, [2, 2])
 
 
 @each(list(MEMORIES))

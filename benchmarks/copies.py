@@ -1,0 +1,358 @@
+"""How fast `CudaMemory` copies slots, beside one plain copy of as many bytes in the same run. Prints one JSON object.
+
+    PYTHONPATH=. python benchmarks/copies.py [--repeats 20] [--variants]
+
+Needs a CUDA device, numpy and torch; triton and cuda-bindings if they are to be measured. About a minute; `--variants`
+also times the kernel with other constants and both ways over the link for each size, alone and beside matrix products.
+
+Rates are bytes of payload a second over device time between two events (a copy within the GPU moves twice as many
+bytes); a delay before the first event lets the host run ahead, so that its calls are not in them. Plain and slot copies
+take turns on fresh slots, and the figures are medians. Host times are those of the `copy` call, with nothing under way.
+What was copied is compared at the end of each case.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import metadata
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssmcache.config import DiskCacheTierConfig, GpuCacheTierConfig, HostCacheTierConfig
+from ssmcache.memory import cuda_copies
+from ssmcache.memory.base import SlotMoves
+from ssmcache.memory.cuda import CudaMemory
+
+KIB, MIB = 1 << 10, 1 << 20
+GPU, HOST, DISK = 0, 1, 2
+DELAY_CYCLES = 2_000_000  # about a millisecond
+WITHIN_GPU = [
+    (64 * KIB, 4096, 0.70),
+    (2 * MIB, 128, 0.85),
+    (2 * MIB, 512, 0.85),
+    (50 * MIB, 8, 0.85),
+    (50 * MIB, 32, 0.85),
+]
+OVER_LINK = [(64 * KIB, 4096, 0.83), (2 * MIB, 128, 0.90), (50 * MIB, 8, None)]
+MAX_HOST_US = 100
+KERNEL_CASES = [(64 * KIB, 4096), (2 * MIB, 128)]
+SIZES = [(size, 256 * MIB // size) for size in (16 * KIB, 64 * KIB, 256 * KIB, 512 * KIB, MIB, 2 * MIB)]
+Row = dict[str, Any]
+
+
+@contextmanager
+def opened(slot_bytes: int, gpu_slots: int, host_slots: int = 1, disk: str | None = None) -> Iterator[CudaMemory]:
+    """A memory with random bytes in its GPU pool."""
+    tiers: list[Any] = [GpuCacheTierConfig(1), HostCacheTierConfig(1)]
+    if disk:
+        tiers.append(DiskCacheTierConfig(1, disk))
+    memory = CudaMemory()
+    memory.open(tiers, [slot_bytes])
+    assert memory.resize(GPU, [gpu_slots])
+    assert memory.resize(HOST, [host_slots])
+    memory.view(0).view(torch.int64).random_()
+    torch.cuda.synchronize()
+    try:
+        yield memory
+    finally:
+        memory.close()
+
+
+def device_seconds(queue: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(DELAY_CYCLES)
+    start.record()
+    queue()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def medians(repeats: int, *queues: Callable[[], object]) -> list[float]:
+    """Median device seconds of each, taking turns."""
+    for queue in queues:  # compiles, loads, first touches
+        queue()
+        queue()
+    times = [[device_seconds(queue) for queue in queues] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+class Batches:
+    """Fresh moves from one part of a pool to another, at random places."""
+
+    def __init__(self, source: int, destination: int, num_slots: int, seed: int = 0) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._tiers = source, destination
+        self._count = num_slots
+        self.last = self.next()
+
+    def next(self) -> SlotMoves:
+        source, destination = self._tiers
+        if source == destination:
+            order = self._rng.permutation(2 * self._count)
+            sources, destinations = order[: self._count].copy(), order[self._count :].copy()
+        else:
+            sources, destinations = self._rng.permutation(self._count), self._rng.permutation(self._count)
+        self.last = SlotMoves(0, source, sources, destination, destinations)
+        return self.last
+
+
+def check(memory: CudaMemory, moves: SlotMoves, scratch: int) -> None:
+    """A few slots of the last batch hold the same on both sides. Slot `scratch` of the GPU is overwritten."""
+    picked = range(0, len(moves.sources), max(1, len(moves.sources) // 16))
+    for index in picked:
+        rows = []
+        for tier, slot in (
+            (moves.source_tier, moves.sources[index]),
+            (moves.destination_tier, moves.destinations[index]),
+        ):
+            if tier == HOST:
+                memory.copy(SlotMoves(0, HOST, [int(slot)], GPU, [scratch]), None)
+                rows.append(memory.view(0)[scratch].clone())
+            else:
+                rows.append(memory.view(0)[int(slot)].clone())
+        if not torch.equal(*rows):
+            sys.exit(
+                f"slot {moves.sources[index]} did not arrive in slot {moves.destinations[index]}: {moves[1]} {moves[3]}"
+            )
+
+
+def within_gpu(slot_bytes: int, num_slots: int, repeats: int) -> Row:
+    total = slot_bytes * num_slots
+    with opened(slot_bytes, 2 * num_slots + 1) as memory:
+        source = torch.randint(0, 256, (total,), dtype=torch.uint8, device="cuda")
+        into = torch.empty_like(source)
+        batches = Batches(GPU, GPU, num_slots)
+        plain, slots = medians(repeats, lambda: into.copy_(source), lambda: memory.copy(batches.next(), None))
+        check(memory, batches.last, 2 * num_slots)
+        host_us = host_microseconds(memory, batches, repeats)
+    return row("gpu", slot_bytes, num_slots, plain, slots) | host_us
+
+
+def over_link(source: int, destination: int, slot_bytes: int, num_slots: int, repeats: int) -> Row:
+    total = slot_bytes * num_slots
+    with opened(slot_bytes, num_slots + 1, num_slots) as memory:
+        order = np.arange(num_slots)
+        memory.copy(SlotMoves(0, GPU, order, HOST, order), None)
+        host = torch.randint(0, 256, (total,), dtype=torch.uint8).pin_memory()
+        device = torch.empty(total, dtype=torch.uint8, device="cuda")
+        batches = Batches(source, destination, num_slots)
+
+        def plain_copy() -> None:
+            if destination == GPU:
+                device.copy_(host, non_blocking=True)
+            else:
+                host.copy_(device, non_blocking=True)
+
+        plain, slots = medians(repeats, plain_copy, lambda: memory.copy(batches.next(), None))
+        check(memory, batches.last, num_slots)
+        host_us = host_microseconds(memory, batches, repeats)
+    return row("to gpu" if destination == GPU else "to host", slot_bytes, num_slots, plain, slots) | host_us
+
+
+def row(kind: str, slot_bytes: int, num_slots: int, plain: float, slots: float) -> Row:
+    total = slot_bytes * num_slots
+    return {
+        "kind": kind,
+        "slot_kib": slot_bytes / KIB,
+        "slots": num_slots,
+        "plain_gb_s": round(total / plain / 1e9, 1),
+        "slots_gb_s": round(total / slots / 1e9, 1),
+        "ratio": round(plain / slots, 3),
+    }
+
+
+def host_microseconds(memory: CudaMemory, batches: Batches, repeats: int) -> Row:
+    """Median time of the call, with slots as arrays and as lists."""
+    times: dict[str, list[float]] = {"host_us_arrays": [], "host_us_lists": []}
+    for _ in range(max(20, repeats)):
+        for name, found in times.items():
+            moves = batches.next()
+            if name == "host_us_lists":
+                moves = moves._replace(
+                    sources=np.asarray(moves.sources).tolist(), destinations=np.asarray(moves.destinations).tolist()
+                )
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            memory.copy(moves, None)
+            found.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return {name: round(statistics.median(found) * 1e6, 1) for name, found in times.items()}
+
+
+def mapping() -> Row:
+    """Milliseconds for 256 pages: new ones, moved between pools, and given back."""
+    memory = CudaMemory()
+    memory.open([GpuCacheTierConfig(1)], [2 * MIB, 2 * MIB])
+    times = {}
+    for name, counts in (("new", [256, 0]), ("moved", [0, 256]), ("given back", [0, 0])):
+        start = time.perf_counter()
+        assert memory.resize(GPU, counts)
+        times[name] = round((time.perf_counter() - start) * 1e3, 2)
+    grain = memory.grain(GPU)
+    memory.close()
+    return {"ms_for_256_pages": times, "grain_bytes": grain}
+
+
+def disk(slot_bytes: int = 2 * MIB, num_slots: int = 128) -> Row:
+    """Seconds of the caller and until all is on the disk; reads may come from the system's cache."""
+    with tempfile.TemporaryDirectory() as folder, opened(slot_bytes, num_slots, 1, folder) as memory:
+        assert memory.resize(DISK, [num_slots])
+        order = np.random.default_rng(0).permutation(num_slots)
+        before = memory.view(0).clone()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        ring = max(1, 32 * MIB // slot_bytes)
+        memory.copy(SlotMoves(0, GPU, order[:ring], DISK, order[:ring]), None)
+        small = time.perf_counter() - start
+        memory.copy(SlotMoves(0, GPU, order[ring:], DISK, order[ring:]), None)
+        assert memory.resize(DISK, [num_slots])  # waits for the writes
+        stored = time.perf_counter() - start
+        memory.view(0).zero_()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        memory.copy(SlotMoves(0, DISK, order, GPU, order), None)
+        torch.cuda.synchronize()
+        loaded = time.perf_counter() - start
+        if not torch.equal(memory.view(0), before):
+            sys.exit("what came from the disk is not what went there")
+    total = slot_bytes * num_slots
+    return {
+        "slot_kib": slot_bytes / KIB,
+        "slots": num_slots,
+        "caller_ms_for_32_mib": round(small * 1e3, 2),
+        "store_gb_s": round(total / stored / 1e9, 2),
+        "load_gb_s": round(total / loaded / 1e9, 2),
+    }
+
+
+# -- variants --------------------------------------------------------------------------------------------------------
+
+
+def kernel_constants(repeats: int) -> Row:
+    """The kernel within the GPU with other piece sizes and numbers of warps, GB of payload a second."""
+    from ssmcache.memory import kernels
+
+    rows = []
+    for slot_bytes, num_slots in KERNEL_CASES:
+        with opened(slot_bytes, 2 * num_slots) as memory:
+            moves = Batches(GPU, GPU, num_slots).last
+            sources = torch.from_numpy(np.asarray(moves.sources)).int().cuda()
+            destinations = torch.from_numpy(np.asarray(moves.destinations)).int().cuda()
+            elements = memory.view(0).view(-1).view(torch.int64)
+            cases = product((4 * KIB, 8 * KIB, 16 * KIB, 32 * KIB), (2, 4, 8), (2**31 - 1, 132 * 8, 132 * 16))
+            for piece_bytes, num_warps, max_programs in cases:
+                slots = (sources, destinations, num_slots, slot_bytes // 8, 2)
+                launch = partial(kernels.launch, elements, elements, *slots, max_programs, piece_bytes, num_warps)
+                (seconds,) = medians(repeats, launch)
+                rate = round(slot_bytes * num_slots / seconds / 1e9)
+                rows.append([slot_bytes // KIB, piece_bytes // KIB, num_warps, max_programs, rate])
+    return {"columns": ["slot_kib", "piece_kib", "warps", "programs", "gb_s"], "rows": rows}
+
+
+def ways_over_link(repeats: int) -> Row:
+    """The kernel and the copy engines for each size of slots, alone and beside matrix products on another stream."""
+    rows = []
+    kept = cuda_copies.ENGINE_BYTES
+    other = torch.cuda.Stream()
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    torch.matmul(matrix, matrix)
+    try:
+        for way, threshold in (("engine", 0), ("kernel", 1 << 62)):
+            cuda_copies.ENGINE_BYTES = threshold
+            for slot_bytes, num_slots in SIZES:
+                for source, destination in ((HOST, GPU), (GPU, HOST)):
+                    with opened(slot_bytes, num_slots, num_slots) as memory:
+                        batches = Batches(source, destination, num_slots)
+                        (alone,) = medians(repeats, lambda m=memory, b=batches: m.copy(b.next(), None))
+                        found = [alone]
+                        for _ in range(3):
+                            torch.cuda.synchronize()
+                            with torch.cuda.stream(other):
+                                for _ in range(20):  # about 30 ms
+                                    torch.matmul(matrix, matrix)
+                            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                            start.record()
+                            memory.copy(batches.next(), None)
+                            end.record()
+                            torch.cuda.synchronize()
+                            found.append(start.elapsed_time(end) / 1e3)
+                        total = slot_bytes * num_slots / 1e9
+                        beside = statistics.median(found[1:])
+                        direction = "to gpu" if destination == GPU else "to host"
+                        rows.append(
+                            [way, direction, slot_bytes // KIB, round(total / alone, 1), round(total / beside, 1)]
+                        )
+    finally:
+        cuda_copies.ENGINE_BYTES = kept
+    return {"columns": ["way", "direction", "slot_kib", "gb_s", "gb_s_beside_products"], "rows": rows}
+
+
+def versions() -> Row:
+    found = {}
+    for name in ("torch", "triton", "cuda-bindings", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found | {
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def as_lines(result: Row) -> str:
+    """JSON with a line for each entry of a list or table."""
+
+    def value(found: Any) -> str:
+        if isinstance(found, dict) and "rows" in found:
+            found = [found["columns"], *found["rows"]]
+        if isinstance(found, list):
+            return "[\n  " + ",\n  ".join(map(json.dumps, found)) + "\n ]"
+        return json.dumps(found)
+
+    return "{\n " + ",\n ".join(f"{json.dumps(name)}: {value(found)}" for name, found in result.items()) + "\n}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--variants", action="store_true")
+    options = parser.parse_args()
+    copies, bars = [], []
+    for slot_bytes, num_slots, least in WITHIN_GPU:
+        copies.append((within_gpu(slot_bytes, num_slots, options.repeats), least))
+    for slot_bytes, num_slots, least_over_link in OVER_LINK:
+        for source, destination in ((HOST, GPU), (GPU, HOST)):
+            copies.append((over_link(source, destination, slot_bytes, num_slots, options.repeats), least_over_link))
+    for copy, least_ratio in copies:
+        name = f"{copy['kind']}, {copy['slots']} x {copy['slot_kib']:g} KiB"
+        if least_ratio is not None:
+            bars.append(
+                {"bar": f"{name}: ratio >= {least_ratio}", "got": copy["ratio"], "met": copy["ratio"] >= least_ratio}
+            )
+        if copy["slots"] == 4096:
+            got = copy["host_us_arrays"]
+            bars.append({"bar": f"{name}: host < {MAX_HOST_US} us", "got": got, "met": got < MAX_HOST_US})
+    result: Row = {"versions": versions(), "copies": [copy for copy, _ in copies], "mapping": mapping(), "disk": disk()}
+    if options.variants:
+        result["kernel_constants"] = kernel_constants(options.repeats)
+        result["ways_over_link"] = ways_over_link(options.repeats)
+    result["bars"] = bars
+    print(as_lines(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""Memory on a CUDA device: the GPU tier, a pinned host tier, a disk tier. Needs torch; see `CudaMemory`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from ssmcache.config import CacheTierConfig, DiskCacheTierConfig
+from ssmcache.memory.base import GPU_TIER, SlotMoves
+from ssmcache.memory.batches import SlotArray, checked_slots
+from ssmcache.memory.cuda_copies import SlotCopier
+from ssmcache.memory.cuda_pools import PinnedMemory, SlotPool, TierPools, gpu_pools
+from ssmcache.memory.cuda_vmm import CudaDriverError, NoMemoryError, cuda_driver
+from ssmcache.memory.disk import DiskTier, staging_bytes
+from ssmcache.memory.disk_queue import BufferRing, DiskQueue, ring_shape
+
+
+class CudaMemory:
+    """Real bytes on one GPU, with a pinned host tier and a disk tier below it.
+
+    With cuda-bindings the GPU pools are CUDA virtual memory: their addresses stay, `grain` is a page (2 MiB), and a
+    page that one pool gives up goes to another. Without, they are torch memory, copied when their size changes. Triton
+    copies slots; torch stands in for it, slower. The log says once what is missing. New slots hold anything.
+
+    Streams are `torch.cuda.Stream`s of the device; None is torch's current stream at the time of the call, so whoever
+    changes that names streams instead. Events are `torch.cuda.Event`s.
+
+    What blocks the caller:
+    - `copy` between GPU and host: nothing.
+    - `copy` to the disk: only a ring that is full; one from it: reading the file; see `DiskQueue`. What goes to the
+      disk is written after the call: a failure loses those slots, and the copy that would read one raises
+      `TransferError`.
+    - `open`, `resize` and `close` wait for all that was queued on the device.
+
+    Once the device has failed (an illegal access of any kernel, say) every call but `close` raises one RuntimeError
+    that says so: nothing on it can be saved.
+
+    Args:
+        device: a CUDA device, or its index; None for torch's current one.
+
+    Errors: ValueError for a device that is not there.
+    """
+
+    def __init__(self, device: torch.device | str | int | None = None) -> None:
+        self._device = _cuda_device(device)
+        self._was_opened = self._is_open = False
+        self._failure: str | None = None
+        self._slot_bytes: tuple[int, ...] = ()
+        self._num_slots: list[list[int]] = []
+        self._tiers: list[TierPools | DiskQueue] = []
+        self._ring: list[list[SlotPool]] = []  # by layer group and buffer
+        self._end = ExitStack()
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def open(self, tiers: Sequence[CacheTierConfig], slot_bytes: Sequence[int]) -> None:
+        if self._was_opened:
+            raise RuntimeError("open: expected a memory that was never opened, got one that was")
+        if any(tier.quota is None for tier in tiers):
+            raise ValueError("quota of the GPU tier: expected bytes, got None: only a simulation has no limit")
+        num_disks = sum(isinstance(tier, DiskCacheTierConfig) for tier in tiers)
+        if num_disks > 1:
+            raise ValueError(f"disk tiers: expected at most one, got {num_disks}")
+        self._slot_bytes = tuple(slot_bytes)
+        with ExitStack() as end, torch.cuda.device(self._device):
+            torch.cuda.synchronize()  # also makes its context the thread's
+            driver = cuda_driver()
+            pinned = PinnedMemory(driver)
+            places: list[TierPools | DiskQueue] = []
+            try:
+                for index, tier in enumerate(tiers):
+                    if isinstance(tier, DiskCacheTierConfig):
+                        places.append(self._open_disk(index, tier.path, pinned, end))
+                    else:
+                        pools = pinned.pools(slot_bytes) if index else gpu_pools(driver, self._device, slot_bytes)
+                        end.callback(pools.close)
+                        places.append(pools)
+            except NoMemoryError as error:
+                raise ValueError(
+                    f"tier {len(places)}: expected memory for what it needs beside its pools: {error}"
+                ) from error
+            self._copier = SlotCopier(self._device, driver)
+            torch.cuda.synchronize()
+            self._end = end.pop_all()
+        self._tiers = places
+        self._num_slots = [[0] * len(slot_bytes) for _ in tiers]
+        self._was_opened = self._is_open = True
+
+    def _open_disk(self, index: int, path: str, pinned: PinnedMemory, end: ExitStack) -> DiskQueue:
+        files = DiskTier(index, path, self._slot_bytes, np.empty(staging_bytes(self._slot_bytes), dtype=np.uint8))
+        end.callback(files.close)
+        num_buffers, num_bytes = ring_shape(self._slot_bytes)
+        memory = pinned.allocate(num_buffers * num_bytes)
+        end.callback(pinned.free, memory)
+        buffers = list(memory.split(num_bytes))
+        self._ring = [[SlotPool.of(buffer, num_bytes // size, size) for buffer in buffers] for size in self._slot_bytes]
+        queue = DiskQueue(files, BufferRing([buffer.numpy() for buffer in buffers]), self._slot_bytes)
+        end.callback(queue.close)
+        return queue
+
+    def grain(self, tier: int) -> int:
+        self._require_open("grain")
+        place = self._tiers[tier]
+        return 1 if isinstance(place, DiskQueue) else place.grain
+
+    def resize(self, tier: int, num_slots: Sequence[int | None]) -> bool:
+        """See `Memory.resize`. Waits for all that was queued on the device.
+
+        Cost: on a GPU with virtual memory about 50 microseconds a page that changes its place; elsewhere a copy of the
+        pools whose size changes, and for that time memory for both.
+        """
+        self._require_open("resize")
+        counts = [count for count in num_slots if count is not None]
+        if len(counts) != len(num_slots):
+            raise ValueError(f"slots of tier {tier}: expected a number, got None: only a simulation has no limit")
+        try:
+            with torch.cuda.device(self._device):
+                torch.cuda.synchronize()
+                if not self._tiers[tier].resize(counts):
+                    return False
+        except RuntimeError as error:
+            self._raise_if_device_failed("resize", error)
+            raise
+        self._num_slots[tier] = counts
+        return True
+
+    def copy(self, moves: SlotMoves, stream: Any) -> None:
+        self._require_open("copy")
+        on = self._stream("copy", stream)
+        group = moves.layer_group
+        num_slots = self._num_slots[moves.source_tier][group], self._num_slots[moves.destination_tier][group]
+        sources, destinations = checked_slots(moves, *num_slots)
+        if sources.size == 0:
+            return
+        source, destination = self._tiers[moves.source_tier], self._tiers[moves.destination_tier]
+        try:
+            if isinstance(source, DiskQueue):
+                if isinstance(destination, DiskQueue):
+                    source.move(group, sources, destinations)  # there is only one disk
+                else:
+                    self._load(source, group, sources, destination.pools[group], destinations, on)
+            elif isinstance(destination, DiskQueue):
+                self._store(source.pools[group], sources, destination, group, destinations, on)
+            else:
+                self._copier.copy(source.pools[group], sources, destination.pools[group], destinations, on)
+        except RuntimeError as error:
+            self._raise_if_device_failed("copy", error)
+            raise
+
+    def _load(
+        self, disk: DiskQueue, group: int, sources: SlotArray, pool: SlotPool, destinations: SlotArray,
+        stream: torch.cuda.Stream,
+    ) -> None:  # fmt: skip
+        def drain(positions: SlotArray, buffer: int) -> torch.cuda.Event:
+            rows = np.arange(positions.size)
+            self._copier.copy(self._ring[group][buffer], rows, pool, destinations[positions], stream)
+            return _recorded(stream, blocking=True)
+
+        disk.load(group, sources, drain)
+
+    def _store(
+        self, pool: SlotPool, sources: SlotArray, disk: DiskQueue, group: int, destinations: SlotArray,
+        stream: torch.cuda.Stream,
+    ) -> None:  # fmt: skip
+        def fill(positions: SlotArray, buffer: int) -> torch.cuda.Event:
+            rows = np.arange(positions.size)
+            self._copier.copy(pool, sources[positions], self._ring[group][buffer], rows, stream)
+            return _recorded(stream, blocking=True)
+
+        disk.store(group, destinations, fill)
+
+    def record(self, stream: Any) -> torch.cuda.Event:
+        """See `Memory.record`. Errors: ValueError for a stream of another device, or none at all."""
+        self._require_open("record")
+        on = self._stream("record", stream)
+        try:
+            return _recorded(on)
+        except RuntimeError as error:
+            self._raise_if_device_failed("record", error)
+            raise
+
+    def wait(self, stream: Any, event: Any) -> None:
+        self._require_open("wait")
+        on = self._stream("wait", stream)
+        if not isinstance(event, torch.cuda.Event):
+            raise ValueError(f"wait: expected an event of torch.cuda, got {event!r}")
+        try:
+            on.wait_event(event)
+        except RuntimeError as error:
+            self._raise_if_device_failed("wait", error)
+            raise
+
+    def view(self, layer_group: int) -> torch.Tensor:
+        """The GPU pool of a layer group, [num_slots, slot_bytes] uint8 on the device, not a copy. It is good until the
+        next `resize`, and must not be used after `close`.
+        """
+        self._require_open("view")
+        pools = self._tiers[GPU_TIER]
+        assert not isinstance(pools, DiskQueue)
+        return pools.pools[layer_group].rows
+
+    @property
+    def bytes_in_use(self) -> int:
+        total = 0
+        for place, counts in zip(self._tiers, self._num_slots, strict=True):
+            if isinstance(place, DiskQueue):
+                total += sum(map(operator.mul, counts, self._slot_bytes))
+            else:
+                total += place.num_bytes
+        return total
+
+    def close(self) -> None:
+        """Wait for all that is under way and give everything back. Safe to call twice, and on a failed device, whose
+        memory goes when the process ends.
+        """
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._tiers, self._num_slots, self._ring = [], [], []
+        if self._device_fails() is None:
+            with torch.cuda.device(self._device):
+                self._end.close()
+        else:
+            with suppress(RuntimeError, NoMemoryError):
+                self._end.close()
+        del self._copier
+
+    def _stream(self, call: str, stream: Any) -> torch.cuda.Stream:
+        if stream is None:
+            return torch.cuda.current_stream(self._device)
+        if not isinstance(stream, torch.cuda.Stream) or stream.device != self._device:
+            raise ValueError(f"{call}: expected a torch.cuda.Stream of {self._device} or None, got {stream!r}")
+        return stream
+
+    def _require_open(self, call: str) -> None:
+        if not self._is_open:
+            raise RuntimeError(f"{call}: expected an open memory, got one that is not open")
+        if self._failure is not None:
+            raise CudaDriverError(f"{call}: expected a working device, but {self._device} has failed: {self._failure}")
+
+    def _device_fails(self) -> str | None:
+        """What every call on the device says if it has failed."""
+        if self._failure is None:
+            try:
+                torch.cuda.synchronize(self._device)
+            except RuntimeError as error:
+                self._failure = str(error).splitlines()[0]
+        return self._failure
+
+    def _raise_if_device_failed(self, call: str, error: RuntimeError) -> None:
+        if self._failure is None and self._device_fails() is not None:
+            self._fail(call, error)
+
+    def _fail(self, call: str, error: RuntimeError) -> NoReturn:
+        message = f"{call}: expected a working device, but {self._device} has failed: {self._failure}"
+        raise CudaDriverError(message) from error
+
+
+def _recorded(stream: torch.cuda.Stream, blocking: bool = False) -> torch.cuda.Event:
+    """`blocking`: a thread that waits for it sleeps."""
+    event = torch.cuda.Event(blocking=blocking)
+    event.record(stream)
+    return event
+
+
+def _cuda_device(device: torch.device | str | int | None) -> torch.device:
+    """Errors: ValueError."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    expected = f"expected one of {count} CUDA devices" if count else "expected a CUDA device, but torch sees none"
+    try:
+        asked = torch.device("cuda") if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: {expected}, got {device!r}") from error
+    if asked.type != "cuda" or not count or (asked.index or 0) >= count:
+        raise ValueError(f"device: {expected}, got {device!r}")
+    return torch.device("cuda", torch.cuda.current_device() if asked.index is None else asked.index)

@@ -1,0 +1,248 @@
+"""The disk tier for copies that are queued on streams: a bounded ring of buffers, one writer, several readers."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Condition
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ssmcache.memory.base import TransferError
+from ssmcache.memory.batches import SlotArray
+from ssmcache.memory.disk import ByteArray, DiskTier, staging_bytes
+
+Number = TypeVar("Number", bound=np.generic)
+
+RING_BYTES = 64 << 20
+_PAGE_BYTES = 4096
+_MIN_BUFFERS = 3
+_NUM_READERS = 4
+
+
+class Event(Protocol):
+    """Of something queued on a stream."""
+
+    def synchronize(self) -> None:
+        """Block until it has happened."""
+
+
+Transfer = Callable[[SlotArray, int], Event]
+"""Queues the copy of some positions of a batch from or to the first rows of a ring buffer; the event is its end."""
+
+
+def ring_shape(slot_bytes: Sequence[int]) -> tuple[int, int]:
+    """(buffers, bytes of each) of a ring for these layer groups: about 64 MiB, or three slots of the largest. The bytes
+    are whole memory pages.
+    """
+    num_bytes = -(-staging_bytes(slot_bytes) // _PAGE_BYTES) * _PAGE_BYTES
+    return max(_MIN_BUFFERS, RING_BYTES // num_bytes), num_bytes
+
+
+class BufferRing:
+    """Buffers that are lent out, the one that has been back for longest first. Any thread may give one back.
+
+    Args:
+        buffers: of equal size, the caller's own.
+    """
+
+    def __init__(self, buffers: Sequence[ByteArray]) -> None:
+        self.buffers = tuple(buffers)
+        self._free: SimpleQueue[tuple[int, Event | None]] = SimpleQueue()
+        for index in range(len(self.buffers)):
+            self._free.put((index, None))
+
+    def take(self) -> int:
+        """The index of a buffer that nothing reads any more. Blocks until there is one."""
+        return self._ready(*self._free.get())
+
+    def try_take(self) -> int | None:
+        """The same if one is back; blocks only for what is still queued on it."""
+        try:
+            return self._ready(*self._free.get_nowait())
+        except Empty:
+            return None
+
+    def give(self, index: int, event: Event | None = None) -> None:
+        """Give a buffer back that may be used once `event` has happened."""
+        self._free.put((index, event))
+
+    def _ready(self, index: int, event: Event | None) -> int:
+        if event is not None:
+            try:
+                event.synchronize()
+            except BaseException:
+                self._free.put((index, None))  # else the next one who asks would wait for ever
+                raise
+        return index
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Slots to be written; the writer alone changes it once it was queued."""
+
+    layer_group: int
+    slots: SlotArray
+    error: str | None = None
+
+
+class DiskQueue:
+    """Reads and writes a `DiskTier` for a caller whose bytes are behind streams.
+
+    Writes: the caller queues copies into the ring and returns; one thread waits for them, writes and syncs, in the
+    order of the batches. Space is allocated before anything is moved, so a full disk is a failed `store`. A write that
+    fails later has lost the slots of its batch: the next `load` of them says so, until they are written again.
+
+    Reads: several threads fill the ring while the caller queues copies out of it. A slot that is still being written is
+    waited for.
+
+    What blocks the caller: `store` while the ring is full, which is more than 64 MiB (or three slots) that the disk has
+    not taken yet; `load` until its last piece was read; `move`, `resize` and `close` until all writes are done.
+
+    Args:
+        files: owned by the queue from now on.
+        ring: buffers of at least one slot each, lent to it.
+        slot_bytes: of each layer group.
+    """
+
+    def __init__(self, files: DiskTier, ring: BufferRing, slot_bytes: Sequence[int]) -> None:
+        self._files = files
+        self._ring = ring
+        self._lost = [np.zeros(0, dtype=np.bool_) for _ in slot_bytes]
+        # number of the last batch that writes a slot; batches end in order, so one counter tells which are done
+        self._written_by: list[npt.NDArray[np.int64]] = [np.zeros(0, dtype=np.int64) for _ in slot_bytes]
+        self._num_queued = self._num_done = 0
+        self._why_lost = ""
+        self._changed = Condition()
+        self._writer = ThreadPoolExecutor(1, "ssmcache-disk-writer")
+        self._readers = ThreadPoolExecutor(_NUM_READERS, "ssmcache-disk-reader")
+
+    def resize(self, num_slots: Sequence[int]) -> bool:
+        """See `DiskTier.resize`. Waits for all writes."""
+        self._wait_for_batch(self._num_queued)
+        if not self._files.resize(num_slots):
+            return False
+        self._lost = [_resized(flags, count) for flags, count in zip(self._lost, num_slots, strict=True)]
+        self._written_by = [
+            _resized(numbers, count) for numbers, count in zip(self._written_by, num_slots, strict=True)
+        ]
+        return True
+
+    def store(self, layer_group: int, slots: SlotArray, fill: Transfer) -> None:
+        """Write slots, [n] and not empty. `fill(positions, buffer)` queues copies of what goes to `slots[positions]`
+        into the first rows of a buffer of the ring.
+
+        Errors: TransferError without lost positions if there is no space; nothing was moved then. What `fill` raises;
+        the slots are lost then.
+        """
+        self._files.allocate(layer_group, slots)
+        batch = _Batch(layer_group, slots.copy())
+        self._num_queued += 1
+        self._written_by[layer_group][slots] = self._num_queued
+        try:
+            for positions, _ in self._files.pieces(layer_group, slots, self._ring.buffers[0]):
+                index = self._ring.take()
+                try:
+                    event = fill(positions, index)
+                except BaseException:
+                    self._ring.give(index)
+                    raise
+                self._writer.submit(self._write, batch, slots[positions], index, event)
+        except BaseException as error:
+            self._writer.submit(self._fail, batch, str(error))
+            raise
+        finally:
+            self._writer.submit(self._finish, batch)
+
+    def load(self, layer_group: int, slots: SlotArray, drain: Transfer) -> None:
+        """Read slots, [n] and not empty. `drain(positions, buffer)` queues copies of what lay in `slots[positions]` out
+        of the first rows of a buffer of the ring; not any more once something is lost.
+
+        Errors: TransferError with the positions of all slots that cannot be read.
+        """
+        self._wait_for_batch(int(self._written_by[layer_group][slots].max()))
+        lost = {int(position): self._why_lost for position in np.flatnonzero(self._lost[layer_group][slots])}
+        pieces = deque(positions for positions, _ in self._files.pieces(layer_group, slots, self._ring.buffers[0]))
+        reads: deque[tuple[SlotArray, int, Future[dict[int, str]]]] = deque()
+        try:
+            while pieces or reads:
+                index = self._ring.try_take() if pieces else None
+                if index is None and not reads:
+                    index = self._ring.take()
+                if index is not None:
+                    positions = pieces.popleft()
+                    reads.append(
+                        (positions, index, self._readers.submit(self._read, layer_group, slots[positions], index))
+                    )
+                    continue
+                positions, index, read = reads[0]
+                lost.update((int(positions[row]), why) for row, why in read.result().items())
+                event = None if lost else drain(positions, index)
+                reads.popleft()
+                self._ring.give(index, event)
+        finally:
+            for _, index, read in reads:  # none, unless something was raised
+                read.exception()
+                self._ring.give(index)
+        self._files.raise_if_lost(lost, slots.size)
+
+    def move(self, layer_group: int, sources: SlotArray, destinations: SlotArray) -> None:
+        """Copy slots to other slots, now. Errors: as of `load` and `store`."""
+        self._wait_for_batch(self._num_queued)
+        lost = {int(position): self._why_lost for position in np.flatnonzero(self._lost[layer_group][sources])}
+        self._files.raise_if_lost(lost, sources.size)
+        self._files.move(layer_group, sources, destinations)
+        self._lost[layer_group][destinations] = False
+
+    def close(self) -> None:
+        """Finish what is under way and free the files. Safe to call twice."""
+        self._writer.shutdown()
+        self._readers.shutdown()
+        self._files.close()
+
+    # -- in the threads ----------------------------------------------------------------------------------------------
+
+    def _rows(self, layer_group: int, index: int, count: int) -> ByteArray:
+        num_bytes = count * self._files.slot_bytes[layer_group]
+        return self._ring.buffers[index][:num_bytes].reshape(count, -1)
+
+    def _read(self, layer_group: int, slots: SlotArray, index: int) -> dict[int, str]:
+        return self._files.read(layer_group, slots, self._rows(layer_group, index, slots.size))
+
+    def _write(self, batch: _Batch, slots: SlotArray, index: int, event: Event) -> None:
+        try:
+            event.synchronize()
+            if batch.error is None:
+                self._files.write(batch.layer_group, slots, self._rows(batch.layer_group, index, slots.size))
+        except Exception as error:
+            batch.error = str(error)  # whatever it is: the slots do not have their bytes
+        finally:
+            self._ring.give(index)
+
+    def _fail(self, batch: _Batch, why: str) -> None:
+        batch.error = why
+
+    def _finish(self, batch: _Batch) -> None:
+        try:
+            if batch.error is None:
+                self._files.sync(batch.layer_group)
+        except TransferError as error:
+            batch.error = str(error)
+        with self._changed:
+            self._lost[batch.layer_group][batch.slots] = batch.error is not None
+            self._why_lost = batch.error or self._why_lost
+            self._num_done += 1
+            self._changed.notify_all()
+
+    def _wait_for_batch(self, number: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_done >= number)
+
+
+def _resized(values: npt.NDArray[Number], count: int) -> npt.NDArray[Number]:
+    resized: npt.NDArray[Number] = np.zeros(count, dtype=values.dtype)
+    resized[: min(count, values.size)] = values[:count]
+    return resized
