@@ -94,6 +94,8 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
         parent = run.parent
         if parent is not None and _tier_of(parent) == segment.tier:
             parent.warm_children += 1
+        elif parent is not None and _tier_of(parent) > segment.tier:
+            self._lost.append((segment, [0]))  # the rounds had to move the pages above it first: out of reach
         self.queues[segment.tier].put(segment)
 
     # -- moving ------------------------------------------------------------------------------------------------------

@@ -229,14 +229,20 @@ class Tiers(Generic[S, Slots]):
 
     def _relocate(self, downs: list[tuple[int, list[S]]], lifts: list[S], target: int, stream: Any) -> None:
         """Carry the moves out, and take what is done out of the lists. Each round gets further: what is above its
-        capacity by staging has a move to come.
+        capacity by staging has a move to come. `in_order`: pages that go past a tier do so before those above them go
+        there, unless that would be the end of all progress.
         """
+        in_order = True
         while lifts or any(segments for _, segments in downs):
             num_moved = 0
             for tier, segments in downs:  # the lowest first, since a failed write spoils least there
                 num_moved += self._move(segments, tier, stream)
+                if in_order and segments and tier > segments[0].tier + 1:
+                    break  # what stays in the tier between lies above these, and should not go before them
             num_moved += self._move(lifts, target, stream)
-            if not num_moved:
+            if in_order or num_moved:
+                in_order = num_moved > 0
+            else:
                 full = [tier for tier in range(1, self.last_tier + 1) if not self.pools[tier].staging]
                 assert full, "moves were planned that have no room"
                 raise TransferError(full[0], (), "earlier failures left no room to move anything through")

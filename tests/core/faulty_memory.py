@@ -50,7 +50,8 @@ def at_random(random: Random, share: float, losses: bool, writes: bool) -> Fault
             return None
         if moves.source_tier != GPU_TIER and losses and (not writes or random.random() < 0.8):
             return random.sample(range(len(moves.sources)), random.randint(1, len(moves.sources)))
-        fails = writes and moves.destination_tier != GPU_TIER and random.random() < 0.4  # a tier shrinks at each
+        # fewer where reads fail, too: a tier shrinks at each, and there would soon be nothing to be lost
+        fails = writes and moves.destination_tier != GPU_TIER and (not losses or random.random() < 0.4)
         return () if fails else None
 
     return fault

@@ -100,6 +100,18 @@ def test_random_faults_while_moves_need_rounds_leave_everything_whole(
         run_at_random(runner, random, 120, longest=random.choice((8, 16, 24)))
 
 
+@pytest.mark.parametrize(("kind", "seed"), [("full", 1084), ("hybrid", 1067), ("windows", 1021)])
+def test_a_failure_between_rounds_leaves_no_page_in_a_warmer_tier_than_the_page_above_it(
+    kind: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds that did, with pages on their way past the host."""
+    monkeypatch.setattr(sizing, "_STAGING_BYTES", 1)
+    random = Random(seed)
+    shape = draw_shape(random, kind, TIERS["three tiers"])
+    runner = FaultyRunner(shape, str(tmp_path), at_random(random, 0.15, losses=True, writes=True))
+    run_at_random(runner, random, 120, longest=random.choice((8, 16, 24)))
+
+
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
