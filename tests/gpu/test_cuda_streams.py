@@ -195,16 +195,18 @@ def test_a_page_that_is_written_late_is_reused_on_another_stream(streams: tuple[
     memory.waits = waits
     prompt = list(range(3 * BLOCK))
     writer, slots = started(manager, prompt, first, 0)
+    places = torch.tensor(slots, device="cuda")  # a list would be copied in the middle, and the host would wait
+    torch.cuda.synchronize()
     with torch.cuda.stream(first):
         torch.cuda._sleep(LONG_CYCLES)
-        memory.view(0)[slots] = 5
+        memory.view(0).index_fill_(0, places, 5)
     writer.commit(prompt)
     writer.close()
     reader = manager.create_kv_cache(prompt)
     assert reader.resume(second)
     assert reader.num_committed_tokens == 3 * BLOCK
     with torch.cuda.stream(second):
-        found = memory.view(0)[slots].clone()
+        found = memory.view(0).index_select(0, places)
     second.synchronize()
     assert (values(found) == [5, 5, 5]) is waits
     reader.close()
