@@ -195,7 +195,7 @@ def test_a_page_that_is_written_late_is_reused_on_another_stream(streams: tuple[
     memory.waits = waits
     prompt = list(range(3 * BLOCK))
     writer, slots = started(manager, prompt, first, 0)
-    places = torch.tensor(slots, device="cuda")  # a list would be copied in the middle, and the host would wait
+    places = slots.clone()
     torch.cuda.synchronize()
     with torch.cuda.stream(first):
         torch.cuda._sleep(LONG_CYCLES)
