@@ -61,11 +61,7 @@ def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | 
     if longest // config.tokens_per_block > blocks:
         return f"the largest request ({longest} tokens) does not fit into the KV pool"
     if not config.has_ssm:
-        lower = _lower_blocks(config)
-        # a manager does not send more to a tier at once than it has room for: the rest would not reach the tier below
-        if any(longest // config.tokens_per_block > num_blocks for num_blocks in lower[:-1]):
-            return f"the largest request ({longest} tokens) can push out more than the host memory has room for"
-        return GridCapacity(blocks, None, lower)
+        return GridCapacity(blocks, None, _lower_blocks(config))
     if len(config.cache_tiers) > 1:
         return "snapshots are read on the tier where they lie: no order of use over all tiers"
     snapshots = _stack(slots[LayerGroupKind.SSM])

@@ -84,8 +84,6 @@ def test_hits_by_tier_of_attention_equal_the_grid_to_the_token(
     disk_blocks: int,
 ) -> None:
     largest = max(map(len, prompts)) // block
-    if host_blocks and disk_blocks:
-        host_blocks += largest  # less could not pass on all that a request pushes out: see grid_capacity
     gpu_blocks = largest + more_pages
     if host_blocks + disk_blocks == 0:
         host_blocks = 1

@@ -61,14 +61,8 @@ def test_the_grid_counts_the_tokens_of_each_tier_as_the_replay_does(
         if cell.settings.host_memory_bytes and cell.engine == "grid":
             assert tuple(tier.tier for tier in cell.totals.tiers) == names
             assert (cell.totals.moved, cell.totals.peaks) == (None, ())
-    # 1 GiB of host memory holds 16 pages, fewer than the largest request has: it could not pass them on to a disk
-    too_small = {cell.settings.host_memory_bytes for cell in cells if cell.engine == "replay"}
-    assert too_small == ({1 * GIB} if disk_bytes else set())
-    for cell in cells:
-        if cell.engine == "grid":
-            assert cell.reason == EXACT
-        else:
-            assert cell.reason.endswith("can push out more than the host memory has room for")
+    # also with 1 GiB of host memory: its 16 pages are fewer than the largest request pushes out, the rest goes on
+    assert {(cell.engine, cell.reason) for cell in cells} == {("grid", EXACT)}
 
 
 def test_cells_come_by_gpu_then_by_host_and_say_what_cannot_be(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
