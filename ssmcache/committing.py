@@ -10,8 +10,8 @@ from ssmcache.keys import Int64Array
 from ssmcache.match import common_prefix, match_partial
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pools import SlotArray, int_array
-from ssmcache.priority import Priority
-from ssmcache.segments import DEFAULT_RANK, SparseSegment, rank_of
+from ssmcache.priority import Priority, rank_in
+from ssmcache.segments import DEFAULT_RANK, SparseSegment
 from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 
@@ -116,7 +116,7 @@ def _stretches(sequence: KVCache, first: int, last: int) -> Iterable[tuple[int, 
     assert priority is not None
     if pages is None:
         return ((last - first, DEFAULT_RANK),)
-    ranks = (rank_of(priority(pages.layer_group, block)) for block in range(first, last))
+    ranks = (priority.rank(pages.layer_group, block) for block in range(first, last))
     return [(len(list(same)), rank) for rank, same in groupby(ranks)]
 
 
@@ -142,7 +142,7 @@ def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
     while True:
         pages = run.pages
         assert pages is not None
-        ranks = [max(pages.rank, rank_of(priority(group, block))) for block in range(run.start, run.end)]
+        ranks = [max(pages.rank, priority.rank(group, block)) for block in range(run.start, run.end)]
         first_equal = len(ranks) - 1
         while first_equal > 0 and ranks[first_equal - 1] == ranks[-1]:
             first_equal -= 1
@@ -160,7 +160,7 @@ def _raise_sparse(store: SparseStore, segment: SparseSegment, priority: Priority
     assert run is not None
     by_rank: dict[int, list[int]] = {}
     for index, ordinal in enumerate(segment.ordinals):
-        rank = rank_of(priority(store.layer_group, ordinal)) if ordinal >= first else segment.rank
+        rank = priority.rank(store.layer_group, ordinal) if ordinal >= first else segment.rank
         if rank > segment.rank:
             by_rank.setdefault(rank, []).append(index)
     ordinals, slots = segment.ordinals[:], segment.slots[:]
@@ -195,7 +195,7 @@ def commit_tail(sequence: KVCache) -> Run | None:
         if shorter.num_tokens == known.num_tokens and not (shorter.holds or shorter.soft_holds):
             with store.not_evicting():  # the longer one takes its place
                 store.drop_tail(shorter, 1)
-    rank = DEFAULT_RANK if sequence.priority is None else rank_of(sequence.priority(store.pages.layer_group, block))
+    rank = rank_in(sequence.priority, store.pages.layer_group, block)
     leaf = store.add_leaf(cursor, tail, sequence.take_own_pages(1), rank)
     for window in sequence.windows:
         window.add_leaf(leaf)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ssmcache.keys import Int64Array, ReuseScope, TokenIds
 from ssmcache.memory.base import GPU_TIER
-from ssmcache.tree import Root, Run, runs_below
+from ssmcache.tree import Run, root_of, runs_below
 
 
 class EventKind(Enum):
@@ -122,7 +122,7 @@ class EventLog:
             return  # a partial block, or not in the tree: parked by a suspended sequence, or lost
         digests = tuple(run.digests[block - run.start] for block in blocks)
         parents = tuple(self._digest_before(run, block) for block in blocks)
-        scope = _root_of(run).scope
+        scope = root_of(run).scope
         self._events.append(CacheEvent(self._next_id, kind, layer_group, scope, digests, parents, tier, source_tier))
         self._next_id += 1
 
@@ -132,19 +132,11 @@ class EventLog:
         assert run.parent is not None
         if run.parent.digests:
             return run.parent.digests[-1]
-        return sha256(repr(_root_of(run).scope).encode()).digest()
+        return sha256(repr(root_of(run).scope).encode()).digest()
 
 
 def _bytes(keys: npt.NDArray[np.int64] | np.int64) -> bytes:
     return keys.astype("<i8").tobytes()
-
-
-def _root_of(run: Run) -> Root:
-    root = run
-    while root.parent is not None:
-        root = root.parent
-    assert isinstance(root, Root)
-    return root
 
 
 def matchable(events: Iterable[CacheEvent]) -> Iterator[tuple[int, bytes]]:

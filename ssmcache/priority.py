@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from ssmcache.segments import DEFAULT_PRIORITY
+from ssmcache.segments import DEFAULT_PRIORITY, DEFAULT_RANK, rank_of
 
 LOWEST, HIGHEST = 0, 100
 
@@ -41,5 +41,19 @@ class Priority:
                 self._answers[group, block] = answer
         self._num_prepared = max(self._num_prepared, num_blocks)
 
-    def __call__(self, layer_group: int, block: int) -> int:
-        return self._answers[layer_group, block]
+    def rank(self, layer_group: int, block: int) -> int:
+        """The priority of a block as a rank (`rank_of`)."""
+        return rank_of(self._answers[layer_group, block])
+
+
+def rank_in(priority: Priority | None, layer_group: int, block: int) -> int:
+    """The rank of a block of a sequence with or without a callback."""
+    return DEFAULT_RANK if priority is None else priority.rank(layer_group, block)
+
+
+def by_rank(priority: Priority | None, layer_group: int, blocks: Sequence[int]) -> dict[int, list[int]]:
+    """The positions of the blocks that have each rank."""
+    positions: dict[int, list[int]] = {}
+    for position, block in enumerate(blocks):
+        positions.setdefault(rank_in(priority, layer_group, block), []).append(position)
+    return positions

@@ -17,6 +17,7 @@ from ssmcache.segments import PageSegment, SparseSegment
 from ssmcache.sparse import SparseStore
 from ssmcache.stats import Shortage
 from ssmcache.tiers import Tiers
+from ssmcache.tree import root_of
 
 if TYPE_CHECKING:
     from ssmcache.sequence import KVCache
@@ -55,7 +56,7 @@ def first_resume(
     block that matches in part is done without (`partly`) rather than refuse for want of room for it and its copy.
     """
     manager, store, states = sequence.manager, sequence.store, sequence.states
-    shortage = manager.gate(sequence) if manager.num_active else None
+    shortage = manager.gate(sequence)
     if shortage is not None:
         return shortage
     current = partly and sequence.soft and sequence.version == store.version
@@ -192,7 +193,7 @@ def resume_again(sequence: KVCache) -> Shortage | None:
     """Bring back what a suspended sequence holds, and lock it."""
     manager, parked = sequence.manager, sequence.parked
     if is_lost(sequence):
-        return Shortage("lost", 0, manager.tier_names[-1], 0, 0, 0, 0)
+        return _lost(sequence)
     shortage = manager.gate(sequence)
     if shortage is not None:
         return shortage
@@ -200,18 +201,18 @@ def resume_again(sequence: KVCache) -> Shortage | None:
         for window in sequence.windows:
             window.begin_activity()
         return None
-    shortage = _with_locks(sequence, parked, lambda: _bring_up(sequence, parked, GPU_TIER))
+    shortage = _bring_up_locked(sequence, parked, GPU_TIER)
     if shortage is None:
         parked.unpark()
         sequence.parked = None
     return shortage
 
 
-def _with_locks(sequence: KVCache, parked: Parked, bring_up: Callable[[], Shortage | None]) -> Shortage | None:
-    """Protect what a suspended sequence holds while it is brought up; a shortage makes it idle again."""
+def _bring_up_locked(sequence: KVCache, parked: Parked, tier: int) -> Shortage | None:
+    """Bring up what a suspended sequence holds, which is locked from here on; a shortage makes it idle again."""
     _set_idle(sequence, parked, False)
     try:
-        shortage = bring_up()
+        shortage = _bring_up(sequence, parked, tier)
     except TransferError as error:
         shortage = transfer_shortage(sequence, error)
     if shortage is not None:
@@ -255,8 +256,8 @@ def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
     store, parked = sequence.store, sequence.parked
     if parked is not None:
         if is_lost(sequence):
-            return Shortage("lost", 0, sequence.manager.tier_names[-1], 0, 0, 0, 0)
-        shortage = _with_locks(sequence, parked, lambda: _bring_up(sequence, parked, tier))
+            return _lost(sequence)
+        shortage = _bring_up_locked(sequence, parked, tier)
         if shortage is None:
             _set_idle(sequence, parked, True)
         return shortage
@@ -298,11 +299,12 @@ def is_lost(sequence: SequencePages) -> bool:
     """Whether a page or state of a suspended sequence could not be read back."""
     if sequence.parked is None:
         return False
-    root = sequence.cursor
-    while root.parent is not None:
-        root = root.parent
-    lost = root is not sequence.root
-    return lost or sequence.parked.is_lost() or any(window.is_lost() for window in sequence.windows)
+    cut_off = root_of(sequence.cursor) is not sequence.root
+    return cut_off or sequence.parked.is_lost() or any(window.is_lost() for window in sequence.windows)
+
+
+def _lost(sequence: SequencePages) -> Shortage:
+    return Shortage("lost", 0, sequence.manager.tier_names[-1], 0, 0, 0, 0)
 
 
 def transfer_shortage(sequence: SequencePages, error: TransferError) -> Shortage:

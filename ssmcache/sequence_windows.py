@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pins import Pin
 from ssmcache.pools import SlotArray, int_array
-from ssmcache.priority import Priority
-from ssmcache.segments import DEFAULT_RANK, rank_of
+from ssmcache.priority import Priority, by_rank, rank_in
 from ssmcache.tree import Run
 from ssmcache.windows import WindowStore
 
@@ -102,23 +101,22 @@ class SequenceWindow:
     def lock(self, pins: dict[int, Pin], history_length: int, num_blocks: int) -> None:
         """The first resume: the pins that were soft are locks from now on."""
         self.pins = pins
-        self._stamp = self.store.stamp_of_activity()
+        self.begin_activity()
         for pin in pins.values():
             self.store.pins.count(pin, locked=1)
             self.store.pins.end_soft(pin)
         self._shape = self._shape_for(history_length, num_blocks)
 
-    def unlock_softly(self) -> dict[int, Pin]:
+    def unlock_softly(self) -> None:
         """Undo `lock`."""
         for pin in self.pins.values():
             pin.soft += 1
             self.store.pins.count(pin, locked=-1)
         self.store.release(self._holder.cursor)
-        pins, self.pins = self.pins, {}
-        return pins
+        self.pins = {}
 
     def begin_activity(self) -> None:
-        """The sequence was suspended without tiers below, and goes on."""
+        """The sequence is ACTIVE from now on."""
         self._stamp = self.store.stamp_of_activity()
 
     def set_idle(self, idle: bool) -> None:
@@ -129,7 +127,7 @@ class SequenceWindow:
         if idle:
             self.store.release(self._holder.cursor)
         else:
-            self._stamp = self.store.stamp_of_activity()
+            self.begin_activity()
 
     def is_lost(self) -> bool:
         return any(pin.slot < 0 for pin in self.pins.values())
@@ -170,10 +168,8 @@ class SequenceWindow:
         self._add(cursor, new)
 
     def _add(self, cursor: Run, blocks: list[int]) -> None:
-        by_rank: dict[int, list[int]] = {}
-        for block in blocks:
-            by_rank.setdefault(self._rank(block), []).append(block)
-        for rank, same in by_rank.items():
+        for rank, positions in by_rank(self._priority, self.store.layer_group, blocks).items():
+            same = [blocks[position] for position in positions]
             slots = int_array(self.own.pop(block) for block in same)
             self.store.add(cursor, int_array(same), slots, self._stamp, rank)
             self.store.merge_new(cursor, same[0])
@@ -181,15 +177,13 @@ class SequenceWindow:
                 self.pins[block] = pin = self.store.pins.pin(GPU_TIER, slot)
                 self.store.pins.count(pin, locked=1)
 
-    def _rank(self, block: int) -> int:
-        return DEFAULT_RANK if self._priority is None else rank_of(self._priority(self.store.layer_group, block))
-
     def add_leaf(self, leaf: Run) -> None:
         """Give the private page of a partial block to the tree, unless there is one."""
         if self.store.ordinals_on(leaf, leaf.start):
             return
         slot = self.own.pop(leaf.start)
-        self.store.add(leaf, int_array((leaf.start,)), int_array((slot,)), self._stamp, self._rank(leaf.start))
+        rank = rank_in(self._priority, self.store.layer_group, leaf.start)
+        self.store.add(leaf, int_array((leaf.start,)), int_array((slot,)), self._stamp, rank)
 
     # -- what kernels read -------------------------------------------------------------------------------------------
 

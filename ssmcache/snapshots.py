@@ -50,17 +50,11 @@ class SnapshotStore(SparseStore):
 
     def stamp(self, run: Run, stamp: int) -> None:
         """Stamp the snapshots of a run, which makes one segment of those that lie in the same tier."""
-        if len(run.items) > 1:
-            self._join(run)
         for segment in run.items:
             if segment.store is self:
                 segment.stamp = stamp
-
-    def _join(self, run: Run) -> None:
-        kept: dict[tuple[int, int], SparseSegment] = {}
-        for segment in list(self.on(run)):
-            same = segment.tier, segment.rank
-            kept[same] = self._merge(run, kept[same], segment) if same in kept else segment
+        if len(run.items) > 1:
+            self.join_like(run)
 
     def deepest(self, run: Run, max_blocks: int) -> tuple[int, SparseSegment | None, int]:
         """Deepest snapshot of the path of `run` after at most `max_blocks` blocks: (blocks before it, its segment, its
@@ -77,7 +71,3 @@ class SnapshotStore(SparseStore):
                 return best, found, position
             run = run.parent
         return 0, None, -1
-
-    def num_on(self, cursor: Run) -> int:
-        """Snapshots on the path of `cursor`. Cost: O(runs)."""
-        return sum(len(segment.slots) for run in cursor.path() for segment in self.on(run))

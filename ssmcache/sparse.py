@@ -160,7 +160,10 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
                 victim = segment
             else:
                 ordinals, slots = segment.take_oldest(count, locked)
-                (passed_over.append if segment.slots else self._leave_out)(segment)
+                if segment.slots:
+                    passed_over.append(segment)
+                else:
+                    self.drop_empty(run)
                 if not slots:
                     continue
                 victim = self.new_segment(run, segment.stamp, segment.rank, tier, ordinals, slots)
@@ -168,10 +171,6 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
             count -= len(victim.slots)
         self._put_back(passed_over)
         return selected
-
-    def _leave_out(self, segment: SparseSegment) -> None:
-        assert segment.run is not None
-        self.drop_empty(segment.run)
 
     def unselect(self, segment: SparseSegment) -> None:
         self.queues[segment.tier].put(segment)
@@ -185,10 +184,8 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
         return segment.slots
 
     def cut(self, segment: SparseSegment, count: int, selected: bool) -> tuple[SparseSegment, SparseSegment]:
-        assert segment.run is not None
         size = len(segment.slots)
-        ordinals, slots = segment.take(list(range(size - count, size) if selected else range(count)))
-        first = self.new_segment(segment.run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
+        first = self.split_off(segment, list(range(size - count, size) if selected else range(count)))
         if not selected:
             self.queues[segment.tier].put(first)
         return first, segment
@@ -262,9 +259,16 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
     def new_segment(
         self, run: Run, stamp: int, rank: int, tier: int, ordinals: IntArray, slots: IntArray
     ) -> SparseSegment:
+        """A segment on a run, which is not in the queue yet."""
         segment = SparseSegment(self, run, stamp, rank, self.serial(), tier, ordinals, slots)
         run.items += (segment,)
         return segment
+
+    def split_off(self, segment: SparseSegment, indices: list[int]) -> SparseSegment:
+        """The slots at some ascending positions, not all, as a segment of their own, which is not in the queue yet."""
+        assert segment.run is not None
+        ordinals, slots = segment.take(indices)
+        return self.new_segment(segment.run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
 
     def on(self, run: Run) -> Iterator[SparseSegment]:
         """The segments of this layer group on a run."""
@@ -402,8 +406,7 @@ class SparseStore(Tiers[SparseSegment, IntArray]):
                 if len(indices) == len(segment.slots):
                     found.append(segment)
                 elif indices:
-                    ordinals, slots = segment.take(indices)
-                    part = self.new_segment(run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
+                    part = self.split_off(segment, indices)
                     self.queues[segment.tier].put(part)
                     found.append(part)
         return found

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.pins import Pin
 from ssmcache.pools import IntArray, int_array
-from ssmcache.priority import Priority
-from ssmcache.segments import rank_of
+from ssmcache.priority import Priority, by_rank
 from ssmcache.stats import Shortage
 from ssmcache.tree import Run
 
@@ -201,10 +200,7 @@ class SequenceStates:
         if priority is None:
             store.add_snapshots(cursor, ordinals, slots)
             return
-        by_rank: dict[int, list[int]] = {}
-        for index, ordinal in enumerate(ordinals):
-            by_rank.setdefault(rank_of(priority(self._snapshots.layer_group, ordinal)), []).append(index)
-        for rank, indices in by_rank.items():
+        for rank, indices in by_rank(priority, self._snapshots.layer_group, ordinals).items():
             chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
             store.add_snapshots(cursor, *chosen, rank)
 

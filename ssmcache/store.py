@@ -68,14 +68,8 @@ class BlockStore(SoftHolds):
         run = holder.cursor
         run.soft_holds -= 1
         holder.soft, holder.locked = False, True
-        locked = self._locked
         while run.parent is not None:
-            pages = run.pages
-            if pages is not None and run.holds == run.idle_holds:
-                locked[pages.tier] += pages.count
-                if run.holds:
-                    self._held[pages.tier] -= pages.count
-            run.holds += 1
+            self.lock_child(run)
             run = run.parent
 
     def unlock(self, holder: PathHolder) -> None:
@@ -89,7 +83,7 @@ class BlockStore(SoftHolds):
             run = run.parent
 
     def lock_child(self, child: Run) -> None:
-        """Hold one more run, below a path that the caller has locked."""
+        """One holder of a run more, who is ACTIVE; the caller has those above it locked, or is about to."""
         pages = child.pages
         if pages is not None and child.holds == child.idle_holds:
             self._locked[pages.tier] += pages.count
@@ -169,20 +163,16 @@ class BlockStore(SoftHolds):
         below: Run | None = None
         if holder.idle:
             self.set_idle(holder, False)
-        locked, has_tiers = self._locked, self.has_tiers
+        has_tiers = self.has_tiers
         parent = run.parent
         while parent is not None:
-            run.holds = holds = run.holds - 1
+            self.release(run)
             pages = run.pages
             if pages is not None:
                 pages.stamp = stamp
-                if holds == run.idle_holds:
-                    locked[pages.tier] -= pages.count
-                    if holds:
-                        self._held[pages.tier] += pages.count
             if run.items:
                 self._stamp_items(run, stamp)
-            alone = below is not None and not holds and not run.soft_holds and len(run.children) == 1
+            alone = below is not None and not run.holds and not run.soft_holds and len(run.children) == 1
             if alone and below is not None and self.can_absorb(below):
                 self.absorb_parent(below)
                 if below.items:

@@ -12,11 +12,10 @@ from ssmcache.memory.base import GPU_TIER
 from ssmcache.pages import PageTiers
 from ssmcache.pools import SlotArray
 from ssmcache.recency import Clock
-from ssmcache.segments import PageSegment
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.sparse import SparseStore
 from ssmcache.tiers import Tiers
-from ssmcache.tree import PartialRun, Root, Run, runs_below
+from ssmcache.tree import PartialRun, Root, Run, root_of, runs_below
 from ssmcache.windows import WindowStore
 
 
@@ -116,11 +115,9 @@ class TreeStructure:
 
     def _give_pages(self, run: Run, slots: SlotArray, rank: int) -> None:
         """Put GPU pages on a run without pages, whose parent, if it has pages, has them on the GPU."""
-        tiers = self.pages
-        assert tiers is not None
-        has_tiers = self.has_tiers
-        run.pages = PageSegment(run, 0, rank, tiers.serial(), GPU_TIER, has_tiers, run.start, slots)
-        if has_tiers and run.parent is not None and run.parent.pages is not None:
+        assert self.pages is not None
+        run.pages = self.pages.new_segment(run, 0, rank, GPU_TIER, slots)
+        if self.has_tiers and run.parent is not None and run.parent.pages is not None:
             run.parent.warm_children += 1
 
     def add_leaf(self, run: Run, keys: Int64Array, slots: SlotArray, rank: int) -> Run:
@@ -267,10 +264,7 @@ class TreeStructure:
         Whoever holds some of that, and is not ACTIVE, finds itself below a root that is lost, and holds nothing else.
         """
         self.version += 1
-        root = run
-        while root.parent is not None:
-            root = root.parent
-        assert isinstance(root, Root)
+        root = root_of(run)
         if self.roots.get(root.scope) is not root:
             root.lost = True  # out of the tree already, or the pages that a suspended sequence parked
             return
@@ -286,8 +280,6 @@ class TreeStructure:
         for below in (run, *runs_below(run)):
             if below.soft_holds:  # one that is being resumed just now keeps its own
                 self.drop_soft_holds_of(below)
-            if self.events is not None:
-                self._tell_lost(self.events, below)
         self.forget_holds(parent, run.holds, run.idle_holds)
         del parent.children[run.edge]
         if parent.pages is not None and run.pages is not None and parent.pages.tier == run.pages.tier:
@@ -299,14 +291,6 @@ class TreeStructure:
             window.release(parent)  # whoever locks pages there does not find them from below any more
         self.settle_leaf(parent)
         self.free_lost()
-
-    def _tell_lost(self, events: EventLog, run: Run) -> None:
-        """Nobody can match the blocks of a run any more, though some may be held for a while."""
-        if run.pages is not None and self.pages is not None:
-            events.removed(self.pages.layer_group, run.pages.tier, run, range(run.start, run.end))
-        for segment in run.items:
-            events.removed(segment.store.layer_group, segment.tier, run, segment.ordinals)
-        run.digests = ()
 
     def forget_holds(self, run: Run, holds: int, idle_holds: int) -> None:
         raise NotImplementedError

@@ -41,7 +41,6 @@ class Tiers(Generic[S, Slots]):
         self.num_evicted = 0  # slots dropped by want of room
         self._memory = memory
         self._lost: list[tuple[S, list[int]]] = []  # by the batch that has just failed
-        self._none_leaving = (0,) * len(pools)
         self._num_segments = 0
 
     def serial(self) -> int:
@@ -151,7 +150,7 @@ class Tiers(Generic[S, Slots]):
         Errors: TransferError. Every page is in one place then, and those that were lost are out of the tree; a tier
         may have given up its oldest slots, or have taken more of them for good than before, which were its staging.
         """
-        leaving = list(self._none_leaving)
+        leaving = [0] * len(self.pools)
         for segment in lifts:
             leaving[segment.tier] += len(self.slots_of(segment))
         downs: list[tuple[int, list[S]]] = []

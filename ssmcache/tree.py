@@ -116,6 +116,15 @@ class Root(Run):
         self.lost = False
 
 
+def root_of(run: Run) -> Root:
+    """Where the path of a run starts."""
+    root = run
+    while root.parent is not None:
+        root = root.parent
+    assert isinstance(root, Root)
+    return root
+
+
 def runs_below(root: Run) -> list[Run]:
     """Every run below one, parents before their children."""
     runs: list[Run] = []

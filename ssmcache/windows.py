@@ -108,8 +108,8 @@ class WindowStore(SparseStore):
                 if len(indices) == len(segment.ordinals):
                     segment.stamp = stamp
                 elif indices:
-                    ordinals, slots = segment.take(indices)
-                    touched = self.new_segment(run, stamp, segment.rank, segment.tier, ordinals, slots)
+                    touched = self.split_off(segment, indices)
+                    touched.stamp = stamp
                     self.queues[segment.tier].put(touched)
             self.join_like(run)
             run = run.parent
