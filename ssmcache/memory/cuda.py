@@ -13,7 +13,7 @@ import torch
 from ssmcache.config import CacheTierConfig, DiskCacheTierConfig
 from ssmcache.memory.base import GPU_TIER, SlotMoves
 from ssmcache.memory.batches import SlotArray, checked_slots
-from ssmcache.memory.cuda_copies import SlotCopier
+from ssmcache.memory.cuda_copies import SlotBatch, SlotCopier
 from ssmcache.memory.cuda_pools import PinnedMemory, SlotPool, TierPools, gpu_pools
 from ssmcache.memory.cuda_vmm import CudaDriverError, NoMemoryError, cuda_driver
 from ssmcache.memory.disk import DiskTier, staging_bytes
@@ -149,7 +149,7 @@ class CudaMemory:
             elif isinstance(destination, DiskQueue):
                 self._store(source.pools[group], sources, destination, group, destinations, on)
             else:
-                self._copier.copy(source.pools[group], sources, destination.pools[group], destinations, on)
+                self._copier.copy(SlotBatch(source.pools[group], sources, destination.pools[group], destinations), on)
         except RuntimeError as error:
             self._raise_if_device_failed("copy", error)
             raise
@@ -160,7 +160,7 @@ class CudaMemory:
     ) -> None:  # fmt: skip
         def drain(positions: SlotArray, buffer: int) -> torch.cuda.Event:
             rows = np.arange(positions.size)
-            self._copier.copy(self._ring[group][buffer], rows, pool, destinations[positions], stream)
+            self._copier.copy(SlotBatch(self._ring[group][buffer], rows, pool, destinations[positions]), stream)
             return _recorded(stream, blocking=True)
 
         disk.load(group, sources, drain)
@@ -171,7 +171,7 @@ class CudaMemory:
     ) -> None:  # fmt: skip
         def fill(positions: SlotArray, buffer: int) -> torch.cuda.Event:
             rows = np.arange(positions.size)
-            self._copier.copy(pool, sources[positions], self._ring[group][buffer], rows, stream)
+            self._copier.copy(SlotBatch(pool, sources[positions], self._ring[group][buffer], rows), stream)
             return _recorded(stream, blocking=True)
 
         disk.store(group, destinations, fill)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ssmcache.memory.batches import SlotArray
-from ssmcache.memory.cuda_engine import copy_engine
+from ssmcache.memory.cuda_engine import CopyEngine, copy_engine
 from ssmcache.memory.cuda_indices import MAX_SLOTS, IndexLines, neighbours, pieces
 from ssmcache.memory.cuda_pools import SlotPool, access, say_once
 
@@ -30,6 +31,15 @@ def _kernels() -> ModuleType | None:
         say_once("Triton is not installed: slots are copied by torch, at about half the speed within the GPU")
         return None
     return kernels
+
+
+class SlotBatch(NamedTuple):
+    """Slots of two pools, [n] each, n > 0, which follow the rules of `SlotMoves`."""
+
+    source: SlotPool
+    sources: SlotArray
+    destination: SlotPool
+    destinations: SlotArray
 
 
 class SlotCopier:
@@ -55,90 +65,59 @@ class SlotCopier:
         self._engine = copy_engine(driver, device)
         self._lines = IndexLines(device)
 
-    def copy(
-        self,
-        source: SlotPool,
-        sources: SlotArray,
-        destination: SlotPool,
-        destinations: SlotArray,
-        stream: torch.cuda.Stream,
-    ) -> None:
-        """Queue a batch on a stream of the device. Slots are [n], n > 0, and follow the rules of `SlotMoves`."""
+    def copy(self, batch: SlotBatch, stream: torch.cuda.Stream) -> None:
+        """Queue a batch on a stream of the device."""
+        source, sources, destination, destinations = batch
         with nullcontext() if torch.cuda.current_stream() == stream else torch.cuda.stream(stream):
             over_link = source.on_gpu != destination.on_gpu
             if sources.size == 1 and (source.on_gpu or destination.on_gpu):
                 destination.rows[int(destinations[0])].copy_(source.rows[int(sources[0])], non_blocking=True)
             elif over_link and self._engine is not None and source.slot_bytes >= ENGINE_BYTES:
-                self._by_engine(source, sources, destination, destinations, stream)
+                self._by_engine(self._engine, batch, stream)
             elif self._kernels is not None:
-                max_programs = (
-                    {} if source.on_gpu and destination.on_gpu else {"max_programs": self._kernels.LINK_PROGRAMS}
-                )
-                self._by_kernel(source, sources, destination, destinations, stream, max_programs)
+                self._by_kernel(self._kernels, batch, stream)
             elif source.on_gpu and destination.on_gpu:
-                self._by_gather(source, sources, destination, destinations, stream)
+                self._by_gather(batch, stream)
             elif over_link:
                 for first, into, count in neighbours(sources, destinations):
                     destination.rows[into : into + count].copy_(source.rows[first : first + count], non_blocking=True)
             else:
-                self._by_way_of_gpu(source, sources, destination, destinations)
+                self._by_way_of_gpu(batch)
 
-    def _by_kernel(
-        self,
-        source: SlotPool,
-        sources: SlotArray,
-        destination: SlotPool,
-        destinations: SlotArray,
-        stream: torch.cuda.Stream,
-        options: dict[str, int],
-    ) -> None:
-        assert self._kernels is not None
+    def _by_kernel(self, kernels: ModuleType, batch: SlotBatch, stream: torch.cuda.Stream) -> None:
+        source, destination = batch.source, batch.destination
+        options = {} if source.on_gpu and destination.on_gpu else {"max_programs": kernels.LINK_PROGRAMS}
         unit = access(source.slot_bytes)[1]
         slot_elements = source.slot_bytes // source.elements.element_size()
-        for some_sources, some_destinations in pieces(sources, destinations, MAX_SLOTS):
+        for *slots, count in self._on_gpu(batch, MAX_SLOTS, stream):
+            kernels.launch(source.elements, destination.elements, *slots, count, slot_elements, unit, **options)
+
+    def _by_gather(self, batch: SlotBatch, stream: torch.cuda.Stream) -> None:
+        size = min(MAX_SLOTS, max(1, _GATHER_BYTES // batch.source.slot_bytes))
+        for reading, writing, count in self._on_gpu(batch, size, stream):
+            rows = batch.source.rows.index_select(0, reading[:count])
+            batch.destination.rows.index_copy_(0, writing[:count].long(), rows)
+
+    def _on_gpu(
+        self, batch: SlotBatch, size: int, stream: torch.cuda.Stream
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """The slots of a batch on the GPU, so many moves at a time: (sources, destinations, how many of their entries).
+        Good for what is queued before the next.
+        """
+        for sources, destinations in pieces(batch.sources, batch.destinations, size):
             line = self._lines.take()
-            slots = line.send(some_sources, some_destinations)
-            self._kernels.launch(
-                source.elements, destination.elements, *slots, some_sources.size, slot_elements, unit, **options
-            )
+            yield *line.send(sources, destinations), sources.size
             self._lines.give(line, stream)
 
-    def _by_engine(
-        self,
-        source: SlotPool,
-        sources: SlotArray,
-        destination: SlotPool,
-        destinations: SlotArray,
-        stream: torch.cuda.Stream,
-    ) -> None:
-        assert self._engine is not None
-        num_bytes = source.slot_bytes
-        reading = sources.astype(np.uint64) * np.uint64(num_bytes) + np.uint64(source.rows.data_ptr())
-        writing = destinations.astype(np.uint64) * np.uint64(num_bytes) + np.uint64(destination.rows.data_ptr())
-        self._engine.copy(reading, writing, num_bytes, stream)
+    def _by_engine(self, engine: CopyEngine, batch: SlotBatch, stream: torch.cuda.Stream) -> None:
+        num_bytes = np.uint64(batch.source.slot_bytes)
+        reading = batch.sources.astype(np.uint64) * num_bytes + np.uint64(batch.source.rows.data_ptr())
+        writing = batch.destinations.astype(np.uint64) * num_bytes + np.uint64(batch.destination.rows.data_ptr())
+        engine.copy(reading, writing, batch.source.slot_bytes, stream)
 
-    def _by_gather(
-        self,
-        source: SlotPool,
-        sources: SlotArray,
-        destination: SlotPool,
-        destinations: SlotArray,
-        stream: torch.cuda.Stream,
-    ) -> None:
-        size = min(MAX_SLOTS, max(1, _GATHER_BYTES // source.slot_bytes))
-        for some_sources, some_destinations in pieces(sources, destinations, size):
-            line = self._lines.take()
-            reading, writing = line.send(some_sources, some_destinations)
-            count = some_sources.size
-            rows = source.rows.index_select(0, reading[:count])
-            destination.rows.index_copy_(0, writing[:count].long(), rows)
-            self._lines.give(line, stream)
-
-    def _by_way_of_gpu(
-        self, source: SlotPool, sources: SlotArray, destination: SlotPool, destinations: SlotArray
-    ) -> None:
+    def _by_way_of_gpu(self, batch: SlotBatch) -> None:
         """Between two places on the host. A copy of torch between them would not wait for the stream."""
-        row = torch.empty(source.slot_bytes, dtype=torch.uint8, device=self._device)
-        for slot, into in zip(sources.tolist(), destinations.tolist(), strict=True):
-            row.copy_(source.rows[slot], non_blocking=True)
-            destination.rows[into].copy_(row, non_blocking=True)
+        row = torch.empty(batch.source.slot_bytes, dtype=torch.uint8, device=self._device)
+        for slot, into in zip(batch.sources.tolist(), batch.destinations.tolist(), strict=True):
+            row.copy_(batch.source.rows[slot], non_blocking=True)
+            batch.destination.rows[into].copy_(row, non_blocking=True)
