@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
@@ -52,10 +52,14 @@ class EventLog:
 
     Args:
         token_ids: tells which items negative tokens stand for.
+        listener: is given each event as it happens.
     """
 
-    def __init__(self, capacity: int, token_ids: TokenIds) -> None:
+    def __init__(
+        self, capacity: int, token_ids: TokenIds, listener: Callable[[CacheEvent], None] | None = None
+    ) -> None:
         self._token_ids = token_ids
+        self._listener = listener
         self._events: deque[CacheEvent] = deque(maxlen=capacity)
         self._next_id = 0
 
@@ -123,8 +127,11 @@ class EventLog:
         digests = tuple(run.digests[block - run.start] for block in blocks)
         parents = tuple(self._digest_before(run, block) for block in blocks)
         scope = root_of(run).scope
-        self._events.append(CacheEvent(self._next_id, kind, layer_group, scope, digests, parents, tier, source_tier))
+        event = CacheEvent(self._next_id, kind, layer_group, scope, digests, parents, tier, source_tier)
         self._next_id += 1
+        self._events.append(event)
+        if self._listener is not None:
+            self._listener(event)
 
     def _digest_before(self, run: Run, block: int) -> bytes:
         if block > run.start:

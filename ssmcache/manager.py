@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from threading import RLock
 from typing import Any
 
@@ -34,6 +35,8 @@ class KVCacheManager:
     Args:
         config: layers, sizes and reuse settings.
         memory: where the slots lie; the manager reserves its pools there and closes it at `shutdown`.
+        on_event: called with each `CacheEvent` as it happens, in the middle of the call that makes it: it must not
+            call the manager, and what it raises leaves the manager broken. Needs no `event_buffer_size`.
 
     Nothing raises for lack of memory: `resume` and `resize` of a sequence return False.
 
@@ -48,7 +51,9 @@ class KVCacheManager:
     tier.
     """
 
-    def __init__(self, config: KVCacheManagerConfig, memory: Memory) -> None:
+    def __init__(
+        self, config: KVCacheManagerConfig, memory: Memory, on_event: Callable[[CacheEvent], None] | None = None
+    ) -> None:
         self.config = config
         self.memory = memory
         self.lock = RLock()
@@ -59,7 +64,8 @@ class KVCacheManager:
         self.quotas = [tier.quota for tier in config.cache_tiers]
         self.pools = sizing.make_pools(self.groups, config, memory)
         self._token_ids = TokenIds()
-        events = EventLog(config.event_buffer_size, self._token_ids) if config.event_buffer_size else None
+        has_events = config.event_buffer_size > 0 or on_event is not None
+        events = EventLog(config.event_buffer_size, self._token_ids, on_event) if has_events else None
         self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, events)
         self.page_group = -1 if self.store.pages is None else self.store.pages.layer_group
         self.state_group = -1 if self.store.snapshots is None else self.store.snapshots.layer_group
@@ -205,7 +211,7 @@ class KVCacheManager:
     def take_events(self) -> list[CacheEvent]:
         """The events since the last call; see `CacheEvent`. Errors: RuntimeError if `event_buffer_size` is 0."""
         with self.lock:
-            if self.store.events is None:
+            if self.store.events is None or not self.config.event_buffer_size:
                 raise RuntimeError("take_events: expected a manager with event_buffer_size > 0, got 0")
             return self.store.events.take()
 

@@ -42,6 +42,19 @@ TokenizerOption = Annotated[
 SkipBrokenOption = Annotated[
     bool, typer.Option("--skip-broken", help="Leave broken rows of the trace out and count them, instead of an error.")
 ]
+BlockOption = Annotated[
+    int | None, typer.Option(help="Block size: a multiple of the trace's own, which is the default.")
+]
+IntervalOption = Annotated[
+    int | None, typer.Option(help="Tokens between snapshots: a multiple of the block; by default 512 or the block.")
+]
+GpuMemoryOption = Annotated[str, typer.Option(help="Memory of the cache: 40GiB, 1.5TB, unlimited.")]
+HostMemoryOption = Annotated[
+    str, typer.Option(help="Host memory for what the GPU has no room for: 200GiB, or 0 for none.")
+]
+RequestsOption = Annotated[
+    int | None, typer.Option("--requests", help="Only the first so many requests of the trace.", metavar="N")
+]
 SsmFractionOption = Annotated[
     float | None,
     typer.Option(help="Share of the memory for SSM states, 0 to 1; by default what a sequence of 2,048 tokens needs."),

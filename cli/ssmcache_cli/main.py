@@ -14,6 +14,7 @@ from ssmcache_cli.replay import replay_command
 from ssmcache_cli.report import report_command
 from ssmcache_cli.sweep import sweep_command
 from ssmcache_cli.trace import trace_app
+from ssmcache_cli.verify import verify_command
 from ssmcache_sim.errors import UserError
 
 # A bug of ours must stay loud and plain: no framed tracebacks.
@@ -21,6 +22,7 @@ app = typer.Typer(name="ssmcache", no_args_is_help=True, add_completion=False, p
 app.command("replay")(replay_command)
 app.command("sweep")(sweep_command)
 app.command("recommend")(recommend_command)
+app.command("verify")(verify_command)
 app.command("plot")(plot_command)
 app.command("report")(report_command)
 app.command("models")(models_command)

@@ -1,21 +1,24 @@
 """`ssmcache replay`: one trace, one model, one setting."""
 
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ssmcache.models import load_model
 from ssmcache_cli.console import (
+    BlockOption,
     DiskMemoryOption,
     FormatOption,
+    GpuMemoryOption,
+    HostMemoryOption,
+    IntervalOption,
     KvDtypeOption,
     ModelOption,
     PrefillOption,
     QuietOption,
+    RequestsOption,
     SeedOption,
     SessionStartOption,
     SkipBrokenOption,
@@ -26,45 +29,53 @@ from ssmcache_cli.console import (
     TraceArgument,
     TraceBlockOption,
     interruptible,
-    note_broken_rows,
     progress_bar,
     read_options,
 )
+from ssmcache_cli.replay_inputs import SIMULATED, Asked, DiskPathOption, ReplayInputs, read_inputs
 from ssmcache_cli.tables import replay_table
-from ssmcache_sim.errors import SizeError
-from ssmcache_sim.formats import read_trace
-from ssmcache_sim.replay import replay
-from ssmcache_sim.results import manifest_with_times, replay_directory, replay_manifest, summary, write_replay
-from ssmcache_sim.settings import build_config, make_settings, parse_prefill
-from ssmcache_sim.sizes import parse_size, parse_tier_size
+from ssmcache_cli.verify_table import payload_lines
+from ssmcache_sim.errors import SettingsError
+from ssmcache_sim.payload_check import PayloadCheck
+from ssmcache_sim.replay import ReplayResult, replay
+from ssmcache_sim.results import (
+    DECISIONS,
+    manifest_with_times,
+    replay_directory,
+    replay_manifest,
+    summary,
+    write_replay,
+)
 
 
 def replay_command(
     trace: TraceArgument,
     model: ModelOption,
-    tokens_per_block: Annotated[
-        int | None, typer.Option(help="Block size: a multiple of the trace's own, which is the default.")
-    ] = None,
-    ssm_reuse_interval: Annotated[
-        int | None, typer.Option(help="Tokens between snapshots: a multiple of the block; by default 512 or the block.")
-    ] = None,
-    gpu_memory: Annotated[str, typer.Option(help="Memory of the cache: 40GiB, 1.5TB, unlimited.")] = "40GiB",
-    host_memory: Annotated[
-        str, typer.Option(help="Host memory for what the GPU has no room for: 200GiB, or 0 for none.")
-    ] = "0",
+    tokens_per_block: BlockOption = None,
+    ssm_reuse_interval: IntervalOption = None,
+    gpu_memory: GpuMemoryOption = "40GiB",
+    host_memory: HostMemoryOption = "0",
     disk_memory: DiskMemoryOption = "0",
-    disk_path: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of the disk tier, for the record: it goes into the manifest. A replay simulates its "
-            "memory, so nothing is read or written there.",
-            metavar="DIR",
-        ),
-    ] = None,
+    disk_path: DiskPathOption = None,
     ssm_fraction: SsmFractionOption = None,
     kv_dtype: KvDtypeOption = None,
     state_dtype: StateDtypeOption = None,
     prefill: PrefillOption = "reserved",
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="`simulated`: no bytes; `host`: NumPy buffers and files; `cuda` or `cuda:1`: a GPU, pinned memory and "
+            "files. Real memory also writes the decision log.",
+            metavar="NAME",
+        ),
+    ] = SIMULATED,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="On real memory: write a payload into every page and state, and check all that is reused."
+        ),
+    ] = False,
+    num_requests: RequestsOption = None,
     trace_block: TraceBlockOption = None,
     format_name: FormatOption = None,
     session_start: SessionStartOption = None,
@@ -77,40 +88,38 @@ def replay_command(
 ) -> None:
     """Replay a trace through the cache: hit rates, where tokens were lost, and memory."""
     stopwatch = Stopwatch()
-    memory_bytes, how = parse_size(gpu_memory), parse_prefill(prefill)
-    host_bytes, disk_bytes = (
-        parse_tier_size(host_memory, "--host-memory"),
-        parse_tier_size(disk_memory, "--disk-memory"),
-    )
-    if disk_path is not None and not disk_bytes:
-        raise SizeError(f"--disk-path: expected --disk-memory beside it, got {str(disk_path)!r} alone")
-    spec = load_model(model)
+    if verify and memory == SIMULATED:
+        raise SettingsError("--verify: expected --memory host or cuda beside it, got simulated memory, without bytes")
+    asked = Asked(
+        model, tokens_per_block, ssm_reuse_interval, gpu_memory, host_memory, disk_memory, disk_path, ssm_fraction,
+        kv_dtype, state_dtype, prefill, memory,
+    )  # fmt: skip
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
     with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:
-        requests = read_trace(trace, trace_block, reading)
-        note_broken_rows(requests)
-        settings = make_settings(
-            spec,
-            requests.tokens_per_block if tokens_per_block is None else tokens_per_block,
-            gpu_memory_bytes=memory_bytes,
-            ssm_reuse_interval=ssm_reuse_interval,
-            ssm_fraction=ssm_fraction,
-            kv_dtype=kv_dtype,
-            state_dtype=state_dtype,
-            prefill=how,
-            host_memory_bytes=host_bytes,
-            disk_memory_bytes=disk_bytes,
-            disk_path=None if disk_path is None else str(disk_path),
-        )
-        config = build_config(spec, settings)
-        if disk_path is not None:
-            print(f"--disk-path: the disk is simulated, nothing is read or written at {disk_path}", file=sys.stderr)
-        with progress_bar("replay", requests.num_requests, shown=not (quiet or as_json)) as progress:
-            result = replay(requests, config, prefill=how, progress=progress)
-        manifest, times = replay_manifest(requests, settings), stopwatch.times()
+        inputs = read_inputs(asked, trace, trace_block, reading, num_requests)
+        log = None if folder is None else folder / DECISIONS
+        result, payload = _replay(inputs, memory, verify, log, shown=not (quiet or as_json))
+        manifest, times = replay_manifest(inputs.requests, inputs.settings, memory), stopwatch.times()
         if folder is not None:
-            write_replay(folder, result, manifest, times)
+            write_replay(folder, result, manifest, times, payload)
     if as_json:
-        typer.echo(json.dumps(summary(result, manifest_with_times(manifest, times))))
+        typer.echo(json.dumps(summary(result, manifest_with_times(manifest, times), payload)))
     elif not quiet:
-        replay_table(requests.label, settings, result.totals, result.phase.summary())
+        replay_table(inputs.requests.label, inputs.settings, result.totals, result.phase.summary())
+        if payload is not None:
+            typer.echo("\n".join(payload_lines(payload)))
+    if payload is not None and not payload.passed:
+        raise typer.Exit(1)
+
+
+def _replay(
+    inputs: ReplayInputs, memory: str, verify: bool, log: Path | None, shown: bool
+) -> tuple[ReplayResult, PayloadCheck | None]:
+    trace, config, prefill = inputs.requests, inputs.config, inputs.settings.prefill
+    with progress_bar("replay", trace.num_requests, shown) as progress:
+        if memory == SIMULATED:
+            return replay(trace, config, prefill=prefill, progress=progress), None
+        from ssmcache_sim.real_memory import real_memory, replay_on
+
+        with real_memory(memory) as real:
+            return replay_on(real, trace, config, prefill=prefill, progress=progress, payload=verify, log=log)

@@ -80,11 +80,11 @@ def piece_cases(trace: Trace, cost: PrefillCost, num_pieces: int, seed: int) -> 
     half = trace.num_requests // 2
     if half == 0:
         return
-    yield Case("half", "first half", piece(trace, 0, half), cost)
-    yield Case("half", "second half", piece(trace, half, trace.num_requests), cost)
+    yield Case("half", "first half", trace.part(0, half), cost)
+    yield Case("half", "second half", trace.part(half, trace.num_requests), cost)
     starts = np.random.default_rng(seed).integers(0, trace.num_requests - half + 1, num_pieces)
     for start in np.sort(starts).tolist():
-        yield Case("piece", f"requests {start} to {start + half - 1}", piece(trace, start, start + half), cost)
+        yield Case("piece", f"requests {start} to {start + half - 1}", trace.part(start, start + half), cost)
 
 
 def cost_cases(trace: Trace, distances: StackDistances, cost: PrefillCost) -> Iterator[Case]:
@@ -104,21 +104,6 @@ def cost_cases(trace: Trace, distances: StackDistances, cost: PrefillCost) -> It
             yield case(f"{changed.pass_seconds * 1e3:g} ms a pass", replace(cost, device=changed))
         other: Prefill = "reserved" if cost.prefill == "chunked" else "chunked"
         yield case(f"prefill {other}", replace(cost, prefill=other))
-
-
-def piece(trace: Trace, start: int, stop: int) -> Trace:
-    """Requests `start`..`stop - 1` alone."""
-    first, last = int(trace.offsets[start]), int(trace.offsets[stop])
-    return replace(
-        trace,
-        arrival_ms=trace.arrival_ms[start:stop],
-        prompt_tokens=trace.prompt_tokens[start:stop],
-        output_tokens=trace.output_tokens[start:stop],
-        block_keys=trace.block_keys[first:last],
-        offsets=trace.offsets[start : stop + 1] - first,
-        partial_ids=trace.partial_ids[start:stop],
-        sessions=None,
-    )
 
 
 def judge(

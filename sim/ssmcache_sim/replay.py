@@ -5,9 +5,9 @@ token more, its snapshots reserved, the prompt committed, closed.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -70,24 +70,46 @@ class ReplayResult:
     totals: ReplayTotals
 
 
+class Runner(Protocol):
+    """Who plays the model in a replay: computes where the memory has bytes, or watches what the manager does."""
+
+    def manager(self, config: KVCacheManagerConfig) -> KVCacheManager:
+        """The manager to replay with. Called once, first."""
+
+    def stream(self, request: int) -> Any:
+        """The stream that a request computes on."""
+
+    def found(self, kv: KVCache) -> None:
+        """A request has looked its prompt up. `kv.id` is its number in the trace."""
+
+    def compute(self, kv: KVCache, end: int, reserved: Mapping[int, int]) -> None:
+        """The ACTIVE sequence computes the tokens up to `end`, which are committed next.
+
+        Args:
+            reserved: {position: slot} of the states to write in passing.
+        """
+
+
 def replay(
     trace: Trace,
     config: KVCacheManagerConfig,
     *,
     prefill: Prefill = "reserved",
     progress: Callable[[int], None] | None = None,
+    runner: Runner | None = None,
 ) -> ReplayResult:
     """Serves every request of the trace, in blocks of `config.tokens_per_block`.
 
     Args:
         progress: called now and then with the number of requests served.
+        runner: None: the memory is simulated, and nothing is computed.
 
     Errors: TraceError for blocks that the trace does not record; MemoryTooSmallError when no request fits.
     """
     recorded, trace = trace, trace.with_block(config.tokens_per_block)
     check_memory(trace, config)
-    manager = KVCacheManager(config, memory=SimulatedMemory())
-    served = _serve_all(trace, manager, _committer(config, prefill), progress)
+    manager = KVCacheManager(config, memory=SimulatedMemory()) if runner is None else runner.manager(config)
+    served = _serve_all(trace, manager, _committer(config, prefill, runner), progress, runner)
     too_large = np.zeros(trace.num_requests, dtype=np.bool_)
     if manager.max_capacity is not None:
         too_large = trace.prompt_tokens + 1 > manager.max_capacity
@@ -135,26 +157,26 @@ def _capacity(config: KVCacheManagerConfig, quota: int) -> int:
 _Commit = Callable[[KVCache, BlockKeys], None]
 
 
-def _committer(config: KVCacheManagerConfig, prefill: Prefill) -> _Commit:
-    if not config.has_ssm:
-        return _commit_at_once
-    return _commit_reserved if prefill == "reserved" else _commit_chunks
+def _committer(config: KVCacheManagerConfig, prefill: Prefill, runner: Runner | None) -> _Commit:
+    """What a request does between `resize` and `close`."""
+    has_ssm, compute = config.has_ssm, None if runner is None else runner.compute
 
-
-def _commit_at_once(kv: KVCache, prompt: BlockKeys) -> None:
-    kv.commit(prompt[kv.num_committed_tokens :])
-
-
-def _commit_reserved(kv: KVCache, prompt: BlockKeys) -> None:
-    kv.reserve_snapshots(kv.snapshot_points(prompt.stop))
-    kv.commit(prompt[kv.num_committed_tokens :])
-
-
-def _commit_chunks(kv: KVCache, prompt: BlockKeys) -> None:
-    for point in kv.snapshot_points(prompt.stop):
-        kv.commit(prompt[kv.num_committed_tokens : point])
-    if kv.num_committed_tokens < prompt.stop:
+    def commit(kv: KVCache, prompt: BlockKeys) -> None:
+        reserved = kv.reserve_snapshots(kv.snapshot_points(prompt.stop)) if has_ssm else {}
+        if compute is not None:
+            compute(kv, prompt.stop, reserved)
         kv.commit(prompt[kv.num_committed_tokens :])
+
+    def commit_chunks(kv: KVCache, prompt: BlockKeys) -> None:
+        ends = list(kv.snapshot_points(prompt.stop))
+        if not ends or ends[-1] < prompt.stop:
+            ends.append(prompt.stop)
+        for end in ends:
+            if compute is not None:
+                compute(kv, end, {})
+            kv.commit(prompt[kv.num_committed_tokens : end])
+
+    return commit_chunks if has_ssm and prefill == "chunked" else commit
 
 
 class _Served(NamedTuple):
@@ -168,7 +190,11 @@ class _Served(NamedTuple):
 
 
 def _serve_all(
-    trace: Trace, manager: KVCacheManager, commit: _Commit, progress: Callable[[int], None] | None
+    trace: Trace,
+    manager: KVCacheManager,
+    commit: _Commit,
+    progress: Callable[[int], None] | None,
+    runner: Runner | None,
 ) -> _Served:
     served = _Served([], [], [[] for _ in manager.layer_grouping])
     matches, by_tier, used_slots = served
@@ -182,7 +208,11 @@ def _serve_all(
             by_tier.append(())
         else:
             kv = create(prompt[:-1], id=index)
-            if not (kv.resume() and kv.resize(needed)):
+            stream = None
+            if runner is not None:
+                runner.found(kv)
+                stream = runner.stream(index)
+            if not (kv.resume(stream) and kv.resize(needed)):
                 # one request at a time and room for it alone: the manager is wrong, not the user
                 raise RuntimeError(f"request {index} of {needed} tokens fits {capacity}, but: {kv.shortage}")
             matches.append(kv.reuse_match)

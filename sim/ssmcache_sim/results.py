@@ -15,6 +15,7 @@ import numpy as np
 from ssmcache import __version__
 from ssmcache_sim.directories import MANIFEST, TOOL, json_bytes, new_directory, read_manifest, write_file
 from ssmcache_sim.errors import OutputError
+from ssmcache_sim.payload_check import PayloadCheck
 from ssmcache_sim.phase import PhaseCeilings
 from ssmcache_sim.replay import ReplayResult
 from ssmcache_sim.settings import ReplaySettings
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 PER_REQUEST = "per_request.parquet"
 PHASE_CEILINGS = "phase_ceilings.parquet"
+DECISIONS = "decisions.log.gz"  # of a replay on real memory
 REPORT = "report.html"  # of a replay or a sweep
 REPLAY_COMMAND = "replay"
 
@@ -39,9 +41,9 @@ class RunTimes:
     wall_seconds: float
 
 
-def replay_manifest(trace: Trace, settings: ReplaySettings) -> dict[str, Any]:
+def replay_manifest(trace: Trace, settings: ReplaySettings, memory: str = "simulated") -> dict[str, Any]:
     """What a replay was made of; the same for the same input on the same machine."""
-    return {**manifest_head(REPLAY_COMMAND, trace), "settings": asdict(settings)}
+    return {**manifest_head(REPLAY_COMMAND, trace), "settings": asdict(settings), "memory": memory}
 
 
 def manifest_head(command: str, trace: Trace) -> dict[str, Any]:
@@ -69,21 +71,28 @@ def manifest_with_times(manifest: dict[str, Any], times: RunTimes) -> dict[str, 
     return {**manifest, "run": asdict(times)}
 
 
-def summary(result: ReplayResult, manifest: dict[str, Any]) -> dict[str, Any]:
+def summary(result: ReplayResult, manifest: dict[str, Any], payload: PayloadCheck | None = None) -> dict[str, Any]:
     """The object that `--json` prints and `summary.json` holds."""
-    return {**result.totals.to_json(), "phase": asdict(result.phase.summary()), "manifest": manifest}
+    checked = {} if payload is None else {"payload": asdict(payload)}
+    return {**result.totals.to_json(), "phase": asdict(result.phase.summary()), **checked, "manifest": manifest}
 
 
 def replay_directory(path: Path) -> AbstractContextManager[Path]:
     """A folder for `write_replay` that becomes `path` at the end of the block. Errors: OutputError, see there."""
-    return new_directory(path, REPLAY_COMMAND, frozenset({SUMMARY, PER_REQUEST, PHASE_CEILINGS, REPORT}))
+    return new_directory(path, REPLAY_COMMAND, frozenset({SUMMARY, PER_REQUEST, PHASE_CEILINGS, DECISIONS, REPORT}))
 
 
-def write_replay(folder: Path, result: ReplayResult, manifest: dict[str, Any], times: RunTimes) -> None:
+def write_replay(
+    folder: Path,
+    result: ReplayResult,
+    manifest: dict[str, Any],
+    times: RunTimes,
+    payload: PayloadCheck | None = None,
+) -> None:
     """Writes the four files into `folder`. Errors: OutputError."""
     write_parquet(folder / PER_REQUEST, per_request_columns(result))
     write_parquet(folder / PHASE_CEILINGS, phase_ceilings_columns([result.phase]))
-    write_file(folder / SUMMARY, json_bytes(summary(result, manifest)))
+    write_file(folder / SUMMARY, json_bytes(summary(result, manifest, payload)))
     write_file(folder / MANIFEST, json_bytes(manifest_with_times(manifest, times)))
 
 

@@ -130,6 +130,29 @@ class Trace:
             yield BlockKeys(keys[start:stop], tokens_per_block, num_tokens)
             start = stop
 
+    def part(self, start: int, stop: int) -> "Trace":
+        """Requests `start`..`stop - 1` alone, without their sessions."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return replace(
+            self,
+            arrival_ms=self.arrival_ms[start:stop],
+            prompt_tokens=self.prompt_tokens[start:stop],
+            output_tokens=self.output_tokens[start:stop],
+            block_keys=self.block_keys[first:last],
+            offsets=self.offsets[start : stop + 1] - first,
+            partial_ids=self.partial_ids[start:stop],
+            sessions=None,
+        )
+
+    def first_requests(self, count: int) -> "Trace":
+        """The first requests alone, which `reading` says. Errors: TraceError unless there are any."""
+        if count < 1:
+            raise TraceError(f"requests: expected at least 1 of {self.name}, got {count}")
+        if count >= self.num_requests:
+            return self
+        reading = ", ".join(filter(None, (self.reading, f"first {count} requests")))
+        return replace(self.part(0, count), reading=reading)
+
     def with_block(self, tokens_per_block: int) -> "Trace":
         """The same requests in coarser blocks. Exact: a coarse block's key is the key of its last block here.
 

@@ -80,10 +80,15 @@ class SimulatedMemory:
 
     There is always enough of it, and the pools of the GPU may be unlimited. The slots of a batch are not looked at: a
     memory with bytes checks them.
+
+    Args:
+        grains: by tier, what the size of a pool is rounded up to, in bytes; 1 for tiers beyond its end. Those of a
+            memory with bytes give pools of as many slots as there.
     """
 
-    def __init__(self, bandwidths: Bandwidths | None = None) -> None:
+    def __init__(self, bandwidths: Bandwidths | None = None, grains: Sequence[int] = ()) -> None:
         self._bandwidths = bandwidths or Bandwidths()
+        self._grains = tuple(grains)
         self._is_open = False
         self._slot_bytes: tuple[int, ...] = ()
         self._directions: list[list[_Direction]] = []
@@ -105,7 +110,7 @@ class SimulatedMemory:
         self._is_open = True
 
     def grain(self, tier: int) -> int:
-        return 1
+        return self._grains[tier] if tier < len(self._grains) else 1
 
     def resize(self, tier: int, num_slots: Sequence[int | None]) -> bool:
         self._require_open("resize")

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from ssmcache.models import AttentionSpec, LayerSpec, ModelSpec, SsmSpec, load_model
 from ssmcache_sim.candidates import Candidate, Place, Question, Shape, near_best, rank
 from ssmcache_sim.ceilings import infinite_cache
-from ssmcache_sim.certainty import piece
 from ssmcache_sim.cost import DeviceProfile
 from ssmcache_sim.errors import MemoryTooSmallError, SettingsError, TraceError
 from ssmcache_sim.formats import read_trace
@@ -220,7 +219,7 @@ def test_the_range_of_splits_near_the_best_is_as_wide_as_can_be(sample: Trace) -
 def test_a_piece_is_the_trace_of_its_requests(trace_of: TraceOf, prompts: list[list[int]], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(prompts) - 1))
     stop = data.draw(st.integers(start + 1, len(prompts)))
-    part, alone = piece(trace_of(prompts, 2), start, stop), trace_of(prompts[start:stop], 2)
+    part, alone = trace_of(prompts, 2).part(start, stop), trace_of(prompts[start:stop], 2)
     assert part.prompt_tokens.tolist() == alone.prompt_tokens.tolist()
     assert infinite_cache(part, 4).tokens.tolist() == infinite_cache(alone, 4).tokens.tolist()
 
@@ -233,7 +232,7 @@ def test_halves_and_pieces_are_judged_as_traces_of_their_own(sample: Trace) -> N
     assert {case.num_requests for case in parts} == {500}
     for case, (start, stop) in zip(parts[:2], ((0, 500), (500, 1000)), strict=True):
         asked = replace(question, num_pieces=0)
-        alone = recommend(piece(sample, start, stop), spec, asked)
+        alone = recommend(sample.part(start, stop), spec, asked)
         assert case.own_saved_share == alone.saved_share(alone.best.saved_ns)
         assert case.own_shape.ssm_reuse_interval == alone.best.settings.ssm_reuse_interval
         assert case.best_saved_share <= case.own_saved_share
