@@ -9,7 +9,7 @@ from ssmcache_sim.verify import Verification
 
 def payload_lines(payload: PayloadCheck) -> Iterator[str]:
     """What was checked, and what was wrong."""
-    yield f"payload: {format_size(payload.checked_bytes)} of reused pages and states compared byte for byte"
+    yield f"payload: {format_size(payload.checked_bytes)} reused, compared byte for byte"
     yield f"  {payload.wrong_bytes:,} wrong bytes, {payload.missing_pages:,} missing pages"
     if payload.first is not None:
         first = payload.first

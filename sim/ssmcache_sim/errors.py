@@ -21,5 +21,9 @@ class MemoryTooSmallError(UserError):
     """The memory given cannot serve a single request of the trace."""
 
 
+class TierFailedError(UserError):
+    """A real tier, such as a disk, cannot be read or written."""
+
+
 class OutputError(UserError):
     """A result directory cannot be written or read."""

@@ -104,7 +104,11 @@ class MemoryRunner:
         self._started = -1  # the last request that has begun to compute
 
     def manager(self, config: KVCacheManagerConfig) -> KVCacheManager:
-        manager = KVCacheManager(config, self._memory) if self._log is None else self._log.manager(config, self._memory)
+        make = KVCacheManager if self._log is None else self._log.manager
+        try:
+            manager = make(config, self._memory)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
         if self._make_kernels is not None:
             num_buffers = sum(len(group.buffers) for group in manager.groups)
             self._kernels = self._make_kernels(self._trace.num_requests, num_buffers)

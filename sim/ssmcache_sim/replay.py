@@ -18,10 +18,11 @@ from ssmcache import (
     KVCacheManager,
     KVCacheManagerConfig,
     ReuseMatch,
+    Shortage,
     SimulatedMemory,
 )
 from ssmcache_sim.ceilings import Ceilings, infinite_cache
-from ssmcache_sim.errors import MemoryTooSmallError
+from ssmcache_sim.errors import MemoryTooSmallError, TierFailedError
 from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
 from ssmcache_sim.replay_tiers import TierTokens, check_lower_tiers, moved_slots, peak, tier_totals, tokens_by_tier
 from ssmcache_sim.settings import Prefill
@@ -104,7 +105,8 @@ def replay(
         progress: called now and then with the number of requests served.
         runner: None: the memory is simulated, and nothing is computed.
 
-    Errors: TraceError for blocks that the trace does not record; MemoryTooSmallError when no request fits.
+    Errors: TraceError for blocks that the trace does not record; MemoryTooSmallError when no request fits;
+    TierFailedError where a real tier cannot be read or written.
     """
     recorded, trace = trace, trace.with_block(config.tokens_per_block)
     check_memory(trace, config)
@@ -213,8 +215,7 @@ def _serve_all(
                 runner.found(kv)
                 stream = runner.stream(index)
             if not (kv.resume(stream) and kv.resize(needed)):
-                # one request at a time and room for it alone: the manager is wrong, not the user
-                raise RuntimeError(f"request {index} of {needed} tokens fits {capacity}, but: {kv.shortage}")
+                raise _refused(index, needed, capacity, kv.shortage)
             matches.append(kv.reuse_match)
             by_tier.append(kv.usable_tokens_by_tier)
             commit(kv, prompt)
@@ -226,6 +227,16 @@ def _serve_all(
     if progress is not None:
         progress(trace.num_requests)
     return served
+
+
+def _refused(index: int, needed: int, capacity: int | None, shortage: Shortage | None) -> Exception:
+    if shortage is not None and shortage.reason in ("io", "lost"):
+        return TierFailedError(
+            f"request {index}: expected a {shortage.tier} tier that can be read and written, got "
+            f"{'pages that cannot be read' if shortage.reason == 'lost' else 'a failed copy'}"
+        )
+    # one request at a time and room for it alone: the manager is wrong, not the user
+    return RuntimeError(f"request {index} of {needed} tokens fits {capacity}, but: {shortage}")
 
 
 def _account(
