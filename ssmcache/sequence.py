@@ -349,6 +349,8 @@ class KVCache(SequencePages):
             array = np.concatenate((self.pending, array))
         # the run that these keys become must not keep the memory of more tokens than its own
         size = (last - first) * self.kind.width
+        if size == array.size:
+            return array, first, _NO_TOKENS
         return array[:size].copy(), first, array[size:].copy()
 
     def stop_committing(self) -> None:

@@ -100,16 +100,9 @@ class SequencePages(PathHolder):
                 self._rows.check(num_blocks)
             pages = self.store.pages
             missing = 0 if pages is None else num_blocks - self.cursor.end - self.own_pages.size
-            ordered = self.manager.streams.only is not self.stream and self._changes(missing, history, num_blocks)
-            if ordered:
-                self.manager.streams.acquire(self.stream)
-            shortage = self._shortage_of_windows(history, num_blocks) if self.windows else None
-            if missing and shortage is None:
-                shortage = self._change_pages(missing)
-            if self.windows and shortage is None:
-                shortage = self._change_windows(history, num_blocks, missing)
-            if ordered:
-                self.manager.streams.release(self.stream)
+            shortage = None
+            if missing or (self.windows and self._windows_change(history, num_blocks)):
+                shortage = self._change(missing, history, num_blocks)
             self.shortage = shortage
             if shortage is not None:
                 return False
@@ -121,10 +114,23 @@ class SequencePages(PathHolder):
         finally:
             lock.release()
 
-    def _changes(self, missing: int, history: int, num_blocks: int) -> bool:
-        """Whether slots change hands, so that streams have to wait for each other."""
-        has_pages = missing > 0 or (missing < 0 and self.own_pages.size > 0)
-        return has_pages or any(window.would_change(history, num_blocks) for window in self.windows)
+    def _windows_change(self, history: int, num_blocks: int) -> bool:
+        return any(window.would_change(history, num_blocks) for window in self.windows)
+
+    def _change(self, missing: int, history: int, num_blocks: int) -> Shortage | None:
+        """Take `missing` pages and what windows need for these lengths, or give some back."""
+        changes_hands = missing > 0 or (missing < 0 and self.own_pages.size > 0) or self.windows
+        ordered = changes_hands and self.manager.streams.only is not self.stream
+        if ordered:
+            self.manager.streams.acquire(self.stream)
+        shortage = self._shortage_of_windows(history, num_blocks)
+        if missing and shortage is None:
+            shortage = self._change_pages(missing)
+        if self.windows and shortage is None:
+            shortage = self._change_windows(history, num_blocks, missing)
+        if ordered:
+            self.manager.streams.release(self.stream)
+        return shortage
 
     def _change_pages(self, missing: int) -> Shortage | None:
         """Take `missing` pages, or give some back if it is negative."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.memory.base import GPU_TIER
@@ -20,7 +21,7 @@ class SequenceWindow:
     needs, by block, locked while it is ACTIVE. Pages leave both when their block goes stale.
     """
 
-    __slots__ = ("_holder", "_priority", "_shape", "_stamp", "own", "pins", "store")
+    __slots__ = ("_holder", "_priority", "_same_below", "_shape", "_stamp", "own", "pins", "store")
 
     def __init__(self, store: WindowStore, holder: PathHolder, priority: Priority | None) -> None:
         self.store = store
@@ -30,6 +31,7 @@ class SequenceWindow:
         self._priority = priority
         self._stamp = 0  # of the pages that are committed until the next suspend
         self._shape = (0, 0, 0)  # number of blocks, and the stale range, that the pages are there for
+        self._same_below = 0  # the history length from which on the range may be another
 
     # -- lengths -----------------------------------------------------------------------------------------------------
 
@@ -38,23 +40,41 @@ class SequenceWindow:
         # blocks that were taken up beyond the capacity stay, since nobody writes them again
         return max(num_blocks, self._holder.cursor.end), first, end
 
-    def _needed(self, history_length: int, shape: tuple[int, int, int]) -> list[int]:
-        return self.store.window.needed_blocks(history_length, shape[0])
+    def _changes(self, shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+        """Blocks whose pages are missing for a shape, and those whose pages are there and stale."""
+        num_blocks, first, end = shape
+        old_num_blocks, _, old_end = self._shape
+        if old_num_blocks:  # all that was needed is there, and nothing else
+            candidates: Iterable[int] = (*range(old_end, min(end, old_num_blocks)), *range(num_blocks, old_num_blocks))
+        else:
+            candidates = (*self.own, *self.pins)
+        there = self.own.keys() | self.pins.keys() if not old_num_blocks else ()
+        missing = [block for block in range(old_num_blocks, num_blocks) if not first <= block < end]
+        if there:
+            missing = [block for block in missing if block not in there]
+        return missing, [block for block in candidates if block >= num_blocks or first <= block < end]
 
     def would_change(self, history_length: int, num_blocks: int) -> bool:
-        """Whether `resize` to these lengths takes pages or gives some up."""
-        return self._shape_for(history_length, num_blocks) != self._shape
+        """Whether `resize` to these lengths, history not below that of now, takes pages or gives some up."""
+        if history_length < self._same_below and num_blocks == self._shape[0]:
+            return False
+        shape = self._shape_for(history_length, num_blocks)
+        if shape != self._shape:
+            return True
+        self._same_below = self.store.window.next_change(history_length)
+        return False
 
     def missing(self, history_length: int, num_blocks: int) -> int:
         """Slots that must be obtained for these lengths, counting those that go stale as free already."""
         shape = self._shape_for(history_length, num_blocks)
         if shape == self._shape:
             return 0
-        needed = set(self._needed(history_length, shape))
-        missing = len(needed - self.own.keys() - self.pins.keys())
-        freed = len(self.own.keys() - needed)
-        freed += sum(pin.locked == 1 and not pin.held for block, pin in self.pins.items() if block not in needed)
-        return missing - freed
+        missing, stale = self._changes(shape)
+        freed = 0
+        for block in stale:
+            pin = self.pins.get(block)
+            freed += block in self.own if pin is None else pin.locked == 1 and not pin.held
+        return len(missing) - freed
 
     def resize(self, history_length: int, num_blocks: int, stream: Any) -> None:
         """Take the pages that are missing and give up those that are stale. The caller has checked `missing`.
@@ -64,10 +84,9 @@ class SequenceWindow:
         shape = self._shape_for(history_length, num_blocks)
         if shape == self._shape:
             return
-        needed = self._needed(history_length, shape)
+        missing, stale = self._changes(shape)
         self._shape = (0, 0, 0)  # until all is there
-        self._drop_all_but(set(needed))
-        missing = [block for block in needed if block not in self.own and block not in self.pins]
+        self._drop(stale)
         if missing:
             self.own.update(zip(missing, self.store.take(len(missing), stream), strict=True))
         self._shape = shape
@@ -77,22 +96,24 @@ class SequenceWindow:
         if self.would_change(history_length, num_blocks):
             return []
         there = self.own.keys() | {block for block, pin in self.pins.items() if pin.tier == GPU_TIER}
-        return [block for block in self._needed(history_length, self._shape) if block not in there]
+        needed = self.store.window.needed_blocks(history_length, self._shape[0])
+        return [block for block in needed if block not in there]
 
     def forget_stale(self, history_length: int, num_blocks: int) -> None:
         """Give up what went stale; nothing new is needed."""
         shape = self._shape_for(history_length, num_blocks)
         if shape != self._shape:
-            self._drop_all_but(set(self._needed(history_length, shape)))
+            self._drop(self._changes(shape)[1])
             self._shape = shape
 
-    def _drop_all_but(self, needed: set[int]) -> None:
-        stale = [block for block in self.own if block not in needed]
-        if stale:
-            self.store.gpu_pool.give_back(int_array(self.own.pop(block) for block in stale))
-        gone = [block for block in self.pins if block not in needed]
-        for block in gone:
-            self.store.pins.count(self.pins.pop(block), locked=-1)
+    def _drop(self, stale: list[int]) -> None:
+        """Give up the pages of these blocks, where there are any."""
+        slots = int_array(self.own.pop(block) for block in stale if block in self.own)
+        if slots:
+            self.store.gpu_pool.give_back(slots)
+        gone = [self.pins.pop(block) for block in stale if block in self.pins]
+        for pin in gone:
+            self.store.pins.count(pin, locked=-1)
         if gone:
             self.store.release(self._holder.cursor)
 
@@ -101,6 +122,7 @@ class SequenceWindow:
     def lock(self, pins: dict[int, Pin], history_length: int, num_blocks: int) -> None:
         """The first resume: the pins that were soft are locks from now on."""
         self.pins = pins
+        self._same_below = 0
         self.begin_activity()
         for pin in pins.values():
             self.store.pins.count(pin, locked=1)

@@ -38,6 +38,14 @@ class Window:
         first = min(self.num_sink_blocks, -(-history_length // block))
         return first, max(first, (history_length + 1 - self.size) // block)
 
+    def next_change(self, history_length: int) -> int:
+        """A longer history up to which, itself left out, `stale_blocks` stays the same."""
+        block = self.tokens_per_block
+        end = ((history_length + 1 - self.size) // block + 1) * block + self.size - 1
+        if history_length > (self.num_sink_blocks - 1) * block:  # all sinks are there
+            return end
+        return min(end, -(-history_length // block) * block + 1)
+
     def needed_blocks(self, history_length: int, num_blocks: int) -> list[int]:
         """Of `num_blocks` blocks, those that are not stale."""
         first, end = self.stale_blocks(history_length)
