@@ -57,17 +57,22 @@ class Tight(CudaMemory):
 
 def trace_at_random(seed: int, count: int = 120, longest: int = 40) -> Trace:
     random = Random(seed)
-    known: dict[tuple[int, ...], int] = {}
     prompts: list[list[int]] = []
-    keys: list[int] = []
     for _ in range(count):
         start = random.choice(prompts)[: random.randint(0, longest)] if prompts else []
-        prompt = (start + [random.randint(0, 2) for _ in range(random.randint(1, longest // 2))])[:longest]
-        prompts.append(prompt)
+        prompts.append((start + [random.randint(0, 2) for _ in range(random.randint(1, longest // 2))])[:longest])
+    return trace_of(prompts)
+
+
+def trace_of(prompts: list[list[int]]) -> Trace:
+    known: dict[tuple[int, ...], int] = {}
+    keys: list[int] = []
+    for prompt in prompts:
         keys += [known.setdefault(tuple(prompt[:end]), len(known)) for end in range(BLOCK, len(prompt) + 1, BLOCK)]
     lengths = np.array([len(prompt) for prompt in prompts])
+    count = len(prompts)
     return Trace(
-        "random", str(seed), BLOCK, np.arange(count, dtype=np.float64), lengths, np.ones(count, dtype=np.int64),
+        "prompts", "", BLOCK, np.arange(count, dtype=np.float64), lengths, np.ones(count, dtype=np.int64),
         np.array(keys, dtype=np.int64), offsets_of(lengths // BLOCK), np.full(count, -1), len(known),
     )  # fmt: skip
 
@@ -87,13 +92,21 @@ def config_of(path: Path, *slots: int, full: bool = True, window: int | None = N
     return KVCacheManagerConfig(BLOCK, layers, tiers, ssm_reuse_interval=8, ssm_fraction=share)
 
 
-def verified(trace: Trace, config: Any, memory: CudaMemory, prefill: Any = "reserved") -> Verification:
+def verified(
+    trace: Trace, config: Any, memory: CudaMemory, prefill: Any = "reserved", late_kernels: bool = False
+) -> Verification:
     from ssmcache_sim.payload_cuda import CudaKernels
 
+    class LateKernels(CudaKernels):
+        def write_pages(self, *arguments: Any) -> None:
+            torch.cuda._sleep(LATE_CYCLES)
+            super().write_pages(*arguments)
+
+    make = LateKernels if late_kernels else CudaKernels
     streams = tuple(torch.cuda.Stream() for _ in range(4))
     try:
         return verify(
-            trace, config, RealMemory("", memory, streams, lambda *sizes: CudaKernels(memory.device, *sizes)),
+            trace, config, RealMemory("", memory, streams, lambda *sizes: make(memory.device, *sizes)),
             prefill=prefill,
         )  # fmt: skip
     finally:
@@ -130,12 +143,17 @@ def test_copies_that_are_not_made_are_found(tmp_path: Path, lost: tuple[int, int
     assert answer.payload.first is not None
 
 
-def test_streams_that_do_not_wait_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("waits", [True, False])
+def test_streams_that_do_not_wait_for_late_kernels_are_found(tmp_path: Path, waits: bool) -> None:
+    """Half of the requests go on with what the one before computes, on another stream."""
+    random = Random(4)
+    prompts = [[random.randint(0, 9) for _ in range(13)] for _ in range(40)]
     memory = Tight()
-    memory.late, memory.waits = True, False
-    answer = verified(trace_at_random(4), config_of(tmp_path, 13, 12), memory)
+    memory.waits = waits
+    trace = trace_of([prompt for prompt in prompts for _ in range(2)])
+    answer = verified(trace, config_of(tmp_path, 13, 12), memory, late_kernels=True)
     assert answer.difference is None
-    assert answer.payload.wrong_bytes > 0
+    assert (answer.payload.wrong_bytes > 0) == (not waits)
 
 
 @pytest.mark.parametrize(("tokens_per_block", "words"), [(4, 3), (16, 1), (512, 32)])
