@@ -20,6 +20,7 @@ from ssmcache import (
     ReuseMatch,
     SimulatedMemory,
 )
+from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache_sim.ceilings import Ceilings, infinite_cache
 from ssmcache_sim.errors import MemoryTooSmallError
 from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
@@ -75,25 +76,27 @@ def replay(
     config: KVCacheManagerConfig,
     *,
     prefill: Prefill = "reserved",
+    bandwidths: BandwidthProfile = DEFAULT_BANDWIDTHS,
     progress: Callable[[int], None] | None = None,
 ) -> ReplayResult:
     """Serves every request of the trace, in blocks of `config.tokens_per_block`.
 
     Args:
+        bandwidths: what copies take on the simulated memory; no decision depends on it.
         progress: called now and then with the number of requests served.
 
     Errors: TraceError for blocks that the trace does not record; MemoryTooSmallError when no request fits.
     """
     recorded, trace = trace, trace.with_block(config.tokens_per_block)
     check_memory(trace, config)
-    manager = KVCacheManager(config, memory=SimulatedMemory())
+    manager = KVCacheManager(config, memory=SimulatedMemory(bandwidths))
     served = _serve_all(trace, manager, _committer(config, prefill), progress)
     too_large = np.zeros(trace.num_requests, dtype=np.bool_)
     if manager.max_capacity is not None:
         too_large = trace.prompt_tokens + 1 > manager.max_capacity
     ceilings = infinite_cache(trace, config.ssm_reuse_interval if config.has_ssm else None)
     phase = phase_ceilings(recorded, config.ssm_reuse_interval if config.has_ssm else config.tokens_per_block)
-    return _account(trace, config, ceilings, phase, served, too_large, manager)
+    return _account(trace, config, ceilings, phase, served, too_large, manager, bandwidths)
 
 
 def check_memory(trace: Trace, config: KVCacheManagerConfig) -> None:
@@ -206,6 +209,7 @@ def _account(
     served: _Served,
     too_large: np.ndarray[tuple[int], np.dtype[np.bool_]],
     manager: KVCacheManager,
+    bandwidths: BandwidthProfile,
 ) -> ReplayResult:
     """Splits every token below the KV ceiling into hit and lost, and sums up."""
     block = trace.tokens_per_block
@@ -240,7 +244,7 @@ def _account(
         snapshots=_snapshot_counts(manager),
         peaks=tuple(map(peak, groups)),
         tiers=tier_totals(manager, by_tier),
-        moved=moved_slots(manager),
+        moved=moved_slots(manager, config, bandwidths),
     )
     return ReplayResult(
         trace=trace,

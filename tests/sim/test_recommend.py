@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssmcache.memory.bandwidths import BandwidthProfile
 from ssmcache.models import AttentionSpec, LayerSpec, ModelSpec, SsmSpec, load_model
 from ssmcache_sim.candidates import Candidate, Place, Question, Shape, near_best, rank
 from ssmcache_sim.ceilings import infinite_cache
@@ -35,7 +36,7 @@ from ssmcache_sim.trace import Trace
 
 TraceOf = Callable[..., Trace]
 # one operation and one byte take a nanosecond
-DEVICE = DeviceProfile("slow", 2e9, 0.5, 1e9, launch_seconds=7e-9, pass_tokens=5, pass_seconds=1e-7)
+DEVICE = DeviceProfile("slow", 2e9, 0.5, BandwidthProfile(0.5e9), launch_seconds=7e-9, pass_tokens=5, pass_seconds=1e-7)
 ATTENTION = AttentionSpec(1, 1, num_query_elements=2, num_output_elements=2)
 TINY = ModelSpec(
     name="tiny",
