@@ -81,15 +81,12 @@ def _moved(totals: ReplayTotals) -> Markup:
             text(f"{each.source_tier} to {each.tier}: {each.kind}"),
             f"{each.num_slots:,}",
             format_size(each.num_bytes),
-            f"{each.seconds:,.3g} s",
+            f"{each.seconds:,.1f} s",
         )
         for each in totals.moved or ()
     ]
-    return (
-        table("Moved between tiers, or copied within the GPU", ("", "slots", "bytes", "copy time"), rows)
-        if rows
-        else ""
-    )
+    headings = ("", "slots", "bytes", "copies take")
+    return table("Moved between tiers, or copied within the GPU", headings, rows) if rows else ""
 
 
 def _snapshots(totals: ReplayTotals) -> Markup:
