@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS
 from ssmcache.models import load_model
 from ssmcache_cli.console import (
+    BandwidthProfileOption,
     DiskMemoryOption,
     FormatOption,
     KvDtypeOption,
@@ -28,10 +30,11 @@ from ssmcache_cli.console import (
     interruptible,
     note_broken_rows,
     progress_bar,
+    read_machine,
     read_options,
 )
 from ssmcache_cli.tables import replay_table
-from ssmcache_sim.errors import SizeError
+from ssmcache_sim.errors import SizeError, UserError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.replay import replay
 from ssmcache_sim.results import manifest_with_times, replay_directory, replay_manifest, summary, write_replay
@@ -61,6 +64,7 @@ def replay_command(
             metavar="DIR",
         ),
     ] = None,
+    bandwidth_profile: BandwidthProfileOption = None,
     ssm_fraction: SsmFractionOption = None,
     kv_dtype: KvDtypeOption = None,
     state_dtype: StateDtypeOption = None,
@@ -84,6 +88,11 @@ def replay_command(
     )
     if disk_path is not None and not disk_bytes:
         raise SizeError(f"--disk-path: expected --disk-memory beside it, got {str(disk_path)!r} alone")
+    if bandwidth_profile is not None and not (host_bytes or disk_bytes):
+        raise UserError(
+            "--bandwidth-profile: expected --host-memory or --disk-memory beside it, without which no copy is timed"
+        )
+    bandwidths = DEFAULT_BANDWIDTHS if bandwidth_profile is None else read_machine(bandwidth_profile).bandwidths
     spec = load_model(model)
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
     with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:
@@ -106,8 +115,8 @@ def replay_command(
         if disk_path is not None:
             print(f"--disk-path: the disk is simulated, nothing is read or written at {disk_path}", file=sys.stderr)
         with progress_bar("replay", requests.num_requests, shown=not (quiet or as_json)) as progress:
-            result = replay(requests, config, prefill=how, progress=progress)
-        manifest, times = replay_manifest(requests, settings), stopwatch.times()
+            result = replay(requests, config, prefill=how, bandwidths=bandwidths, progress=progress)
+        manifest, times = replay_manifest(requests, settings, bandwidths), stopwatch.times()
         if folder is not None:
             write_replay(folder, result, manifest, times)
     if as_json:

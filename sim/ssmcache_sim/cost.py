@@ -28,7 +28,7 @@ short convolutions; and parameters are the vendor's count, embeddings included, 
 (Nemotron-H-8B by an eighth), while weights used at several places count once (Zamba2's part is low).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -36,6 +36,7 @@ import numpy as np
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.models import ModelSpec, SsmSpec
 from ssmcache_sim.errors import SettingsError
+from ssmcache_sim.machine_profile import MachineProfile
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Float64Array, Int64Array
 
@@ -80,6 +81,14 @@ H100 = DeviceProfile(
     pass_tokens=8192,
     pass_seconds=5e-3,
 )
+
+
+def with_copies_of(device: DeviceProfile, machine: MachineProfile) -> DeviceProfile:
+    """The device with copies as they were measured on a machine; as it is where none were measured on a GPU."""
+    if machine.device is None:
+        return device
+    name = f"{device.name} with the copies of {machine.device}"
+    return replace(device, name=name, bandwidths=machine.bandwidths)
 
 
 @dataclass(frozen=True, slots=True)
