@@ -1,7 +1,9 @@
 """What torch and a CUDA device can do for `CudaMemory`, line by line, and how fast its copies are there."""
 
+import re
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any, Protocol
 
 from ssmcache_sim.diagnosis import (
@@ -19,6 +21,7 @@ _BYTES = 256 << 20  # of one copy
 _REPEATS = 5
 _PINNED_BYTES = 64 << 20  # as much as the ring of a disk tier
 _GPU, _HOST = 0, 1
+_DRIVER = Path("/proc/driver/nvidia/version")  # of the kernel's module; no library here tells it
 _TIERS = {"gpu": (_GPU, _GPU), "host_to_gpu": (_HOST, _GPU), "gpu_to_host": (_GPU, _HOST)}
 
 _NO_CUDA_MEMORY = "no CudaMemory; simulations and HostMemory do without"
@@ -64,7 +67,7 @@ def gpu_findings(diagnosis: Diagnosis, load_probe: Callable[[], Any], device_ind
         return probe, None
     diagnosis.device = device.name
     questions: tuple[tuple[str, Callable[[], Finding], str], ...] = (
-        ("CUDA driver", lambda: _driver(probe), "CudaMemory may not work"),
+        ("CUDA driver", _driver, "CudaMemory may not work"),
         ("CUDA virtual memory", lambda: _virtual_memory(probe, device, software), _PLAIN_POOLS),
         ("copy engines", lambda: _copy_engine(probe, device), _LINK_BY_KERNEL),
         ("Triton", lambda: _triton(probe, device, software), "CudaMemory cannot copy slots: mend or remove Triton"),
@@ -106,8 +109,18 @@ def _device(findings: list[Finding], probe: Any, index: int) -> Device | None:
     return chosen
 
 
-def _driver(probe: Any) -> Finding:
-    return Finding("CUDA driver", True, probe.driver_version() or "does not tell its version", "")
+def driver_version(told: str) -> str | None:
+    """The version in what the kernel tells of its NVIDIA driver, such as 580.95.05; None where there is none."""
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", told)
+    return found.group() if found else None
+
+
+def _driver() -> Finding:
+    try:
+        told = _DRIVER.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # a device can be there without it, in a container
+        told = ""
+    return Finding("CUDA driver", True, driver_version(told) or "does not tell its version", "")
 
 
 def _virtual_memory(probe: Any, device: Device, software: dict[str, str]) -> Finding:

@@ -5,11 +5,8 @@ Each question is one function, and one that cannot be answered raises whatever t
 
 from __future__ import annotations
 
-import re
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,7 +17,6 @@ from ssmcache.memory.cuda_timing import GPU, device_seconds, opened, timed_copie
 from ssmcache.memory.cuda_vmm import DevicePages, cuda_driver
 from ssmcache.memory.slot_timing import medians
 
-_KERNEL_VERSION = Path("/proc/driver/nvidia/version")  # of the kernel module; no library tells it without NVML
 _PROBE_SLOT_BYTES = 4096
 
 
@@ -70,14 +66,6 @@ def devices() -> tuple[CudaDevice, ...]:
     return tuple(found)
 
 
-def driver_version() -> str | None:
-    """Of the kernel's driver, such as 580.95.05; None where it does not say."""
-    with suppress(OSError):
-        found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", _KERNEL_VERSION.read_text(encoding="utf-8", errors="replace"))
-        return found.group() if found else None
-    return None
-
-
 def page_bytes(index: int) -> int | None:
     """Bytes of a page of CUDA virtual memory; None without cuda-bindings."""
     driver = cuda_driver()
@@ -120,9 +108,15 @@ def copy_seconds(
     """
     with torch.cuda.device(index):
         try:
-            with timed_copies(source, destination, slot_bytes, num_slots, index) as copies:
-                plain, slots = medians(repeats, device_seconds, copies.plain, copies.slots)
-                copies.check()
+            return _copy_seconds(index, source, destination, slot_bytes, num_slots, repeats)
         finally:
-            torch.cuda.empty_cache()  # of the plain copies
+            torch.cuda.empty_cache()  # of the plain copies, to which nothing refers any more
+
+
+def _copy_seconds(
+    index: int, source: int, destination: int, slot_bytes: int, num_slots: int, repeats: int
+) -> CopySeconds:
+    with timed_copies(source, destination, slot_bytes, num_slots, index) as copies:
+        plain, slots = medians(repeats, device_seconds, copies.plain, copies.slots)
+        copies.check()
     return CopySeconds(plain, slots)
