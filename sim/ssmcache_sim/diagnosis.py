@@ -16,6 +16,7 @@ WAYS = {
     "to_disk": "to the disk",
     "from_disk": "from the disk",
 }
+UNKNOWN_VERSION = "of unknown version"
 SMALL_SLOT_BYTES, LARGE_SLOT_BYTES = 64 << 10, 2 << 20
 
 

@@ -8,8 +8,10 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from ssmcache.memory.slot_timing import RandomMoves, check_moved, medians, wall_
 from ssmcache_sim.diagnosis import (
     LARGE_SLOT_BYTES,
     SMALL_SLOT_BYTES,
+    UNKNOWN_VERSION,
     WAYS,
     Diagnosis,
     Finding,
@@ -33,7 +36,7 @@ from ssmcache_sim.sizes import format_size
 _GPU, _HOST = 0, 1
 _HOST_BYTES = 128 << 20  # of one copy; four times as much is in use
 _HOST_REPEATS = 3
-_PACKAGES = ("numpy", "torch", "triton", "cuda-bindings")
+_MODULES = {"numpy": "numpy", "torch": "torch", "triton": "triton", "cuda-bindings": "cuda.bindings"}
 
 
 def import_gpu_probe() -> Any:
@@ -76,13 +79,15 @@ def examine(
 
 
 def _versions() -> dict[str, str]:
-    """Of what is installed."""
+    """Of what is installed. A module may come from a package of another name, which tells no version."""
     found = {}
-    for name in _PACKAGES:
+    for package, module in _MODULES.items():
         try:
-            found[name] = metadata.version(name)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            continue
+            with suppress(ModuleNotFoundError):  # of a parent
+                if find_spec(module) is not None:
+                    found[package] = UNKNOWN_VERSION
     return found
 
 

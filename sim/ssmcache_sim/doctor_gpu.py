@@ -1,7 +1,7 @@
 """What torch and a CUDA device can do for `CudaMemory`, line by line, and how fast its copies are there."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ssmcache_sim.diagnosis import (
     LARGE_SLOT_BYTES,
     SMALL_SLOT_BYTES,
+    UNKNOWN_VERSION,
     WAYS,
     Diagnosis,
     Finding,
@@ -56,18 +57,25 @@ def gpu_findings(diagnosis: Diagnosis, load_probe: Callable[[], Any], device_ind
         findings.extend(_packages(software))
         return None, None
     built_for = probe.torch_cuda_version()
+    if built_for:
+        software["cuda"] = built_for
     build = f"for CUDA {built_for}" if built_for else "without CUDA"
-    findings.append(Finding("torch", True, f"{software.get('torch', 'of unknown version')}, {build}", ""))
+    findings.append(Finding("torch", True, f"{software.get('torch', UNKNOWN_VERSION)}, {build}", ""))
     if why_not is not None:
         findings.append(Finding("CUDA device", False, why_not, _NO_CUDA_MEMORY))
         findings.extend(_packages(software))
         return probe, None
     device = _device(findings, probe, device_index)
-    if device is None:
-        return probe, None
-    diagnosis.device = device.name
+    if device is not None:
+        diagnosis.device = device.name
+        findings.extend(_abilities(probe, device, software))
+    return probe, device
+
+
+def _abilities(probe: Any, device: Device, software: dict[str, str]) -> Iterator[Finding]:
+    """What can be done with a device. Versions that are found on the way go into `software`."""
     questions: tuple[tuple[str, Callable[[], Finding], str], ...] = (
-        ("CUDA driver", _driver, "CudaMemory may not work"),
+        ("CUDA driver", lambda: _driver(software), "CudaMemory may not work"),
         ("CUDA virtual memory", lambda: _virtual_memory(probe, device, software), _PLAIN_POOLS),
         ("copy engines", lambda: _copy_engine(probe, device), _LINK_BY_KERNEL),
         ("Triton", lambda: _triton(probe, device, software), "CudaMemory cannot copy slots: mend or remove Triton"),
@@ -75,10 +83,9 @@ def gpu_findings(diagnosis: Diagnosis, load_probe: Callable[[], Any], device_ind
     )
     for what, ask, meaning in questions:
         try:
-            findings.append(ask())
+            yield ask()
         except Exception as error:  # a driver fails in as many ways as there are drivers
-            findings.append(Finding(what, False, one_line(error), meaning))
-    return probe, device
+            yield Finding(what, False, one_line(error), meaning)
 
 
 def _packages(software: dict[str, str]) -> list[Finding]:
@@ -115,19 +122,22 @@ def driver_version(told: str) -> str | None:
     return found.group() if found else None
 
 
-def _driver() -> Finding:
+def _driver(software: dict[str, str]) -> Finding:
     try:
         told = _DRIVER.read_text(encoding="utf-8", errors="replace")
     except OSError:  # a device can be there without it, in a container
         told = ""
-    return Finding("CUDA driver", True, driver_version(told) or "does not tell its version", "")
+    version = driver_version(told)
+    if version is not None:
+        software["nvidia-driver"] = version
+    return Finding("CUDA driver", True, version or "does not tell its version", "")
 
 
 def _virtual_memory(probe: Any, device: Device, software: dict[str, str]) -> Finding:
     page_bytes = probe.page_bytes(device.index)
     if page_bytes is None:
         return Finding("CUDA virtual memory", False, "cuda-bindings is not installed", _PLAIN_POOLS)
-    found = f"cuda-bindings {software.get('cuda-bindings', '')}, pages of {format_size(page_bytes)}"
+    found = f"cuda-bindings {software.get('cuda-bindings', UNKNOWN_VERSION)}, pages of {format_size(page_bytes)}"
     return Finding("CUDA virtual memory", True, found, "GPU pools grow and shrink where they are")
 
 

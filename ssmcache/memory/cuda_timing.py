@@ -99,7 +99,8 @@ def timed_copies(
         else:
             order = range(num_slots)
             memory.copy(SlotMoves(0, GPU, order, HOST, order), None)
-            other = torch.randint(0, 256, (total,), dtype=torch.uint8).pin_memory()
+            other = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+            other.copy_(on_gpu)
         into, source_bytes = (on_gpu, other) if source == HOST else (other, on_gpu)
         moves = RandomMoves(source, destination, num_slots)
         yield TimedCopies(memory, moves, scratch, lambda: into.copy_(source_bytes, non_blocking=True))
