@@ -70,8 +70,8 @@ class DeviceProfile:
 
 # Peak: NVIDIA's data sheet of the H100 SXM, bf16 without sparsity. Copies: measured. Tokens of a pass: vLLM's default
 # when it serves on such a device (max_num_batched_tokens). Utilisation, launch and time of a pass are round estimates,
-# not measurements: compiled prefills reach about half of the peak; a pass has some thousand launches, or reads the 16 GB
-# of an 8B model's weights once more, which takes 6 ms.
+# not measurements: compiled prefills reach about half of the peak; a pass has some thousand launches, or reads the
+# 16 GB of an 8B model's weights once more, which takes 6 ms.
 H100 = DeviceProfile(
     name="H100 SXM",
     peak_flops_per_second=989e12,

@@ -158,7 +158,8 @@ def test_choices_are_ranked_by_time_and_not_by_hits(sample: Trace) -> None:
     assert saved == sorted(saved, reverse=True)
     # a small interval hits more here, but cuts passes and copies states more often
     assert answer.best.hit_tokens < max(choice.hit_tokens for choice in answer.choices)
-    free = replace(Question(320 << 30).device, pass_seconds=0.0, memory_bytes_per_second=1e30, launch_seconds=0.0)
+    at_once = BandwidthProfile(gpu_bytes_per_second=1e30)
+    free = replace(Question(320 << 30).device, pass_seconds=0.0, bandwidths=at_once, launch_seconds=0.0)
     answer = recommend(sample, load_model("nemotron-h-8b"), Question(320 << 30, device=free, num_pieces=0))
     assert answer.best.settings.ssm_reuse_interval == 3072
 
