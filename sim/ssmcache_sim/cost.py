@@ -85,7 +85,7 @@ H100 = DeviceProfile(
 
 def with_copies_of(device: DeviceProfile, machine: MachineProfile) -> DeviceProfile:
     """The device with copies as they were measured on a machine; as it is where none were measured on a GPU."""
-    if machine.device is None:
+    if "gpu_bytes_per_second" in machine.not_measured:
         return device
     name = f"{device.name} with the copies of {machine.device}"
     return replace(device, name=name, bandwidths=machine.bandwidths)

@@ -163,6 +163,7 @@ def test_the_cost_model_copies_as_fast_as_the_profile_says() -> None:
     assert cost.write_seconds == pytest.approx(0.051068928)
 
 
-def test_without_a_gpu_in_the_profile_the_device_stays_as_it_is() -> None:
-    machine = MachineProfile(None, BandwidthProfile(to_disk_bytes_per_second=1.0), ("gpu_bytes_per_second",))
+@pytest.mark.parametrize("device", [None, "Some GPU whose copies failed"])
+def test_without_copies_on_a_gpu_in_the_profile_the_device_stays_as_it_is(device: str | None) -> None:
+    machine = MachineProfile(device, BandwidthProfile(to_disk_bytes_per_second=1.0), ("gpu_bytes_per_second",))
     assert with_copies_of(H100, machine) == H100
