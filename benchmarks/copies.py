@@ -5,10 +5,9 @@
 Needs a CUDA device, numpy and torch; triton and cuda-bindings if they are to be measured. About a minute; `--variants`
 also times the kernel with other constants and both ways over the link for each size, alone and beside matrix products.
 
-Rates are bytes of payload a second over device time between two events (a copy within the GPU moves twice as many
-bytes); a delay before the first event lets the host run ahead, so that its calls are not in them. Plain and slot copies
-take turns on fresh slots, and the figures are medians. Host times are those of the `copy` call, with nothing under way.
-What was copied is compared at the end of each case.
+Rates are those of `ssmcache.memory.cuda_timing`; plain and slot copies take turns on fresh slots, and the figures are
+medians. Host times are those of the `copy` call, with nothing under way. What was copied is compared at the end of each
+case.
 """
 
 import argparse
@@ -18,8 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from itertools import product
@@ -28,14 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssmcache.config import DiskCacheTierConfig, GpuCacheTierConfig, HostCacheTierConfig
+from ssmcache.config import GpuCacheTierConfig
 from ssmcache.memory import cuda_copies
 from ssmcache.memory.base import SlotMoves
 from ssmcache.memory.cuda import CudaMemory
+from ssmcache.memory.cuda_timing import DISK, GPU, HOST, device_seconds, opened, timed_copies
+from ssmcache.memory.slot_timing import RandomMoves, medians
 
 KIB, MIB = 1 << 10, 1 << 20
-GPU, HOST, DISK = 0, 1, 2
-DELAY_CYCLES = 2_000_000  # about a millisecond
 WITHIN_GPU = [
     (64 * KIB, 4096, 0.70),
     (2 * MIB, 128, 0.85),
@@ -50,115 +47,21 @@ SIZES = [(size, 256 * MIB // size) for size in (16 * KIB, 64 * KIB, 256 * KIB, 5
 Row = dict[str, Any]
 
 
-@contextmanager
-def opened(slot_bytes: int, gpu_slots: int, host_slots: int = 1, disk: str | None = None) -> Iterator[CudaMemory]:
-    """A memory with random bytes in its GPU pool."""
-    tiers: list[Any] = [GpuCacheTierConfig(1), HostCacheTierConfig(1)]
-    if disk:
-        tiers.append(DiskCacheTierConfig(1, disk))
-    memory = CudaMemory()
-    memory.open(tiers, [slot_bytes])
-    assert memory.resize(GPU, [gpu_slots])
-    assert memory.resize(HOST, [host_slots])
-    memory.view(0).view(torch.int64).random_()
-    torch.cuda.synchronize()
-    try:
-        yield memory
-    finally:
-        memory.close()
-
-
-def device_seconds(queue: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(DELAY_CYCLES)
-    start.record()
-    queue()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def medians(repeats: int, *queues: Callable[[], object]) -> list[float]:
-    """Median device seconds of each, taking turns."""
-    for queue in queues:  # compiles, loads, first touches
-        queue()
-        queue()
-    times = [[device_seconds(queue) for queue in queues] for _ in range(repeats)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
-class Batches:
-    """Fresh moves from one part of a pool to another, at random places."""
-
-    def __init__(self, source: int, destination: int, num_slots: int, seed: int = 0) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._tiers = source, destination
-        self._count = num_slots
-        self.last = self.next()
-
-    def next(self) -> SlotMoves:
-        source, destination = self._tiers
-        if source == destination:
-            order = self._rng.permutation(2 * self._count)
-            sources, destinations = order[: self._count].copy(), order[self._count :].copy()
-        else:
-            sources, destinations = self._rng.permutation(self._count), self._rng.permutation(self._count)
-        self.last = SlotMoves(0, source, sources, destination, destinations)
-        return self.last
-
-
-def check(memory: CudaMemory, moves: SlotMoves, scratch: int) -> None:
-    """A few slots of the last batch hold the same on both sides. Slot `scratch` of the GPU is overwritten."""
-    picked = range(0, len(moves.sources), max(1, len(moves.sources) // 16))
-    for index in picked:
-        rows = []
-        for tier, slot in (
-            (moves.source_tier, moves.sources[index]),
-            (moves.destination_tier, moves.destinations[index]),
-        ):
-            if tier == HOST:
-                memory.copy(SlotMoves(0, HOST, [int(slot)], GPU, [scratch]), None)
-                rows.append(memory.view(0)[scratch].clone())
-            else:
-                rows.append(memory.view(0)[int(slot)].clone())
-        if not torch.equal(*rows):
-            sys.exit(
-                f"slot {moves.sources[index]} did not arrive in slot {moves.destinations[index]}: {moves[1]} {moves[3]}"
-            )
-
-
 def within_gpu(slot_bytes: int, num_slots: int, repeats: int) -> Row:
-    total = slot_bytes * num_slots
-    with opened(slot_bytes, 2 * num_slots + 1) as memory:
-        source = torch.randint(0, 256, (total,), dtype=torch.uint8, device="cuda")
-        into = torch.empty_like(source)
-        batches = Batches(GPU, GPU, num_slots)
-        plain, slots = medians(repeats, lambda: into.copy_(source), lambda: memory.copy(batches.next(), None))
-        check(memory, batches.last, 2 * num_slots)
-        host_us = host_microseconds(memory, batches, repeats)
-    return row("gpu", slot_bytes, num_slots, plain, slots) | host_us
+    return beside_plain("gpu", GPU, GPU, slot_bytes, num_slots, repeats)
 
 
 def over_link(source: int, destination: int, slot_bytes: int, num_slots: int, repeats: int) -> Row:
-    total = slot_bytes * num_slots
-    with opened(slot_bytes, num_slots + 1, num_slots) as memory:
-        order = np.arange(num_slots)
-        memory.copy(SlotMoves(0, GPU, order, HOST, order), None)
-        host = torch.randint(0, 256, (total,), dtype=torch.uint8).pin_memory()
-        device = torch.empty(total, dtype=torch.uint8, device="cuda")
-        batches = Batches(source, destination, num_slots)
+    kind = "to gpu" if destination == GPU else "to host"
+    return beside_plain(kind, source, destination, slot_bytes, num_slots, repeats)
 
-        def plain_copy() -> None:
-            if destination == GPU:
-                device.copy_(host, non_blocking=True)
-            else:
-                host.copy_(device, non_blocking=True)
 
-        plain, slots = medians(repeats, plain_copy, lambda: memory.copy(batches.next(), None))
-        check(memory, batches.last, num_slots)
-        host_us = host_microseconds(memory, batches, repeats)
-    return row("to gpu" if destination == GPU else "to host", slot_bytes, num_slots, plain, slots) | host_us
+def beside_plain(kind: str, source: int, destination: int, slot_bytes: int, num_slots: int, repeats: int) -> Row:
+    with timed_copies(source, destination, slot_bytes, num_slots) as copies:
+        plain, slots = medians(repeats, device_seconds, copies.plain, copies.slots)
+        copies.check()
+        host_us = host_microseconds(copies.memory, copies.moves, repeats)
+    return row(kind, slot_bytes, num_slots, plain, slots) | host_us
 
 
 def row(kind: str, slot_bytes: int, num_slots: int, plain: float, slots: float) -> Row:
@@ -173,7 +76,7 @@ def row(kind: str, slot_bytes: int, num_slots: int, plain: float, slots: float) 
     }
 
 
-def host_microseconds(memory: CudaMemory, batches: Batches, repeats: int) -> Row:
+def host_microseconds(memory: CudaMemory, batches: RandomMoves, repeats: int) -> Row:
     """Median time of the call, with slots as arrays and as lists."""
     times: dict[str, list[float]] = {"host_us_arrays": [], "host_us_lists": []}
     for _ in range(max(20, repeats)):
@@ -247,7 +150,7 @@ def kernel_constants(repeats: int) -> Row:
     rows = []
     for slot_bytes, num_slots in KERNEL_CASES:
         with opened(slot_bytes, 2 * num_slots) as memory:
-            moves = Batches(GPU, GPU, num_slots).last
+            moves = RandomMoves(GPU, GPU, num_slots).last
             sources = torch.from_numpy(np.asarray(moves.sources)).int().cuda()
             destinations = torch.from_numpy(np.asarray(moves.destinations)).int().cuda()
             elements = memory.view(0).view(-1).view(torch.int64)
@@ -255,7 +158,7 @@ def kernel_constants(repeats: int) -> Row:
             for piece_bytes, num_warps, max_programs in cases:
                 slots = (sources, destinations, num_slots, slot_bytes // 8, 2)
                 launch = partial(kernels.launch, elements, elements, *slots, max_programs, piece_bytes, num_warps)
-                (seconds,) = medians(repeats, launch)
+                (seconds,) = medians(repeats, device_seconds, launch)
                 rate = round(slot_bytes * num_slots / seconds / 1e9)
                 rows.append([slot_bytes // KIB, piece_bytes // KIB, num_warps, max_programs, rate])
     return {"columns": ["slot_kib", "piece_kib", "warps", "programs", "gb_s"], "rows": rows}
@@ -274,8 +177,8 @@ def ways_over_link(repeats: int) -> Row:
             for slot_bytes, num_slots in SIZES:
                 for source, destination in ((HOST, GPU), (GPU, HOST)):
                     with opened(slot_bytes, num_slots, num_slots) as memory:
-                        batches = Batches(source, destination, num_slots)
-                        (alone,) = medians(repeats, lambda m=memory, b=batches: m.copy(b.next(), None))
+                        batches = RandomMoves(source, destination, num_slots)
+                        (alone,) = medians(repeats, device_seconds, lambda m=memory, b=batches: m.copy(b.next(), None))
                         found = [alone]
                         for _ in range(3):
                             torch.cuda.synchronize()

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ssmcache_sim.formats import ReadOptions
+from ssmcache_sim.machine_profile import MachineProfile, read_profile
 from ssmcache_sim.results import RunTimes
 from ssmcache_sim.sessions import parse_session_start
 from ssmcache_sim.trace import LengthTrace, Trace
@@ -73,6 +74,13 @@ PrefillOption = Annotated[
         "an interval). Both hit the same."
     ),
 ]
+BandwidthProfileOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Copies as fast as `ssmcache doctor --out` has measured on a machine; by default as on one H100.",
+        metavar="FILE",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No table and no progress.")]
 
 
@@ -93,6 +101,15 @@ def note_broken_rows(requests: Trace | LengthTrace) -> None:
     """Says on stderr how many rows were left out: results of a part of a trace must not pass for the whole."""
     if requests.num_broken:
         print(f"{requests.name}: {requests.num_broken} broken rows, left out", file=sys.stderr)
+
+
+def read_machine(path: Path) -> MachineProfile:
+    """The profile of a machine; says on stderr what is not in it and taken from elsewhere. Errors: ProfileError."""
+    machine = read_profile(path)
+    if machine.not_measured:
+        names = ", ".join(machine.not_measured)
+        print(f"{path}: not measured, and taken as on one H100: {names}", file=sys.stderr)
+    return machine
 
 
 class Stopwatch:

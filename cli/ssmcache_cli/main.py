@@ -7,6 +7,7 @@ import typer
 
 from ssmcache import __version__
 from ssmcache.models import ModelError
+from ssmcache_cli.doctor import doctor_command
 from ssmcache_cli.models import models_command
 from ssmcache_cli.plot import plot_command
 from ssmcache_cli.recommend import recommend_command
@@ -26,6 +27,7 @@ app.command("verify")(verify_command)
 app.command("plot")(plot_command)
 app.command("report")(report_command)
 app.command("models")(models_command)
+app.command("doctor")(doctor_command)
 app.add_typer(trace_app, name="trace")
 
 

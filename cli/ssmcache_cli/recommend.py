@@ -9,6 +9,7 @@ import typer
 
 from ssmcache.models import load_model
 from ssmcache_cli.console import (
+    BandwidthProfileOption,
     FormatOption,
     KvDtypeOption,
     ModelOption,
@@ -24,10 +25,12 @@ from ssmcache_cli.console import (
     interruptible,
     note_broken_rows,
     progress_bar,
+    read_machine,
     read_options,
 )
 from ssmcache_cli.recommend_report import print_report
 from ssmcache_sim.candidates import Question
+from ssmcache_sim.cost import H100, with_copies_of
 from ssmcache_sim.errors import SizeError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.ranges import parse_int_values
@@ -68,6 +71,7 @@ def recommend_command(
         float | None,
         typer.Option(help="Parameters that a token passes through; by default what the vendor says.", min=1e-3),
     ] = None,
+    bandwidth_profile: BandwidthProfileOption = None,
     trace_block: TraceBlockOption = None,
     format_name: FormatOption = None,
     session_start: SessionStartOption = None,
@@ -92,6 +96,7 @@ def recommend_command(
         kv_dtype=kv_dtype,
         state_dtype=state_dtype,
         prefill=parse_prefill(prefill),
+        device=H100 if bandwidth_profile is None else with_copies_of(H100, read_machine(bandwidth_profile)),
         billion_parameters=billion_parameters,
     )
     spec = load_model(model)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ssmcache_cli.console import (
+    BandwidthProfileOption,
     BlockOption,
     DiskMemoryOption,
     FormatOption,
@@ -57,6 +58,7 @@ def replay_command(
     host_memory: HostMemoryOption = "0",
     disk_memory: DiskMemoryOption = "0",
     disk_path: DiskPathOption = None,
+    bandwidth_profile: BandwidthProfileOption = None,
     ssm_fraction: SsmFractionOption = None,
     kv_dtype: KvDtypeOption = None,
     state_dtype: StateDtypeOption = None,
@@ -92,14 +94,17 @@ def replay_command(
         raise SettingsError("--verify: expected --memory host or cuda beside it, got simulated memory, without bytes")
     asked = Asked(
         model, tokens_per_block, ssm_reuse_interval, gpu_memory, host_memory, disk_memory, disk_path, ssm_fraction,
-        kv_dtype, state_dtype, prefill, memory,
+        kv_dtype, state_dtype, prefill, memory, bandwidth_profile,
     )  # fmt: skip
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
     with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:
         inputs = read_inputs(asked, trace, trace_block, reading, num_requests)
         log = None if folder is None else folder / DECISIONS
         result, payload = _replay(inputs, memory, verify, log, shown=not (quiet or as_json))
-        manifest, times = replay_manifest(inputs.requests, inputs.settings, memory), stopwatch.times()
+        manifest, times = (
+            replay_manifest(inputs.requests, inputs.settings, inputs.bandwidths, memory),
+            stopwatch.times(),
+        )
         if folder is not None:
             write_replay(folder, result, manifest, times, payload)
     if as_json:
@@ -118,8 +123,11 @@ def _replay(
     trace, config, prefill = inputs.requests, inputs.config, inputs.settings.prefill
     with progress_bar("replay", trace.num_requests, shown) as progress:
         if memory == SIMULATED:
-            return replay(trace, config, prefill=prefill, progress=progress), None
+            return replay(trace, config, prefill=prefill, bandwidths=inputs.bandwidths, progress=progress), None
         from ssmcache_sim.real_memory import real_memory, replay_on
 
         with real_memory(memory) as real:
-            return replay_on(real, trace, config, prefill=prefill, progress=progress, payload=verify, log=log)
+            return replay_on(
+                real, trace, config, prefill=prefill, bandwidths=inputs.bandwidths, progress=progress, payload=verify,
+                log=log,
+            )  # fmt: skip

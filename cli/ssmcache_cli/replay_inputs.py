@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from ssmcache import KVCacheManagerConfig
+from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.models import load_model
-from ssmcache_cli.console import note_broken_rows
-from ssmcache_sim.errors import SettingsError, SizeError
+from ssmcache_cli.console import note_broken_rows, read_machine
+from ssmcache_sim.errors import SettingsError, SizeError, UserError
 from ssmcache_sim.formats import ReadOptions, read_trace
 from ssmcache_sim.settings import ReplaySettings, build_config, make_settings, parse_prefill
 from ssmcache_sim.sizes import parse_size, parse_tier_size
@@ -44,15 +45,17 @@ class Asked:
     state_dtype: str | None
     prefill: str
     memory: str = SIMULATED
+    bandwidth_profile: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplayInputs:
-    """A trace, what to replay it with, and the manager's config for that."""
+    """A trace, what to replay it with, the manager's config for that, and how fast copies are taken to be."""
 
     requests: Trace
     settings: ReplaySettings
     config: KVCacheManagerConfig
+    bandwidths: BandwidthProfile
 
 
 def read_inputs(
@@ -69,6 +72,12 @@ def read_inputs(
         _check_real(asked.memory, gpu_bytes, disk_bytes, path)
     elif path is not None:
         print(f"--disk-path: the disk is simulated, nothing is read or written at {path}", file=sys.stderr)
+    profile = asked.bandwidth_profile
+    if profile is not None and not (host_bytes or disk_bytes):
+        raise UserError(
+            "--bandwidth-profile: expected --host-memory or --disk-memory beside it, without which no copy is timed"
+        )
+    bandwidths = DEFAULT_BANDWIDTHS if profile is None else read_machine(profile).bandwidths
     spec = load_model(asked.model)
     requests = read_trace(trace, trace_block, reading)
     note_broken_rows(requests)
@@ -87,7 +96,7 @@ def read_inputs(
         disk_memory_bytes=disk_bytes,
         disk_path=None if path is None else str(path),
     )
-    return ReplayInputs(requests, settings, build_config(spec, settings))
+    return ReplayInputs(requests, settings, build_config(spec, settings), bandwidths)
 
 
 def _check_real(memory: str, gpu_bytes: int | None, disk_bytes: int, path: Path | None) -> None:

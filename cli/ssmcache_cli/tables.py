@@ -124,15 +124,21 @@ def _add_peaks(table: Table, what: str, peaks: Sequence[LayerGroupPeak]) -> None
 def _add_moved(table: Table, totals: ReplayTotals) -> None:
     assert totals.moved is not None, "a replay counts moves"
     sums: dict[str, tuple[int, int]] = {}
+    seconds: dict[str, float] = {}
     for each in totals.moved:
         is_copy = each.source_tier == each.tier
         where = "within the GPU" if is_copy else f"{_TIERS[each.source_tier]} to {_TIERS[each.tier]}"
         num_slots, num_bytes = sums.get(what := f"{where}, {each.kind}", (0, 0))
         sums[what] = num_slots + each.num_slots, num_bytes + each.num_bytes
+        seconds[where] = seconds.get(where, 0.0) + each.seconds
     table.add_section()
     table.add_row("moved or copied", "slots", "bytes")
     for what, (num_slots, num_bytes) in sums.items():
         table.add_row(f"  {what}", f"{num_slots:,}", format_size(num_bytes))
+    table.add_section()
+    table.add_row("time of these copies", "", "seconds")
+    for where, duration in seconds.items():
+        table.add_row(f"  {where}", "", f"{duration:,.1f}")
 
 
 def sweep_table(title: str, cells: Sequence[SweptCell]) -> None:

@@ -20,20 +20,23 @@ What the last two terms count depends on how snapshots inside a prompt are made:
   prefix cache; and a snapshot is written, not copied.
 
 Both copy one snapshot into the live state where a request starts from one. A copy reads and writes its bytes:
-launch_seconds + 2 * bytes / memory_bytes_per_second. Pages of KV are read where they lie: nothing is gathered.
+launch_seconds + bytes / gpu_bytes_per_second; writing alone takes half as long, without a launch. Pages of KV are read
+where they lie: nothing is gathered.
 
 What this leaves out: other requests in the same pass (each request is served alone), decoding, the embedding and the
 short convolutions; and parameters are the vendor's count, embeddings included, so the linear part is a little high
 (Nemotron-H-8B by an eighth), while weights used at several places count once (Zamba2's part is low).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
+from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.models import ModelSpec, SsmSpec
 from ssmcache_sim.errors import SettingsError
+from ssmcache_sim.machine_profile import MachineProfile
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Float64Array, Int64Array
 
@@ -50,7 +53,7 @@ class DeviceProfile:
     Attributes:
         peak_flops_per_second: of dense matrix products in the model's dtype.
         utilisation: share of the peak that a whole prefill sustains, 0..1.
-        memory_bytes_per_second: read plus written, in copies within the device.
+        bandwidths: of copies; a prefill copies within the GPU alone.
         launch_seconds: before a copy of one snapshot moves a byte.
         pass_tokens: the most tokens of one prompt in one pass over the layers, a setting of the engine.
         pass_seconds: what one pass costs beyond its operations.
@@ -59,25 +62,33 @@ class DeviceProfile:
     name: str
     peak_flops_per_second: float
     utilisation: float
-    memory_bytes_per_second: float
+    bandwidths: BandwidthProfile
     launch_seconds: float
     pass_tokens: int
     pass_seconds: float
 
 
-# Peak: NVIDIA's data sheet of the H100 SXM, bf16 without sparsity. Memory: measured, 2.7 TB/s read plus written in one
-# launch of a copy kernel. Tokens of a pass: vLLM's default when it serves on such a device (max_num_batched_tokens).
-# Utilisation, launch and time of a pass are round estimates, not measurements: compiled prefills reach about half of
-# the peak; a pass has some thousand launches, or reads the 16 GB of an 8B model's weights once more, which takes 6 ms.
+# Peak: NVIDIA's data sheet of the H100 SXM, bf16 without sparsity. Copies: measured. Tokens of a pass: vLLM's default
+# when it serves on such a device (max_num_batched_tokens). Utilisation, launch and time of a pass are round estimates,
+# not measurements: compiled prefills reach about half of the peak; a pass has some thousand launches, or reads the
+# 16 GB of an 8B model's weights once more, which takes 6 ms.
 H100 = DeviceProfile(
     name="H100 SXM",
     peak_flops_per_second=989e12,
     utilisation=0.5,
-    memory_bytes_per_second=2.7e12,
+    bandwidths=DEFAULT_BANDWIDTHS,
     launch_seconds=10e-6,
     pass_tokens=8192,
     pass_seconds=5e-3,
 )
+
+
+def with_copies_of(device: DeviceProfile, machine: MachineProfile) -> DeviceProfile:
+    """The device with copies as they were measured on a machine; as it is where none were measured on a GPU."""
+    if "gpu_bytes_per_second" in machine.not_measured:
+        return device
+    name = f"{device.name} with the copies of {machine.device}"
+    return replace(device, name=name, bandwidths=machine.bandwidths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +143,12 @@ class PrefillCost:
     @property
     def copy_seconds(self) -> float:
         """Of one snapshot, within the device."""
-        return self.device.launch_seconds + 2 * self.snapshot_bytes / self.device.memory_bytes_per_second
+        return self.device.launch_seconds + self.snapshot_bytes / self.device.bandwidths.gpu_bytes_per_second
 
     @property
     def write_seconds(self) -> float:
-        """Of one snapshot by the kernel that computes it."""
-        return self.snapshot_bytes / self.device.memory_bytes_per_second
+        """Of one snapshot by the kernel that computes it: a copy reads as much as it writes."""
+        return self.snapshot_bytes / (2 * self.device.bandwidths.gpu_bytes_per_second)
 
     def _num_passes(self, new_tokens: Int64Array) -> Int64Array:
         return -(-new_tokens // self.device.pass_tokens)

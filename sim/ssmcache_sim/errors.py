@@ -27,3 +27,7 @@ class TierFailedError(UserError):
 
 class OutputError(UserError):
     """A result directory cannot be written or read."""
+
+
+class ProfileError(UserError):
+    """The profile of a machine is missing, broken or of another format."""

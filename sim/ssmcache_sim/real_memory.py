@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmcache import HostMemory, KVCache, KVCacheManager, KVCacheManagerConfig
+from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.memory.base import Memory
 from ssmcache_sim.decisions import DecisionLog, log_file
 from ssmcache_sim.errors import SettingsError
@@ -159,6 +160,7 @@ def replay_on(
     config: KVCacheManagerConfig,
     *,
     prefill: Prefill = "reserved",
+    bandwidths: BandwidthProfile = DEFAULT_BANDWIDTHS,
     progress: Callable[[int], None] | None = None,
     payload: bool = True,
     log: Path | None = None,
@@ -166,6 +168,7 @@ def replay_on(
     """A replay on real memory, which may be used for one only.
 
     Args:
+        bandwidths: what the copies would take, for the totals; nothing is measured.
         payload: write into every page and state, and check what is reused.
         log: where the decision log goes, compressed with gzip; None: there is none.
 
@@ -174,7 +177,7 @@ def replay_on(
     coarse = trace.with_block(config.tokens_per_block)
     with nullcontext() if log is None else log_file(log) as write:
         runner = MemoryRunner(coarse, real.memory, real.streams, real.kernels if payload else None, write)
-        result = replay(trace, config, prefill=prefill, progress=progress, runner=runner)
+        result = replay(trace, config, prefill=prefill, bandwidths=bandwidths, progress=progress, runner=runner)
         return result, runner.check() if payload else None
 
 

@@ -21,6 +21,7 @@ from ssmcache import (
     Shortage,
     SimulatedMemory,
 )
+from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache_sim.ceilings import Ceilings, infinite_cache
 from ssmcache_sim.errors import MemoryTooSmallError, TierFailedError
 from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
@@ -96,12 +97,14 @@ def replay(
     config: KVCacheManagerConfig,
     *,
     prefill: Prefill = "reserved",
+    bandwidths: BandwidthProfile = DEFAULT_BANDWIDTHS,
     progress: Callable[[int], None] | None = None,
     runner: Runner | None = None,
 ) -> ReplayResult:
     """Serves every request of the trace, in blocks of `config.tokens_per_block`.
 
     Args:
+        bandwidths: what copies take on the simulated memory; no decision depends on it.
         progress: called now and then with the number of requests served.
         runner: None: the memory is simulated, and nothing is computed.
 
@@ -110,14 +113,14 @@ def replay(
     """
     recorded, trace = trace, trace.with_block(config.tokens_per_block)
     check_memory(trace, config)
-    manager = KVCacheManager(config, memory=SimulatedMemory()) if runner is None else runner.manager(config)
+    manager = KVCacheManager(config, SimulatedMemory(bandwidths)) if runner is None else runner.manager(config)
     served = _serve_all(trace, manager, _committer(config, prefill, runner), progress, runner)
     too_large = np.zeros(trace.num_requests, dtype=np.bool_)
     if manager.max_capacity is not None:
         too_large = trace.prompt_tokens + 1 > manager.max_capacity
     ceilings = infinite_cache(trace, config.ssm_reuse_interval if config.has_ssm else None)
     phase = phase_ceilings(recorded, config.ssm_reuse_interval if config.has_ssm else config.tokens_per_block)
-    return _account(trace, config, ceilings, phase, served, too_large, manager)
+    return _account(trace, config, ceilings, phase, served, too_large, manager, bandwidths)
 
 
 def check_memory(trace: Trace, config: KVCacheManagerConfig) -> None:
@@ -247,6 +250,7 @@ def _account(
     served: _Served,
     too_large: np.ndarray[tuple[int], np.dtype[np.bool_]],
     manager: KVCacheManager,
+    bandwidths: BandwidthProfile,
 ) -> ReplayResult:
     """Splits every token below the KV ceiling into hit and lost, and sums up."""
     block = trace.tokens_per_block
@@ -281,7 +285,7 @@ def _account(
         snapshots=_snapshot_counts(manager),
         peaks=tuple(map(peak, groups)),
         tiers=tier_totals(manager, by_tier),
-        moved=moved_slots(manager),
+        moved=moved_slots(manager, config, bandwidths),
     )
     return ReplayResult(
         trace=trace,

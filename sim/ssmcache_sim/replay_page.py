@@ -77,10 +77,16 @@ def _memory(totals: ReplayTotals) -> Markup:
 def _moved(totals: ReplayTotals) -> Markup:
     """What went between the tiers, or nothing with the GPU alone."""
     rows = [
-        (text(f"{each.source_tier} to {each.tier}: {each.kind}"), f"{each.num_slots:,}", format_size(each.num_bytes))
+        (
+            text(f"{each.source_tier} to {each.tier}: {each.kind}"),
+            f"{each.num_slots:,}",
+            format_size(each.num_bytes),
+            f"{each.seconds:,.1f} s",
+        )
         for each in totals.moved or ()
     ]
-    return table("Moved between tiers, or copied within the GPU", ("", "slots", "bytes"), rows) if rows else ""
+    headings = ("", "slots", "bytes", "copies take")
+    return table("Moved between tiers, or copied within the GPU", headings, rows) if rows else ""
 
 
 def _snapshots(totals: ReplayTotals) -> Markup:

@@ -6,6 +6,7 @@ import numpy as np
 
 from ssmcache import KVCacheManager, KVCacheManagerConfig, LayerGroupUsage
 from ssmcache.layout import layer_groups
+from ssmcache.memory.bandwidths import BandwidthProfile
 from ssmcache.sizing import kind_of
 from ssmcache_sim.errors import MemoryTooSmallError
 from ssmcache_sim.sizes import format_size
@@ -64,10 +65,13 @@ def peak(group: LayerGroupUsage) -> LayerGroupPeak:
     return LayerGroupPeak(group.layer_group, group.kind, group.peak_slots * group.slot_bytes, num_bytes)
 
 
-def moved_slots(manager: KVCacheManager) -> tuple[MovedSlots, ...]:
+def moved_slots(
+    manager: KVCacheManager, config: KVCacheManagerConfig, bandwidths: BandwidthProfile
+) -> tuple[MovedSlots, ...]:
     """What was moved between tiers, and copied within the GPU; empty with the GPU alone."""
     if len(manager.tier_names) == 1:
         return ()
+    tiers = dict(zip(tier_names(config), config.cache_tiers, strict=True))
     return tuple(
         MovedSlots(
             layer_group=each.layer_group,
@@ -76,6 +80,7 @@ def moved_slots(manager: KVCacheManager) -> tuple[MovedSlots, ...]:
             tier=each.tier,
             num_slots=each.num_slots,
             num_bytes=each.num_bytes,
+            seconds=each.num_bytes / bandwidths.between(tiers[each.source_tier], tiers[each.tier]),
         )
         for each in manager.stats().transfers
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssmcache import __version__
+from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache_sim.directories import MANIFEST, TOOL, json_bytes, new_directory, read_manifest, write_file
 from ssmcache_sim.errors import OutputError
 from ssmcache_sim.payload_check import PayloadCheck
@@ -41,9 +42,16 @@ class RunTimes:
     wall_seconds: float
 
 
-def replay_manifest(trace: Trace, settings: ReplaySettings, memory: str = "simulated") -> dict[str, Any]:
+def replay_manifest(
+    trace: Trace,
+    settings: ReplaySettings,
+    bandwidths: BandwidthProfile = DEFAULT_BANDWIDTHS,
+    memory: str = "simulated",
+) -> dict[str, Any]:
     """What a replay was made of; the same for the same input on the same machine."""
-    return {**manifest_head(REPLAY_COMMAND, trace), "settings": asdict(settings), "memory": memory}
+    manifest = {**manifest_head(REPLAY_COMMAND, trace), "settings": asdict(settings), "memory": memory}
+    has_lower_tiers = settings.host_memory_bytes or settings.disk_memory_bytes
+    return {**manifest, "bandwidths": asdict(bandwidths)} if has_lower_tiers else manifest
 
 
 def manifest_head(command: str, trace: Trace) -> dict[str, Any]:

@@ -52,7 +52,9 @@ class TierTotals:
 
 @dataclass(frozen=True, slots=True)
 class MovedSlots:
-    """Slots of a layer group that were copied from a tier to another, or within the GPU, and their bytes."""
+    """Slots of a layer group that were copied from a tier to another, or within the GPU, their bytes, and how long that
+    keeps the way between the tiers busy, by the bandwidths of the replay.
+    """
 
     layer_group: int
     kind: str
@@ -60,6 +62,7 @@ class MovedSlots:
     tier: str
     num_slots: int
     num_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

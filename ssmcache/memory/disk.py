@@ -20,6 +20,7 @@ ByteArray: TypeAlias = npt.NDArray[np.uint8]
 
 MAX_STAGING_BYTES = 8 << 20
 ALLOCATION_BYTES = 64 << 20
+_NUM_LOOKS = 16  # at places of a file, whether the system keeps it in memory
 
 # What a file system says that cannot allocate ahead; then a full disk shows only at the writes.
 _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -133,6 +134,10 @@ class DiskTier:
         """Fill rows, [k, slot_bytes], from slots, [k]. Returns the rows that cannot be read, ascending, and why."""
         return self._pools[layer_group].read(slots, rows)
 
+    def forget_cached(self, layer_group: int) -> bool:
+        """Have the next reads come from the disk, see `forget_cached`. For whoever measures."""
+        return forget_cached(self._pools[layer_group].file.fileno())
+
     def pieces(self, layer_group: int, slots: SlotArray, buffer: ByteArray) -> Iterator[tuple[SlotArray, ByteArray]]:
         """Positions of a batch, a buffer full at a time and in the order of the slots so that neighbours go together,
         with the rows of the buffer for them.
@@ -173,6 +178,26 @@ class DiskTier:
             yield
         except OSError as error:
             raise TransferError(self.tier, (), f"disk tier: cannot write: {error.strerror}") from error
+
+
+def forget_cached(descriptor: int) -> bool:
+    """Have the system drop what it keeps of a synced file in its memory.
+
+    False where it has not, or cannot tell: on a file system in memory, for instance. What keeps data below the file
+    system (the disk itself, the host of a virtual machine) is not known to the system.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        size, byte = os.fstat(descriptor).st_size, bytearray(1)
+        for offset in range(0, size, max(1, size // _NUM_LOOKS)):
+            with suppress(BlockingIOError):  # it would have to wait for the disk
+                os.preadv(descriptor, [byte], offset, os.RWF_NOWAIT)
+                return False
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(slots=True)

@@ -1,34 +1,13 @@
 """Memory without bytes: counts what would be moved, and when the move would be done."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ssmcache.config import CacheTierConfig, DiskCacheTierConfig, HostCacheTierConfig
+from ssmcache.config import CacheTierConfig, DiskCacheTierConfig
+from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.memory.base import GPU_TIER, SlotMoves
-
-
-@dataclass(frozen=True, slots=True)
-class Bandwidths:
-    """What copies move, in bytes of payload a second each way. The defaults are ceilings measured on one H100.
-
-    Attributes:
-        gpu: within the GPU. 2.7 TB/s were measured, bytes read plus bytes written (docs/measurements.md): half of it.
-        host_link: GPU to host, host to GPU, and within the host, which the GPU does over the same link.
-        disk: to the disk and from it, whatever is at the other end: the link is no limit to it.
-    """
-
-    gpu: float = 1.35e12
-    host_link: float = 54.6e9
-    disk: float = 1.1e9
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"bandwidth {field.name}: expected positive bytes a second, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +42,6 @@ def _channel_name(source: CacheTierConfig, destination: CacheTierConfig) -> str:
     return f"{type(source).__name__} to {type(destination).__name__}"
 
 
-def _bytes_per_second(bandwidths: Bandwidths, source: CacheTierConfig, destination: CacheTierConfig) -> float:
-    ends = {type(source), type(destination)}
-    if DiskCacheTierConfig in ends:
-        return bandwidths.disk
-    return bandwidths.host_link if HostCacheTierConfig in ends else bandwidths.gpu
-
-
 class SimulatedMemory:
     """Counts the slots and bytes copied in each direction; copies take virtual time, in seconds.
 
@@ -86,8 +58,8 @@ class SimulatedMemory:
             memory with bytes give pools of as many slots as there.
     """
 
-    def __init__(self, bandwidths: Bandwidths | None = None, grains: Sequence[int] = ()) -> None:
-        self._bandwidths = bandwidths or Bandwidths()
+    def __init__(self, bandwidths: BandwidthProfile = DEFAULT_BANDWIDTHS, grains: Sequence[int] = ()) -> None:
+        self._bandwidths = bandwidths
         self._grains = tuple(grains)
         self._is_open = False
         self._slot_bytes: tuple[int, ...] = ()
@@ -101,7 +73,7 @@ class SimulatedMemory:
         channels: dict[str, _Channel] = {}
 
         def direction(source: CacheTierConfig, destination: CacheTierConfig) -> _Direction:
-            channel = _Channel(_bytes_per_second(self._bandwidths, source, destination))
+            channel = _Channel(self._bandwidths.between(source, destination))
             return _Direction(channels.setdefault(_channel_name(source, destination), channel))
 
         self._slot_bytes = tuple(slot_bytes)

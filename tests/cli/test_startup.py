@@ -12,7 +12,10 @@ HEAVY = ("torch", "pandas", "matplotlib", "pyarrow")
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([command, "--help"] for command in ("replay", "sweep", "recommend", "plot", "report", "trace"))],
+    [
+        ["--help"],
+        *([name, "--help"] for name in ("replay", "sweep", "recommend", "plot", "report", "doctor", "trace")),
+    ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -32,7 +35,7 @@ def test_the_version_is_the_package_version(ssmcache: Run) -> None:
 
 def test_all_commands_are_listed(ssmcache: Run) -> None:
     help_text = ssmcache("--help").stdout
-    for command in ("replay", "sweep", "recommend", "plot", "report", "models", "trace"):
+    for command in ("replay", "sweep", "recommend", "plot", "report", "models", "doctor", "trace"):
         assert f" {command} " in help_text
 
 

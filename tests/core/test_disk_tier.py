@@ -16,7 +16,7 @@ from disk_caches import DISK, GPU, NUM_SLOTS, SLOT, Cache, fail_after, open_file
 
 from ssmcache.config import DiskCacheTierConfig, GpuCacheTierConfig
 from ssmcache.memory.base import TransferError
-from ssmcache.memory.disk import MAX_STAGING_BYTES, DiskTier, staging_bytes
+from ssmcache.memory.disk import MAX_STAGING_BYTES, DiskTier, forget_cached, staging_bytes
 from ssmcache.memory.host import HostMemory
 
 
@@ -221,3 +221,38 @@ def test_an_empty_batch_touches_no_file(cache: Cache, tmp_path: Path) -> None:
     cache.copy(DISK, [], GPU, [])
     cache.copy(DISK, [], DISK, [])
     assert os.fstat(open_files(tmp_path)[0]).st_size == 0
+
+
+def test_a_file_that_the_system_has_been_asked_to_forget_has_its_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4096
+    with tempfile.TemporaryFile(dir=tmp_path, buffering=0) as file:
+        file.write(content)
+        os.fsync(file.fileno())
+        forgotten = forget_cached(file.fileno())
+        if forgotten:  # some file systems do not tell; what they say must hold
+            with pytest.raises(BlockingIOError):
+                os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        assert os.pread(file.fileno(), len(content) + 1, 0) == content
+
+
+def test_a_system_that_cannot_tell_is_taken_to_keep_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    with tempfile.TemporaryFile(dir=tmp_path, buffering=0) as file:
+        file.write(b"x" * 4096)
+        monkeypatch.setattr(os, "preadv", refuse)
+        assert not forget_cached(file.fileno())
+        monkeypatch.setattr(os, "posix_fadvise", refuse)
+        assert not forget_cached(file.fileno())
+        monkeypatch.delattr(os, "RWF_NOWAIT")
+        assert not forget_cached(file.fileno())
+
+
+def test_a_file_system_in_memory_keeps_what_it_is_asked_to_forget() -> None:
+    if not os.path.ismount("/dev/shm"):
+        pytest.skip("no file system in memory at /dev/shm")
+    with tempfile.TemporaryFile(dir="/dev/shm", buffering=0) as file:
+        file.write(b"x" * 4096)
+        os.fsync(file.fileno())
+        assert not forget_cached(file.fileno())

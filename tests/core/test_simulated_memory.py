@@ -2,13 +2,15 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import Field, fields
 from fractions import Fraction
 
 import pytest
 
 from ssmcache.config import DiskCacheTierConfig, GpuCacheTierConfig, HostCacheTierConfig
+from ssmcache.memory.bandwidths import BandwidthProfile
 from ssmcache.memory.base import SlotMoves
-from ssmcache.memory.simulated import Bandwidths, CopiedSlots, SimulatedMemory
+from ssmcache.memory.simulated import CopiedSlots, SimulatedMemory
 
 GPU, HOST, DISK = 0, 1, 2
 Copy = Callable[..., float]
@@ -17,7 +19,7 @@ Copy = Callable[..., float]
 @pytest.fixture
 def memory() -> SimulatedMemory:
     """Slots of 100 bytes; 1000 bytes/s within the GPU, 100 over the link, 10 on the disk: 0.1, 1 and 10 s a slot."""
-    memory = SimulatedMemory(Bandwidths(gpu=1000.0, host_link=100.0, disk=10.0))
+    memory = SimulatedMemory(BandwidthProfile(1000.0, 100.0, 100.0, 10.0, 10.0))
     tiers = (GpuCacheTierConfig(None), HostCacheTierConfig(1), DiskCacheTierConfig(1, "nowhere"))
     memory.open(tiers, [100])
     for tier in (GPU, HOST, DISK):
@@ -137,11 +139,32 @@ def test_the_default_bandwidths_are_the_measured_ceilings() -> None:
     assert ends == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["gpu", "host_link", "disk"])
+@pytest.mark.parametrize("field", fields(BandwidthProfile), ids=lambda field: field.name)
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
-def test_a_bandwidth_is_a_positive_number(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"bandwidth {name}: expected positive bytes a second, got {value}"):
-        Bandwidths(**{name: value})
+def test_a_bandwidth_is_a_positive_number(field: Field[float], value: float) -> None:
+    with pytest.raises(ValueError, match=f"{field.name}: expected a positive number, got {value}"):
+        BandwidthProfile(**{field.name: value})
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "seconds"),
+    [
+        (GPU, GPU, 2),
+        (GPU, HOST, 3),
+        (HOST, GPU, 5),
+        (HOST, HOST, 5),  # both ways over the link: the slower one
+        (GPU, DISK, 7),
+        (HOST, DISK, 7),
+        (DISK, DISK, 7),
+        (DISK, GPU, 11),
+        (DISK, HOST, 11),
+    ],
+)
+def test_each_way_has_the_bandwidth_that_its_profile_states(source: int, destination: int, seconds: int) -> None:
+    memory = SimulatedMemory(BandwidthProfile(2310 / 2, 2310 / 3, 2310 / 5, 2310 / 7, 2310 / 11))
+    memory.open((GpuCacheTierConfig(None), HostCacheTierConfig(1), DiskCacheTierConfig(1, "nowhere")), [2310])
+    memory.copy(SlotMoves(0, source, [0], destination, [1]), None)
+    assert memory.record(None) == pytest.approx(seconds)
 
 
 def test_only_the_pools_of_the_gpu_may_be_unlimited(memory: SimulatedMemory) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssmcache.memory.bandwidths import BandwidthProfile
 from ssmcache.models import AttentionSpec, LayerSpec, ModelSpec, SsmSpec, load_model
 from ssmcache_sim.candidates import Candidate, Place, Question, Shape, near_best, rank
 from ssmcache_sim.ceilings import infinite_cache
@@ -34,7 +35,7 @@ from ssmcache_sim.trace import Trace
 
 TraceOf = Callable[..., Trace]
 # one operation and one byte take a nanosecond
-DEVICE = DeviceProfile("slow", 2e9, 0.5, 1e9, launch_seconds=7e-9, pass_tokens=5, pass_seconds=1e-7)
+DEVICE = DeviceProfile("slow", 2e9, 0.5, BandwidthProfile(0.5e9), launch_seconds=7e-9, pass_tokens=5, pass_seconds=1e-7)
 ATTENTION = AttentionSpec(1, 1, num_query_elements=2, num_output_elements=2)
 TINY = ModelSpec(
     name="tiny",
@@ -156,7 +157,8 @@ def test_choices_are_ranked_by_time_and_not_by_hits(sample: Trace) -> None:
     assert saved == sorted(saved, reverse=True)
     # a small interval hits more here, but cuts passes and copies states more often
     assert answer.best.hit_tokens < max(choice.hit_tokens for choice in answer.choices)
-    free = replace(Question(320 << 30).device, pass_seconds=0.0, memory_bytes_per_second=1e30, launch_seconds=0.0)
+    at_once = BandwidthProfile(gpu_bytes_per_second=1e30)
+    free = replace(Question(320 << 30).device, pass_seconds=0.0, bandwidths=at_once, launch_seconds=0.0)
     answer = recommend(sample, load_model("nemotron-h-8b"), Question(320 << 30, device=free, num_pieces=0))
     assert answer.best.settings.ssm_reuse_interval == 3072
 
