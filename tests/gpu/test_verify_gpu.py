@@ -99,7 +99,7 @@ def verified(
 
     class LateKernels(CudaKernels):
         def write_pages(self, *arguments: Any) -> None:
-            torch.cuda._sleep(LATE_CYCLES)
+            torch.cuda._sleep(40 * LATE_CYCLES)  # longer than the host needs for the next request
             super().write_pages(*arguments)
 
     make = LateKernels if late_kernels else CudaKernels
