@@ -55,7 +55,7 @@ def copy_partial(sequence: KVCache, partial: Partial) -> None:
         for tiers, tier, slot in copies:
             slots = tiers.take(1, sequence.stream)
             taken.append((tiers, slots))
-            moves = SlotMoves(tiers.layer_group, tier, (slot,), GPU_TIER, slots.tolist())
+            moves = SlotMoves(tiers.layer_group, tier, (slot,), GPU_TIER, slots)
             sequence.manager.copy(moves, sequence.stream)
     except TransferError as error:
         for tiers, slots in taken:

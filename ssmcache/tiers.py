@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from ssmcache.eviction import EvictionQueue
 from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves, TransferError
 from ssmcache.pools import IntArray, SlotArray, SlotPool
@@ -267,11 +269,11 @@ class Tiers(Generic[S, Slots]):
         return num_moved
 
     def _move_batch(self, batch: list[S], source_tier: int, tier: int, stream: Any) -> int:
-        sources = [slot for segment in batch for slot in self.slots_of(segment).tolist()]
+        sources = np.concatenate([self.slots_of(segment) for segment in batch])
         pool = self.pools[tier]
         destinations = pool.take(len(sources))
         try:
-            self._memory.copy(SlotMoves(self.layer_group, source_tier, sources, tier, destinations.tolist()), stream)
+            self._memory.copy(SlotMoves(self.layer_group, source_tier, sources, tier, destinations), stream)
         except TransferError as error:
             pool.give_back(destinations)
             first = 0

@@ -1,11 +1,16 @@
 """The contract of a memory. One contract test runs on every implementation."""
 
+from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from ssmcache.config import CacheTierConfig
 
 GPU_TIER = 0
+MovedSlots: TypeAlias = "Sequence[int] | array[int] | npt.NDArray[np.integer]"
 
 
 class TransferError(Exception):
@@ -25,14 +30,14 @@ class TransferError(Exception):
 
 class SlotMoves(NamedTuple):
     """A batch of copies within one layer group: slot `sources[i]` of one tier to slot `destinations[i]` of another or
-    the same. No destination is a source of the batch, and none comes twice.
+    the same. No destination is a source of the batch, and none comes twice. Arrays are lent until the call returns.
     """
 
     layer_group: int
     source_tier: int
-    sources: Sequence[int]
+    sources: MovedSlots
     destination_tier: int
-    destinations: Sequence[int]
+    destinations: MovedSlots
 
 
 class Memory(Protocol):

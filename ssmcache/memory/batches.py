@@ -1,13 +1,12 @@
 """A batch of slot moves as arrays, checked against the rules of `SlotMoves`."""
 
-from collections.abc import Sequence
 from struct import pack
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ssmcache.memory.base import SlotMoves
+from ssmcache.memory.base import MovedSlots, SlotMoves
 
 SlotArray: TypeAlias = npt.NDArray[np.int64]
 
@@ -20,14 +19,14 @@ def _expect(condition: bool, moves: SlotMoves, message: str) -> None:
         )
 
 
-def _as_array(slots: Sequence[int]) -> SlotArray:
+def _as_array(slots: MovedSlots) -> SlotArray:
     if isinstance(slots, list | tuple):  # less than half the time that NumPy takes to look at so many objects
         return np.frombuffer(pack(f"{len(slots)}q", *slots), dtype=np.int64)
-    return np.ascontiguousarray(slots, dtype=np.int64)
+    return np.array(slots, dtype=np.int64)
 
 
 def checked_slots(moves: SlotMoves, num_source_slots: int, num_destination_slots: int) -> tuple[SlotArray, SlotArray]:
-    """Sources and destinations of a batch, [n] each, in pools of so many slots. An array of int64 is not copied.
+    """Sources and destinations of a batch, [n] each, in pools of so many slots, copied.
 
     Cost: O(n), and a byte for each slot of the destination's pool.
 

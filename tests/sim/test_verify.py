@@ -119,7 +119,7 @@ class Broken(HostMemory):
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         instead = self.fault(self, moves)
-        self.num_faults += instead != moves
+        self.num_faults += instead is not moves
         if instead is not None:
             super().copy(instead, stream)
 
