@@ -156,8 +156,9 @@ def kernel_constants(repeats: int) -> Row:
             elements = memory.view(0).view(-1).view(torch.int64)
             cases = product((4 * KIB, 8 * KIB, 16 * KIB, 32 * KIB), (2, 4, 8), (2**31 - 1, 132 * 8, 132 * 16))
             for piece_bytes, num_warps, max_programs in cases:
-                slots = (sources, destinations, num_slots, slot_bytes // 8, 2)
-                launch = partial(kernels.launch, elements, elements, *slots, max_programs, piece_bytes, num_warps)
+                shape = kernels.shape_of(slot_bytes // 8, 2, 8, piece_bytes, num_warps)
+                slots = (sources, destinations, num_slots, 2, shape, shape.num_programs(num_slots, max_programs))
+                launch = partial(kernels.launch, elements, elements, *slots)
                 (seconds,) = medians(repeats, device_seconds, launch)
                 rate = round(slot_bytes * num_slots / seconds / 1e9)
                 rows.append([slot_bytes // KIB, piece_bytes // KIB, num_warps, max_programs, rate])

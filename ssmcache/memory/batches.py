@@ -39,6 +39,9 @@ def checked_slots(moves: SlotMoves, num_source_slots: int, num_destination_slots
         _expect(False, moves, f"{count} sources, {destinations.size} destinations")
     if count == 0:
         return sources, destinations
+    if count == 1:  # a state, most of the time: no arrays
+        _check_one(moves, int(sources[0]), num_source_slots, int(destinations[0]), num_destination_slots)
+        return sources, destinations
     for what, slots, limit in (
         ("source", sources, num_source_slots),
         ("destination", destinations, num_destination_slots),
@@ -52,3 +55,11 @@ def checked_slots(moves: SlotMoves, num_source_slots: int, num_destination_slots
     if moves.source_tier == moves.destination_tier:
         _expect(not taken[sources].any(), moves, "a destination is a source as well")
     return sources, destinations
+
+
+def _check_one(moves: SlotMoves, source: int, num_source_slots: int, into: int, num_destination_slots: int) -> None:
+    for what, slot, limit in (("source", source, num_source_slots), ("destination", into, num_destination_slots)):
+        if not 0 <= slot < limit:
+            _expect(False, moves, f"{what} slots {slot}..{slot} in a pool of {limit}")
+    if moves.source_tier == moves.destination_tier and source == into:
+        _expect(False, moves, "a destination is a source as well")

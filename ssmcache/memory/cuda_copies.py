@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -11,9 +9,11 @@ import numpy as np
 import torch
 
 from ssmcache.memory.batches import SlotArray
+from ssmcache.memory.cuda_calls import PreparedKernel, driver_calls
 from ssmcache.memory.cuda_engine import CopyEngine, copy_engine
-from ssmcache.memory.cuda_indices import MAX_SLOTS, IndexLines, neighbours, pieces
+from ssmcache.memory.cuda_indices import MAX_SLOTS, NUMBER_BYTES, IndexLines, neighbours, pieces
 from ssmcache.memory.cuda_pools import SlotPool, access, say_once
+from ssmcache.memory.cuda_vmm import CudaDriverError
 
 ENGINE_BYTES = 512 << 10
 """Slots from this size on go over the host link by the copy engines. They lose about 1.3 microseconds a copy (26 GB/s
@@ -21,6 +21,7 @@ at 64 KiB where the link has 54.6), which is half of their rate at 64 KiB and 4 
 tenths of the link at any size, and needs multiprocessors.
 """
 
+_ALIGNMENT = 16  # of addresses, which Triton makes use of
 _GATHER_BYTES = 64 << 20  # of a copy within the GPU without Triton, which goes through a buffer
 
 
@@ -52,7 +53,7 @@ class SlotCopier:
     - Within the host: the same kernel, so that it is in the order of the stream.
     - Without Triton: `index_select` and `index_copy_` within the GPU, else a copy for each stretch of slots.
 
-    Nothing here waits for the GPU.
+    Nothing here waits for the GPU. With cuda-bindings all but the first launch of a kernel is queued by the driver.
 
     Args:
         device: with a context that is current.
@@ -62,51 +63,91 @@ class SlotCopier:
     def __init__(self, device: torch.device, driver: Any) -> None:
         self._device = device
         self._kernels = _kernels()
+        self._calls = driver_calls(driver, device)
         self._engine = copy_engine(driver, device)
+        self._prepared: dict[Any, PreparedKernel | None] = {}
         self._lines = IndexLines(device)
 
     def copy(self, batch: SlotBatch, stream: torch.cuda.Stream) -> None:
         """Queue a batch on a stream of the device."""
-        source, sources, destination, destinations = batch
-        with nullcontext() if torch.cuda.current_stream() == stream else torch.cuda.stream(stream):
-            over_link = source.on_gpu != destination.on_gpu
-            if sources.size == 1 and (source.on_gpu or destination.on_gpu):
-                destination.rows[int(destinations[0])].copy_(source.rows[int(sources[0])], non_blocking=True)
-            elif over_link and self._engine is not None and source.slot_bytes >= ENGINE_BYTES:
+        source, destination = batch.source, batch.destination
+        is_single = batch.sources.size == 1 and (source.on_gpu or destination.on_gpu)
+        over_link = source.on_gpu != destination.on_gpu
+        if is_single:
+            self._one(source, int(batch.sources[0]), destination, int(batch.destinations[0]), stream)
+        elif over_link and self._engine is not None and source.slot_bytes >= ENGINE_BYTES:
+            with torch.cuda.device(self._device):
                 self._by_engine(self._engine, batch, stream)
-            elif self._kernels is not None:
-                self._by_kernel(self._kernels, batch, stream)
-            elif source.on_gpu and destination.on_gpu:
-                self._by_gather(batch, stream)
-            elif over_link:
-                for first, into, count in neighbours(sources, destinations):
-                    destination.rows[into : into + count].copy_(source.rows[first : first + count], non_blocking=True)
-            else:
-                self._by_way_of_gpu(batch)
+        elif self._kernels is not None:
+            self._by_kernel(self._kernels, batch, stream)
+        else:
+            with torch.cuda.stream(stream):
+                self._by_torch(batch, over_link, stream)
+
+    def _one(self, source: SlotPool, slot: int, destination: SlotPool, into: int, stream: torch.cuda.Stream) -> None:
+        if self._calls is not None:
+            with self._calls.current():
+                self._calls.copy(source.address(slot), destination.address(into), source.slot_bytes, stream)
+        else:
+            with torch.cuda.stream(stream):
+                destination.rows[into].copy_(source.rows[slot], non_blocking=True)
+
+    def _by_torch(self, batch: SlotBatch, over_link: bool, stream: torch.cuda.Stream) -> None:
+        source, destination = batch.source, batch.destination
+        if source.on_gpu and destination.on_gpu:
+            self._by_gather(batch, stream)
+        elif over_link:
+            for first, into, count in neighbours(batch.sources, batch.destinations):
+                destination.rows[into : into + count].copy_(source.rows[first : first + count], non_blocking=True)
+        else:
+            self._by_way_of_gpu(batch)
 
     def _by_kernel(self, kernels: ModuleType, batch: SlotBatch, stream: torch.cuda.Stream) -> None:
         source, destination = batch.source, batch.destination
-        options = {} if source.on_gpu and destination.on_gpu else {"max_programs": kernels.LINK_PROGRAMS}
-        unit = access(source.slot_bytes)[1]
-        slot_elements = source.slot_bytes // source.elements.element_size()
-        for *slots, count in self._on_gpu(batch, MAX_SLOTS, stream):
-            kernels.launch(source.elements, destination.elements, *slots, count, slot_elements, unit, **options)
+        most = kernels.MAX_PROGRAMS if source.on_gpu and destination.on_gpu else kernels.LINK_PROGRAMS
+        dtype, unit = access(source.slot_bytes)
+        shape = kernels.shape_of(source.slot_bytes // dtype.itemsize, unit, dtype.itemsize)
+        # Triton compiles another kernel for each of these
+        addresses = source.address(0), destination.address(0)
+        key = dtype, unit, shape, [address % _ALIGNMENT == 0 for address in addresses] == [True, True]
+        prepared = self._prepared.get(key)
+        for sources, destinations in pieces(batch.sources, batch.destinations, MAX_SLOTS):
+            line, count = self._lines.take(), sources.size
+            second, total = line.fill(sources, destinations)
+            num_programs = shape.num_programs(count, most)
+            if prepared is not None and self._calls is not None:
+                with self._calls.current():
+                    line.send_by(self._calls, total, stream)
+                    slots = line.address, line.address + NUMBER_BYTES * second
+                    prepared.launch(num_programs, stream, *addresses, *slots, count, shape.num_units)
+            else:
+                with torch.cuda.stream(stream):
+                    on_gpu = line.send(total)
+                    compiled = kernels.launch(
+                        source.elements, destination.elements, on_gpu, on_gpu[second:], count, unit, shape, num_programs
+                    )
+                if key not in self._prepared:
+                    prepared = self._prepared[key] = self._prepare(kernels, compiled)
+            self._lines.give(line, stream)
+
+    def _prepare(self, kernels: ModuleType, compiled: Any) -> PreparedKernel | None:
+        """For the launches that follow the first one."""
+        if self._calls is None:
+            return None
+        try:
+            return PreparedKernel(self._calls, compiled, kernels.PARAMETER_BYTES)
+        except CudaDriverError as error:
+            say_once(f"{error}: Triton launches it, at more time of the host")
+            return None
 
     def _by_gather(self, batch: SlotBatch, stream: torch.cuda.Stream) -> None:
         size = min(MAX_SLOTS, max(1, _GATHER_BYTES // batch.source.slot_bytes))
-        for reading, writing, count in self._on_gpu(batch, size, stream):
-            rows = batch.source.rows.index_select(0, reading[:count])
-            batch.destination.rows.index_copy_(0, writing[:count].long(), rows)
-
-    def _on_gpu(
-        self, batch: SlotBatch, size: int, stream: torch.cuda.Stream
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """The slots of a batch on the GPU, so many moves at a time: (sources, destinations, how many of their entries).
-        Good for what is queued before the next.
-        """
         for sources, destinations in pieces(batch.sources, batch.destinations, size):
-            line = self._lines.take()
-            yield *line.send(sources, destinations), sources.size
+            line, count = self._lines.take(), sources.size
+            second, total = line.fill(sources, destinations)
+            numbers = line.send(total)
+            rows = batch.source.rows.index_select(0, numbers[:count])
+            batch.destination.rows.index_copy_(0, numbers[second:total].long(), rows)
             self._lines.give(line, stream)
 
     def _by_engine(self, engine: CopyEngine, batch: SlotBatch, stream: torch.cuda.Stream) -> None:

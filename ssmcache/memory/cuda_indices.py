@@ -6,10 +6,12 @@ import numpy as np
 import torch
 
 from ssmcache.memory.batches import SlotArray
+from ssmcache.memory.cuda_calls import DriverCalls
 
 MAX_SLOTS = 8192
 """Moves that one line takes."""
 
+NUMBER_BYTES = 4
 _LINES = 32
 _ALIGNMENT = 4  # in numbers: 16 bytes, so that both arrays are aligned alike in every batch
 
@@ -17,25 +19,34 @@ _ALIGNMENT = 4  # in numbers: 16 bytes, so that both arrays are aligned alike in
 class IndexLine:
     """Room for the sources and destinations of one batch, on the host and on the GPU."""
 
-    __slots__ = ("_array", "_device", "_host", "event")
+    __slots__ = ("_array", "_device", "_host", "_host_address", "address", "event")
 
     def __init__(self, host: torch.Tensor, device: torch.Tensor) -> None:
         self._host = host
         self._array = host.numpy()
         self._device = device
+        self._host_address, self.address = host.data_ptr(), device.data_ptr()
         self.event = torch.cuda.Event()
 
-    def send(self, sources: SlotArray, destinations: SlotArray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queue slots, [n] each, on the current stream. Returns them on the GPU, int32; good until the line is given
-        back.
-        """
+    def fill(self, sources: SlotArray, destinations: SlotArray) -> tuple[int, int]:
+        """Write slots, [n] each, on the host. Returns where the second ones begin, and how many numbers there are."""
         count = sources.size
         second = -(-count // _ALIGNMENT) * _ALIGNMENT
         total = second + count
         self._array[:count] = sources
         self._array[second:total] = destinations
+        return second, total
+
+    def send(self, total: int) -> torch.Tensor:
+        """Queue so many numbers on the current stream. Returns them on the GPU, int32; good until the line is given
+        back.
+        """
         self._device[:total].copy_(self._host[:total], non_blocking=True)
-        return self._device, self._device[second:]
+        return self._device
+
+    def send_by(self, calls: DriverCalls, total: int, stream: torch.cuda.Stream) -> None:
+        """`send`, to `address`, by the driver."""
+        calls.copy(self._host_address, self.address, NUMBER_BYTES * total, stream)
 
 
 class IndexLines:

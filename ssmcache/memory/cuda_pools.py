@@ -43,24 +43,25 @@ class SlotPool:
     Attributes:
         rows: [num_slots, slot_bytes] uint8.
         elements: the same as [num_slots * slot_bytes / element] of the dtype that kernels read.
+        first_address: of slot 0.
     """
 
     rows: torch.Tensor
     elements: torch.Tensor
+    slot_bytes: int
+    on_gpu: bool
+    first_address: int
 
     @classmethod
     def of(cls, memory: torch.Tensor, num_slots: int, slot_bytes: int) -> SlotPool:
         """The first bytes of a memory, [n] uint8, as slots."""
         used = memory[: num_slots * slot_bytes]
-        return cls(used.view(num_slots, slot_bytes), used.view(access(slot_bytes)[0]))
+        rows, elements = used.view(num_slots, slot_bytes), used.view(access(slot_bytes)[0])
+        return cls(rows, elements, slot_bytes, bool(rows.is_cuda), rows.data_ptr())
 
-    @property
-    def slot_bytes(self) -> int:
-        return int(self.rows.shape[1])
-
-    @property
-    def on_gpu(self) -> bool:
-        return bool(self.rows.is_cuda)
+    def address(self, slot: int) -> int:
+        """Where a slot lies."""
+        return self.first_address + slot * self.slot_bytes
 
 
 class TierPools(Protocol):

@@ -1,6 +1,6 @@
 """The Triton kernel that copies slots. It reads and writes GPU memory and pinned host memory alike."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ NUM_WARPS = 4
 LINK_PROGRAMS = 64
 """Programs of a copy over the host link: with a piece under way in each they fill it, and most of the GPU is free."""
 
-_MAX_PROGRAMS = 2**31 - 1
+MAX_PROGRAMS = 2**31 - 1
 
 
 @triton.jit(do_not_specialize=["num_moves", "num_units"])
@@ -48,43 +48,69 @@ def copy_slots_kernel(
             tl.store(writing + offsets, tl.load(reading + offsets, mask=inside), mask=inside)
 
 
+class Shape(NamedTuple):
+    """How a batch is copied: units of a slot, units that a program copies at once, warps of a program."""
+
+    num_units: int
+    block: int
+    num_warps: int
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every piece of a slot is whole."""
+        return self.num_units % self.block == 0
+
+    def num_programs(self, num_moves: int, most: int = MAX_PROGRAMS) -> int:
+        """Of a launch."""
+        return min(most, num_moves * -(-self.num_units // self.block))
+
+
+def shape_of(
+    slot_elements: int, unit: int, element_bytes: int, piece_bytes: int = PIECE_BYTES, num_warps: int = NUM_WARPS
+) -> Shape:
+    """For slots of so many elements, a multiple of `unit`.
+
+    Args:
+        unit: elements that are read and written together, 16 bytes at most.
+        piece_bytes, num_warps: how a program copies.
+    """
+    num_units = slot_elements // unit
+    largest = max(1, piece_bytes // (unit * element_bytes))
+    block = min(largest, 1 << (num_units - 1).bit_length())
+    # a warp has 32 lanes, and a lane should have several accesses under way
+    return Shape(num_units, block, max(1, min(num_warps, block // 64)))
+
+
+PARAMETER_BYTES = (8, 8, 8, 8, 4, 4)
+"""Of the kernel: four addresses, two numbers."""
+
+
 def launch(
     source: Any,
     destination: Any,
     source_slots: Any,
     destination_slots: Any,
     num_moves: int,
-    slot_elements: int,
     unit: int,
-    max_programs: int = _MAX_PROGRAMS,
-    piece_bytes: int = PIECE_BYTES,
-    num_warps: int = NUM_WARPS,
-) -> None:
-    """Queue a batch on the current stream of the current device, as one launch.
+    shape: Shape,
+    num_programs: int,
+) -> Any:
+    """Queue a batch on the current stream of the current device, as one launch; returns the compiled kernel.
 
     Args:
         source, destination: tensors of one dtype that begin with slot 0, on the GPU or pinned.
         source_slots, destination_slots: int32 on the GPU, [at least num_moves].
-        slot_elements: of a slot, a multiple of `unit`.
-        unit: elements that are read and written together, 16 bytes at most.
-        max_programs: of the launch; fewer take longer and leave more of the GPU free.
-        piece_bytes, num_warps: how a program copies.
+        num_programs: fewer take longer and leave more of the GPU free.
     """
-    num_units = slot_elements // unit
-    largest = max(1, piece_bytes // (unit * source.element_size()))
-    block = min(largest, 1 << (num_units - 1).bit_length())
-    # a warp has 32 lanes, and a lane should have several accesses under way
-    warps = max(1, min(num_warps, block // 64))
-    num_programs = min(max_programs, num_moves * -(-num_units // block))
-    copy_slots_kernel[(num_programs,)](
+    return copy_slots_kernel[(num_programs,)](
         source,
         destination,
         source_slots,
         destination_slots,
         num_moves,
-        num_units,
+        shape.num_units,
         unit=unit,
-        block=block,
-        even=num_units % block == 0,
-        num_warps=warps,
+        block=shape.block,
+        even=shape.is_even,
+        num_warps=shape.num_warps,
     )
