@@ -14,6 +14,7 @@ from ssmcache_cli.console import (
     FormatOption,
     KvDtypeOption,
     ModelOption,
+    OutputsOption,
     PrefillOption,
     QuietOption,
     SeedOption,
@@ -71,6 +72,7 @@ def replay_command(
     seed: SeedOption = None,
     tokenizer: TokenizerOption = None,
     skip_broken: SkipBrokenOption = False,
+    outputs: OutputsOption = False,
     out: Annotated[Path | None, typer.Option(help="Write manifest, summary and one row a request here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     quiet: QuietOption = False,
@@ -85,7 +87,7 @@ def replay_command(
     if disk_path is not None and not disk_bytes:
         raise SizeError(f"--disk-path: expected --disk-memory beside it, got {str(disk_path)!r} alone")
     spec = load_model(model)
-    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
+    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:
         requests = read_trace(trace, trace_block, reading)
         note_broken_rows(requests)

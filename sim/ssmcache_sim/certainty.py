@@ -117,6 +117,7 @@ def piece(trace: Trace, start: int, stop: int) -> Trace:
         block_keys=trace.block_keys[first:last],
         offsets=trace.offsets[start : stop + 1] - first,
         partial_ids=trace.partial_ids[start:stop],
+        output_known=None if trace.output_known is None else trace.output_known[start:stop],
         sessions=None,
     )
 
