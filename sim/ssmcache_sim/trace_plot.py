@@ -107,7 +107,7 @@ def _hit_share(axes: Axes, trace: Trace, hit_depth: npt.NDArray[np.int64], colou
     axes.set(title=title, xlabel="requests, worst first", ylabel="share of the prompt", ylim=(0, 1.02), xlim=(0, 1))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
 
 
 def _plain_numbers(axes: Axes, x: bool = False) -> None:
