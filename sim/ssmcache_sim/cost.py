@@ -22,7 +22,8 @@ What the last two terms count depends on how snapshots inside a prompt are made:
 Both copy one snapshot into the live state where a request starts from one. A copy reads and writes its bytes:
 launch_seconds + 2 * bytes / memory_bytes_per_second. Pages of KV are read where they lie: nothing is gathered.
 
-What this leaves out: other requests in the same pass (each request is served alone), decoding, the embedding and the
+What this leaves out: other requests in the same pass (each request is served alone), decoding (also the copies of
+snapshots of outputs: one in an interval of decode steps, each of which takes longer than a copy), the embedding and the
 short convolutions; and parameters are the vendor's count, embeddings included, so the linear part is a little high
 (Nemotron-H-8B by an eighth), while weights used at several places count once (Zamba2's part is low).
 """
