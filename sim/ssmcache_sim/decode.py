@@ -12,6 +12,7 @@ The last generated token is not computed any more; the place for it is, as beyon
 """
 
 from ssmcache import BlockKeys, KVCache, KVCacheManager
+from ssmcache.layout import LayerGroupKind
 from ssmcache_sim.ceilings import path_blocks_seen_before
 from ssmcache_sim.trace import Trace
 
@@ -20,8 +21,8 @@ class Decoder:
     """Decodes the outputs of one trace, in blocks of the manager."""
 
     def __init__(self, trace: Trace, manager: KVCacheManager) -> None:
-        block = trace.tokens_per_block
-        by_block = trace.path_tokens if manager.store.windows else path_blocks_seen_before(trace) * block
+        has_windows = any(group.kind is LayerGroupKind.WINDOW for group in manager.groups)
+        by_block = trace.path_tokens if has_windows else path_blocks_seen_before(trace) * trace.tokens_per_block
         self._one_by_one_to: list[int] = by_block.tolist()
 
     def decode(self, kv: KVCache, index: int, path: BlockKeys) -> bool:
