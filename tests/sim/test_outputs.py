@@ -143,6 +143,7 @@ def test_recorded_outputs_are_known_whether_a_next_turn_has_them_or_not(
     trace = read_trace(write_trace(token_rows(requests)), block, WITH_OUTPUTS)
     assert trace.output_known is not None
     assert trace.output_known.all()
+    assert (trace.partial_ids == -1).all()
     for interval in (None, block * multiple):
         expected = brute_force_hits(requests, [True] * len(requests), block, interval)
         assert infinite_cache(trace, interval).tokens.tolist() == expected
@@ -248,6 +249,20 @@ def test_an_output_that_was_cut_is_not_revealed_and_by_no_later_turn_either(writ
     assert trace.output_known is not None
     assert trace.output_known.tolist() == [False, True, False]
     assert infinite_cache(trace, None).kv_tokens.tolist() == [0, 4, 8]
+
+
+def test_numbers_of_turns_that_fall_or_are_missing_reveal_nothing(write_trace: WriteTrace) -> None:
+    first, second = Request(0, 2, [1] * 8, [2] * 4), Request(0, 1, [1] * 8 + [2] * 4 + [3] * 4, [])
+    trace = read_trace(write_trace(rows_of([first, second], 4)), 4, WITH_OUTPUTS)
+    assert trace.output_known is not None
+    assert not trace.output_known.any()
+    # a prompt without a full block, and a next turn that is only counted
+    rows = rows_of([Request(0, 1, [1] * 3, [2] * 4), Request(0, 2, [1] * 3 + [2] * 4 + [3], [])], 4)
+    for numbered, known in (([0, 1], True), ([0], False), ([1], False), ([], False)):
+        some = [row if index in numbered else {**row, "turn": None} for index, row in enumerate(rows)]
+        trace = read_trace(write_trace(some), 4, WITH_OUTPUTS)
+        assert trace.output_known is not None
+        assert trace.output_known.tolist() == [known, False]
 
 
 def test_the_last_generated_token_is_not_there(write_trace: WriteTrace) -> None:
