@@ -17,7 +17,7 @@ Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-_OUTPUTS = "outputs"  # at the end of `reading`
+_OUTPUTS = "outputs"  # a part of `reading`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,7 +178,7 @@ class Trace:
             self,
             block_keys=self.block_keys[is_prompt],
             offsets=offsets_of(num_blocks),
-            reading=self.reading.removesuffix(_OUTPUTS).removesuffix(", "),
+            reading=", ".join(part for part in self.reading.split(", ") if part != _OUTPUTS),
             output_known=None,
         )
 
