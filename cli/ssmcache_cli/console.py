@@ -56,6 +56,14 @@ HostMemoryOption = Annotated[
 RequestsOption = Annotated[
     int | None, typer.Option("--requests", help="Only the first so many requests of the trace.", metavar="N")
 ]
+OutputsOption = Annotated[
+    bool,
+    typer.Option(
+        "--outputs",
+        help="Keep what requests generate for reuse, too, as far as the trace tells: where it records outputs, or the "
+        "next turn of a session reveals them.",
+    ),
+]
 SsmFractionOption = Annotated[
     float | None,
     typer.Option(help="Share of the memory for SSM states, 0 to 1; by default what a sequence of 2,048 tokens needs."),
@@ -85,7 +93,12 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No table and no prog
 
 
 def read_options(
-    format_name: str | None, session_start: str | None, seed: int | None, tokenizer: str | None, skip_broken: bool
+    format_name: str | None,
+    session_start: str | None,
+    seed: int | None,
+    tokenizer: str | None,
+    skip_broken: bool,
+    outputs: bool,
 ) -> ReadOptions:
     """The options of a reader from those of a command. Errors: TraceError."""
     return ReadOptions(
@@ -94,6 +107,7 @@ def read_options(
         seed=seed,
         tokenizer=tokenizer,
         skip_broken=skip_broken,
+        outputs=outputs,
     )
 
 

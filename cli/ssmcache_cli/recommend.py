@@ -13,6 +13,7 @@ from ssmcache_cli.console import (
     FormatOption,
     KvDtypeOption,
     ModelOption,
+    OutputsOption,
     QuietOption,
     SeedOption,
     SessionStartOption,
@@ -78,6 +79,7 @@ def recommend_command(
     seed: SeedOption = None,
     tokenizer: TokenizerOption = None,
     skip_broken: SkipBrokenOption = False,
+    outputs: OutputsOption = False,
     out: Annotated[
         Path | None, typer.Option(help="Write manifest, recommendation and one row an interval and block size here.")
     ] = None,
@@ -100,7 +102,7 @@ def recommend_command(
         billion_parameters=billion_parameters,
     )
     spec = load_model(model)
-    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
+    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"), recommend_directory(out) if out else nullcontext() as folder:
         requests = read_trace(trace, trace_block, reading)
         note_broken_rows(requests)
@@ -124,7 +126,8 @@ def recommend_command(
             "--tokenizer": tokenizer,
         }
         words = [str(word) for option, value in given.items() if value is not None for word in (option, value)]
-        print_report(requests.label, spec.name, answer, [str(trace), *words, *["--skip-broken"] * skip_broken])
+        flags = [*["--skip-broken"] * skip_broken, *["--outputs"] * outputs]
+        print_report(requests.label, spec.name, answer, [str(trace), *words, *flags])
 
 
 def _int_values(text: str | None, what: str) -> tuple[int, ...] | None:

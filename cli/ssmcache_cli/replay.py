@@ -17,6 +17,7 @@ from ssmcache_cli.console import (
     IntervalOption,
     KvDtypeOption,
     ModelOption,
+    OutputsOption,
     PrefillOption,
     QuietOption,
     RequestsOption,
@@ -84,6 +85,7 @@ def replay_command(
     seed: SeedOption = None,
     tokenizer: TokenizerOption = None,
     skip_broken: SkipBrokenOption = False,
+    outputs: OutputsOption = False,
     out: Annotated[Path | None, typer.Option(help="Write manifest, summary and one row a request here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     quiet: QuietOption = False,
@@ -96,7 +98,7 @@ def replay_command(
         model, tokens_per_block, ssm_reuse_interval, gpu_memory, host_memory, disk_memory, disk_path, ssm_fraction,
         kv_dtype, state_dtype, prefill, memory, bandwidth_profile,
     )  # fmt: skip
-    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
+    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:
         inputs = read_inputs(asked, trace, trace_block, reading, num_requests)
         log = None if folder is None else folder / DECISIONS

@@ -15,6 +15,7 @@ from ssmcache_cli.console import (
     FormatOption,
     KvDtypeOption,
     ModelOption,
+    OutputsOption,
     PrefillOption,
     QuietOption,
     SeedOption,
@@ -78,6 +79,7 @@ def sweep_command(
     seed: SeedOption = None,
     tokenizer: TokenizerOption = None,
     skip_broken: SkipBrokenOption = False,
+    outputs: OutputsOption = False,
     engine: Annotated[
         str,
         typer.Option(help="`auto`: all cells in one pass where that is exact, else a replay; `replay`: always replay."),
@@ -110,7 +112,7 @@ def sweep_command(
     if phase and memory == "arena":
         raise UserError("phase: expected separate pools, got an arena, whose prompts are not shifted")
     spec = load_model(model)
-    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
+    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("finished cells are kept; run the same command again to go on"):
         requests = read_trace(trace, trace_block, reading)
         note_broken_rows(requests)

@@ -9,6 +9,7 @@ import typer
 
 from ssmcache_cli.console import (
     FormatOption,
+    OutputsOption,
     SeedOption,
     SessionStartOption,
     SkipBrokenOption,
@@ -43,6 +44,7 @@ def info_command(
     seed: SeedOption = None,
     tokenizer: TokenizerOption = None,
     skip_broken: SkipBrokenOption = False,
+    outputs: OutputsOption = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) here.", metavar="FILE.png")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -50,7 +52,7 @@ def info_command(
     from ssmcache_sim.trace_info import describe
 
     intervals = parse_int_values(ssm_reuse_interval, "--ssm-reuse-interval")
-    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
+    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     if plot is not None and plot.suffix.lower() != ".png":
         raise TraceError(f"--plot: expected the name of a .png file, got {plot.name!r}")
     with interruptible("nothing was written"):
@@ -83,6 +85,7 @@ def convert_command(
     seed: SeedOption = None,
     tokenizer: TokenizerOption = None,
     skip_broken: SkipBrokenOption = False,
+    outputs: OutputsOption = False,
 ) -> None:
     """Write a trace as arrays, which every command reads in a fraction of the time.
 
@@ -92,7 +95,7 @@ def convert_command(
 
     if out.suffix != SUFFIX:
         raise TraceError(f"converted trace: expected a name that ends in {SUFFIX}, got {out.name!r}")
-    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
+    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"):
         requests = read_trace(trace, trace_block, reading)
         note_broken_rows(requests)

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ssmcache_sim.trace_info import PERCENTS, Distribution, SharedBlocks, TraceInfo
+from ssmcache_sim.trace_info import PERCENTS, Ceiling, Distribution, SharedBlocks, SharedOutputs, TraceInfo
 
 _SHOWN_PERCENTS = (0, 25, 50, 75, 90, 99, 100)
 
@@ -21,11 +21,14 @@ def print_info(info: TraceInfo) -> None:
         console.print("Lengths only: what prompts share is not recorded, so no hit rates.")
     else:
         shared = info.shared
+        only = "" if shared.outputs is None else ", prompts only"
         console.print(
             f"Hits with unlimited memory, in blocks of {shared.tokens_per_block} tokens, "
-            f"{_share_new(shared)} of them new;\n{shared.requests_without_hit:,} requests hit nothing"
+            f"{_share_new(shared)} of them new;\n{shared.requests_without_hit:,} requests hit nothing{only}"
         )
         console.print(_ceilings(shared))
+        if shared.outputs is not None:
+            console.print(_about_outputs(info, shared.outputs))
 
 
 def _facts(info: TraceInfo) -> Table:
@@ -84,10 +87,26 @@ def _share_new(shared: SharedBlocks) -> str:
 def _ceilings(shared: SharedBlocks) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("snapshots every")
-    table.add_column("prompt tokens", justify="right")
+    table.add_column("prompt tokens" if shared.outputs is None else "prompts only", justify="right")
     table.add_column("share", justify="right")
-    for ceiling in shared.ceilings:
+    if shared.outputs is not None:
+        table.add_column("with outputs", justify="right")
+        table.add_column("share", justify="right")
+    for index, ceiling in enumerate(shared.ceilings):
         interval = ceiling.ssm_reuse_interval
         name = "attention alone" if interval is None else f"{interval:,} tokens"
-        table.add_row(name, f"{ceiling.hit_tokens:,}", f"{ceiling.hit_rate:.2%}")
+        cells = _hits(ceiling) if shared.outputs is None else _hits(ceiling) + _hits(shared.outputs.ceilings[index])
+        table.add_row(name, *cells)
     return table
+
+
+def _hits(ceiling: Ceiling) -> tuple[str, str]:
+    return f"{ceiling.hit_tokens:,}", f"{ceiling.hit_rate:.2%}"
+
+
+def _about_outputs(info: TraceInfo, outputs: SharedOutputs) -> str:
+    share = outputs.known_tokens / max(info.output_tokens, 1)
+    return (
+        f"With outputs: what requests generate stays for reuse too. The outputs of {outputs.known_requests:,} requests "
+        f"are known, {share:.2%} of all output tokens; the others take memory and are never hit."
+    )

@@ -16,6 +16,7 @@ from ssmcache_cli.console import (
     IntervalOption,
     KvDtypeOption,
     ModelOption,
+    OutputsOption,
     PrefillOption,
     QuietOption,
     RequestsOption,
@@ -61,6 +62,7 @@ def verify_command(
     seed: SeedOption = None,
     tokenizer: TokenizerOption = None,
     skip_broken: SkipBrokenOption = False,
+    outputs: OutputsOption = False,
     log: Annotated[
         Path | None, typer.Option(help="Keep the decision log of the real memory here, compressed with gzip.")
     ] = None,
@@ -75,7 +77,7 @@ def verify_command(
         model, tokens_per_block, ssm_reuse_interval, gpu_memory, host_memory, disk_memory, disk_path, ssm_fraction,
         kv_dtype, state_dtype, prefill, memory,
     )  # fmt: skip
-    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken)
+    reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     from ssmcache_sim.real_memory import real_memory
     from ssmcache_sim.verify import verify
 

@@ -80,16 +80,16 @@ class Place:
 
 
 def find_candidates(
-    trace: Trace, model: ModelSpec, question: Question, longest_prompt: int
+    trace: Trace, model: ModelSpec, question: Question, longest_path: int
 ) -> tuple[tuple[Candidate, ...], tuple[LeftOut, ...]]:
     """All shapes, in order of interval and block: those that hold the longest prompt, and the others.
 
     Errors: SettingsError for a block size or an interval that cannot be; MemoryTooSmallError where nothing fits.
     """
     candidates, left_out = [], []
-    for shape in _shapes(trace, bool(model.num_ssm_layers), question, longest_prompt):
+    for shape in _shapes(trace, bool(model.num_ssm_layers), question, longest_path):
         splits = possible_splits(
-            longest_prompt,
+            longest_path,
             shape.step,
             question.gpu_memory_bytes,
             tokens_per_block=shape.tokens_per_block,
@@ -103,13 +103,13 @@ def find_candidates(
     if not candidates:
         least = min(shape.least_memory_bytes for shape in left_out)
         raise MemoryTooSmallError(
-            f"memory too small for the largest request ({longest_prompt} tokens): expected at least {least} bytes "
+            f"memory too small for the largest request ({longest_path} tokens): expected at least {least} bytes "
             f"({format_size(least)}), got {question.gpu_memory_bytes} bytes ({format_size(question.gpu_memory_bytes)})"
         )
     return tuple(candidates), tuple(left_out)
 
 
-def _shapes(trace: Trace, has_ssm: bool, question: Question, longest_prompt: int) -> Iterator[Shape]:
+def _shapes(trace: Trace, has_ssm: bool, question: Question, longest_path: int) -> Iterator[Shape]:
     native = trace.tokens_per_block
     blocks = sorted(question.tokens_per_block or _doubled(native, max(native, _MOST_TOKENS_PER_BLOCK)))
     for block in blocks:
@@ -117,7 +117,7 @@ def _shapes(trace: Trace, has_ssm: bool, question: Question, longest_prompt: int
     if not has_ssm:
         yield from (Shape(block, None) for block in blocks)
         return
-    ladder = _doubled(native, max(native, longest_prompt)) + _doubled(3 * native, longest_prompt)
+    ladder = _doubled(native, max(native, longest_path)) + _doubled(3 * native, longest_path)
     intervals = sorted(question.ssm_reuse_intervals or ladder)
     for interval in intervals:
         fitting = [block for block in blocks if interval % block == 0]

@@ -16,7 +16,7 @@ class Ceilings:
 
 
 def infinite_cache(trace: Trace, ssm_reuse_interval: int | None) -> Ceilings:
-    """Hits of an infinite cache into which every earlier prompt was put.
+    """Hits of an infinite cache into which every earlier path was put: prompts, and outputs where the trace has them.
 
     With m leading full blocks seen in an earlier request, B tokens a block and L prompt tokens, attention hits
     min(m, floor((L - 1) / B)) * B tokens: full blocks only, and at least one token is left to compute. With SSM layers
@@ -32,16 +32,28 @@ def infinite_cache(trace: Trace, ssm_reuse_interval: int | None) -> Ceilings:
 
 
 def blocks_seen_before(trace: Trace) -> Int64Array:
-    """[num_requests] leading full blocks of each prompt whose key comes first in an earlier prompt.
+    """[num_requests] leading full blocks of each prompt whose key comes first in an earlier path. Cost: as that of
+    `infinite_cache`.
+    """
+    return _seen_before(trace, trace.prompt_tokens // trace.tokens_per_block)
+
+
+def path_blocks_seen_before(trace: Trace) -> Int64Array:
+    """As `blocks_seen_before`, of each path."""
+    return _seen_before(trace, np.diff(trace.offsets))
+
+
+def _seen_before(trace: Trace, num_blocks: Int64Array) -> Int64Array:
+    """[num_requests] how many of the first `num_blocks` of each path come first in an earlier one.
 
     Keys are unique per prefix: all blocks before one that was seen were seen. So a binary search finds the first new
-    block, for all requests at once. Cost: as that of `infinite_cache`.
+    block, for all requests at once.
     """
     first_place = np.zeros(trace.num_keys, dtype=np.int64)
     # Of several values for one index the last one stays: written back to front, that is the first place of a key.
     first_place[trace.block_keys[::-1]] = np.arange(trace.block_keys.size - 1, -1, -1, dtype=np.int64)
     starts = trace.offsets[:-1]
-    low, high = np.zeros_like(starts), np.diff(trace.offsets)  # the answer lies in low..high
+    low, high = np.zeros_like(starts), num_blocks.copy()  # the answer lies in low..high
     while (open_requests := np.flatnonzero(low < high)).size:
         start = starts[open_requests]
         middle = (low[open_requests] + high[open_requests]) // 2

@@ -23,7 +23,8 @@ Both copy one snapshot into the live state where a request starts from one. A co
 launch_seconds + bytes / gpu_bytes_per_second; writing alone takes half as long, without a launch. Pages of KV are read
 where they lie: nothing is gathered.
 
-What this leaves out: other requests in the same pass (each request is served alone), decoding, the embedding and the
+What this leaves out: other requests in the same pass (each request is served alone), decoding (also the copies of
+snapshots of outputs: one in an interval of decode steps, each of which takes longer than a copy), the embedding and the
 short convolutions; and parameters are the vendor's count, embeddings included, so the linear part is a little high
 (Nemotron-H-8B by an eighth), while weights used at several places count once (Zamba2's part is low).
 """

@@ -5,7 +5,7 @@ from typing import Literal, cast, get_args
 from ssmcache.config import KVCacheManagerConfig
 from ssmcache_sim.errors import UserError
 from ssmcache_sim.grid_cells import ARENA, EXACT, ArenaCapacity, GridCapacity, arena_capacity, grid_capacity
-from ssmcache_sim.replay import check_memory
+from ssmcache_sim.memory_needed import check_memory
 from ssmcache_sim.trace import Trace
 
 # auto: the one-pass grid where it is exact, else a replay

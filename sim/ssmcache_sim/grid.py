@@ -9,6 +9,9 @@ earlier touch is one *segment* of its own path. The q-th block of a segment has 
 q, at any block size; only the counts differ. A snapshot at a boundary is as old as the block that ends there, so
 snapshots of an interval are blocks of that size in a stack of their own.
 
+In a trace with outputs a request touches its whole path, beyond the prompt as well, but looks up its prompt alone: no
+block that ends behind the prompt's last token but one is a hit.
+
 Exact where every boundary gets a snapshot, sizes are fixed, KV beyond the missing snapshot is adopted, and the capacity
 holds the largest request: `grid_capacity` of `grid_cells.py` says so for a cell. What is given to a manager, N pages
 and M states, holds N - 1 blocks and M - 1 snapshots: a request takes one of each beyond what it leaves.
@@ -35,7 +38,7 @@ class StackDistances:
         sizes: block sizes and intervals, in tokens, that can be asked for.
         request: [num_segments] whose path it is, ascending; the segments of a path from the top on.
         start, end: [num_segments] blocks of the request's path, from the first on that was touched then.
-        limit: [num_segments] tokens of the request that may hit: all but its last one.
+        limit: [num_segments] tokens of the request that may hit: all of its prompt but the last one.
         later: [num_segments, num_sizes] blocks of each size with a later touch.
     """
 

@@ -57,7 +57,7 @@ def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | 
     if LayerGroupKind.ATTENTION not in slots:
         return "no attention layers: blocks stay only as far as snapshots need them"
     blocks = _stack(slots[LayerGroupKind.ATTENTION])
-    longest = int(trace.prompt_tokens.max())
+    longest = trace.longest_path
     if longest // config.tokens_per_block > blocks:
         return f"the largest request ({longest} tokens) does not fit into the KV pool"
     if not config.has_ssm:
@@ -93,7 +93,7 @@ def arena_capacity(trace: Trace, config: KVCacheManagerConfig) -> ArenaCapacity:
     quota = config.cache_tiers[0].quota
     if quota is None:
         return ArenaCapacity(UNLIMITED, page_bytes, snapshot_bytes)
-    longest = int(trace.prompt_tokens.max())
+    longest = trace.longest_path
     num_pages, num_states = longest // config.tokens_per_block + 1, longest // config.ssm_reuse_interval + 1
     needed = num_pages * page_bytes + num_states * snapshot_bytes
     if quota < needed:

@@ -1,7 +1,7 @@
 """Hit tokens where a request keeps only its own last boundary (admission `last`), for every capacity in one pass.
 
 The rules: KV as in `grid.py`, path touch of all blocks. Of the snapshots a request touches only the one at the last
-boundary of its prompt, the largest multiple of the interval up to its length: it is taken unless it is there already.
+boundary of its path, the largest multiple of the interval up to its length: it is taken unless it is there already.
 The snapshot that the request started from, if it is another one, is not touched. Snapshots have a pool of their own,
 the oldest goes; one whose KV went stays and keeps its slot until its own turn, and is usable again once a request has
 brought the KV back. So the order of the snapshots is that of the requests whose last boundary they are, the trace

@@ -152,7 +152,8 @@ class Payload:
         self._trace = trace
         self._kernels = kernels
         self._block = trace.tokens_per_block
-        self._recurrence = Recurrence(int(trace.prompt_tokens.max(initial=0)))
+        self._recurrence = Recurrence(trace.longest_path)
+        self._paths = trace.path_tokens.tolist()
         self._groups: list[tuple[int, list[PayloadBuffer]]] = []
         self._states: list[PayloadBuffer] = []
         self.buffer_names: list[str] = []
@@ -234,5 +235,5 @@ class Payload:
                     self._kernels.write_states(buffer, live, done == 0, steps, slots_of_states)
 
     def _seeds(self, request: int) -> UInt64Array:
-        prompt = self._trace.prompt(request)
-        return block_seeds(prompt.keys, prompt.stop, self._block, request)
+        keys = self._trace.block_keys[self._trace.offsets[request] : self._trace.offsets[request + 1]]
+        return block_seeds(keys, self._paths[request], self._block, request)

@@ -54,7 +54,7 @@ def split_plane(
     Cost: that of `hybrid_hits`, once.
     """
     page_bytes, state_bytes = _slot_bytes(config)
-    longest = int(trace.prompt_tokens.max())
+    longest = trace.longest_path
     # one slot more than what the request leaves behind: see `grid_capacity`
     kv_bytes = _sizes((longest // config.tokens_per_block + 1) * page_bytes, memory_bytes)
     ssm_bytes = _sizes((longest // config.ssm_reuse_interval + 1) * state_bytes, memory_bytes)

@@ -102,7 +102,7 @@ class MemoryRunner:
         self._log = None if write is None else DecisionLog(write)
         self._kernels: Kernels | None = None
         self._payload: Payload | None = None
-        self._started = -1  # the last request that has begun to compute
+        self._started = self._capacity = -1  # the last request that has begun to compute, and its capacity
 
     def manager(self, config: KVCacheManagerConfig) -> KVCacheManager:
         make = KVCacheManager if self._log is None else self._log.manager
@@ -126,15 +126,15 @@ class MemoryRunner:
     def compute(self, kv: KVCache, end: int, reserved: Mapping[int, int]) -> None:
         request = _number(kv)
         is_first = request != self._started
-        self._started = request
         if self._log is not None:
-            if is_first:
+            if is_first or kv.capacity != self._capacity:
                 self._log.allocated(kv)
             self._log.reserved(kv, reserved)
         if self._payload is not None:
             if is_first:
                 self._payload.started(kv, request)
             self._payload.compute(kv, request, end, reserved)
+        self._started, self._capacity = request, kv.capacity
 
     def check(self) -> PayloadCheck:
         """What was found wrong. Waits for the device."""

@@ -136,7 +136,7 @@ def recommend(
         state_dtype=question.state_dtype,
         billion_parameters=question.billion_parameters,
     )
-    longest = max(int(each.prompt_tokens.max()) for each in (trace, *phases))
+    longest = max(each.longest_path for each in (trace, *phases))
     candidates, left_out = find_candidates(trace, model, question, longest)
     distances = stack_distances(trace, sizes_of(candidates))
     totals = measure(trace, distances, candidates, cost)

@@ -1,19 +1,18 @@
 """Replays a trace through a cache manager on simulated memory, and accounts for every token that did not hit.
 
 Each request in order of arrival: created with its prompt less the last token, resumed, resized to the prompt and one
-token more, its snapshots reserved, the prompt committed, closed.
+token more, its snapshots reserved, the prompt committed; where the trace has outputs, its output decoded (`decode.py`);
+closed.
 """
 
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ssmcache import (
     BlockKeys,
-    GpuCacheTierConfig,
     KVCache,
     KVCacheManager,
     KVCacheManagerConfig,
@@ -23,11 +22,12 @@ from ssmcache import (
 )
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache_sim.ceilings import Ceilings, infinite_cache
-from ssmcache_sim.errors import MemoryTooSmallError, TierFailedError
+from ssmcache_sim.decode import Decoder
+from ssmcache_sim.errors import TierFailedError
+from ssmcache_sim.memory_needed import check_memory
 from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
-from ssmcache_sim.replay_tiers import TierTokens, check_lower_tiers, moved_slots, peak, tier_totals, tokens_by_tier
+from ssmcache_sim.replay_tiers import TierTokens, moved_slots, peak, tier_totals, tokens_by_tier
 from ssmcache_sim.settings import Prefill
-from ssmcache_sim.sizes import format_size
 from ssmcache_sim.totals import ReplayTotals, SnapshotCounts
 from ssmcache_sim.trace import Int64Array, Trace
 
@@ -37,7 +37,7 @@ _NO_MATCH = ReuseMatch(0, 0, 0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplayResult:
-    """What became of each request, [num_requests] tokens unless said otherwise, and the totals.
+    """What became of each request, [num_requests] tokens of its prompt unless said otherwise, and the totals.
 
     For each request: usable + lost_evicted + lost_alignment + lost_snapshot = kv_ceiling. Hits count full blocks.
 
@@ -49,7 +49,8 @@ class ReplayResult:
         lost_evicted: KV that unlimited memory would have had.
         lost_alignment: KV present beyond the last multiple of the interval.
         lost_snapshot: the rest: KV present, but no snapshot at a usable position.
-        too_large: [num_requests] bool, did not fit into the memory even alone: served without the cache, no hits.
+        too_large: [num_requests] bool, did not fit into the memory even alone, with its output where the trace has
+            outputs: served without the cache, no hits.
         used_bytes: [num_layer_groups, num_requests] GPU memory in use after each request.
         usable_by_tier: [num_tiers, num_requests] of `usable`, by the tier where the pages lay when the request came
             (without attention layers: where the state lay).
@@ -117,46 +118,10 @@ def replay(
     served = _serve_all(trace, manager, _committer(config, prefill, runner), progress, runner)
     too_large = np.zeros(trace.num_requests, dtype=np.bool_)
     if manager.max_capacity is not None:
-        too_large = trace.prompt_tokens + 1 > manager.max_capacity
+        too_large = trace.path_tokens + 1 > manager.max_capacity
     ceilings = infinite_cache(trace, config.ssm_reuse_interval if config.has_ssm else None)
     phase = phase_ceilings(recorded, config.ssm_reuse_interval if config.has_ssm else config.tokens_per_block)
     return _account(trace, config, ceilings, phase, served, too_large, manager, bandwidths)
-
-
-def check_memory(trace: Trace, config: KVCacheManagerConfig) -> None:
-    """Errors: MemoryTooSmallError, naming the least memory that would do, when not even the shortest prompt fits on the
-    GPU, or a tier below it holds nothing.
-    """
-    check_lower_tiers(config)
-    quota = config.cache_tiers[0].quota
-    if quota is None:
-        return
-    needed_tokens = int(trace.prompt_tokens.min()) + 1
-    if _capacity(config, quota) >= needed_tokens:
-        return
-    too_small, enough = quota, quota * 2
-    while _capacity(config, enough) < needed_tokens:
-        too_small, enough = enough, enough * 2
-    while enough - too_small > 1:
-        middle = (too_small + enough) // 2
-        if _capacity(config, middle) < needed_tokens:
-            too_small = middle
-        else:
-            enough = middle
-    raise MemoryTooSmallError(
-        f"memory too small for every request: expected at least {enough} bytes ({format_size(enough)}) for the "
-        f"shortest prompt, got {quota} bytes ({format_size(quota)})"
-    )
-
-
-def _capacity(config: KVCacheManagerConfig, quota: int) -> int:
-    """Tokens that one sequence alone has room for with `quota` bytes; 0 where not even a manager can be made."""
-    resized = replace(config, cache_tiers=(GpuCacheTierConfig(quota=quota),))
-    try:
-        max_capacity = KVCacheManager(resized, memory=SimulatedMemory()).max_capacity
-    except ValueError:
-        return 0
-    return sys.maxsize if max_capacity is None else max_capacity  # None: a state has room for any number of tokens
 
 
 _Commit = Callable[[KVCache, BlockKeys], None]
@@ -206,22 +171,28 @@ def _serve_all(
     recorders = [(slots.append, group) for group, slots in enumerate(used_slots)]
     capacity = manager.max_capacity
     create, used = manager.create_kv_cache, manager.used_slots
-    for index, prompt in enumerate(trace.prompts()):
-        needed = prompt.stop + 1
+    compute = None if runner is None else runner.compute
+    decoder = Decoder(trace, manager, compute) if trace.has_outputs else None
+    for index, (path, num_tokens) in enumerate(zip(trace.paths(), trace.prompt_tokens.tolist(), strict=True)):
+        needed = path.stop + 1
         if capacity is not None and needed > capacity:
             matches.append(_NO_MATCH)
             by_tier.append(())
         else:
+            prompt = path if path.stop == num_tokens else path[:num_tokens]
             kv = create(prompt[:-1], id=index)
             stream = None
             if runner is not None:
                 runner.found(kv)
                 stream = runner.stream(index)
-            if not (kv.resume(stream) and kv.resize(needed)):
+            fits = kv.resume(stream) and kv.resize(num_tokens + 1)
+            if fits:
+                matches.append(kv.reuse_match)
+                by_tier.append(kv.usable_tokens_by_tier)
+                commit(kv, prompt)
+                fits = decoder is None or decoder.decode(kv, index, path)
+            if not fits:
                 raise _refused(index, needed, capacity, kv.shortage)
-            matches.append(kv.reuse_match)
-            by_tier.append(kv.usable_tokens_by_tier)
-            commit(kv, prompt)
             kv.close()
         for record, group in recorders:
             record(used(group))

@@ -50,15 +50,15 @@ class Splits:
 
 
 def possible_splits(
-    longest_prompt: int, step: int, memory_bytes: int, *, tokens_per_block: int, page_bytes: int, slot_bytes: int
+    longest_path: int, step: int, memory_bytes: int, *, tokens_per_block: int, page_bytes: int, slot_bytes: int
 ) -> Splits | int:
     """All splits that the grid is exact for, or the least memory that has one.
 
     Exact is a split that holds the largest request: its full blocks and one page more, and, every `step` tokens, its
     snapshots and one live state more.
     """
-    pages = longest_prompt // tokens_per_block + 1
-    first = longest_prompt // step + 1 if slot_bytes else 0
+    pages = longest_path // tokens_per_block + 1
+    first = longest_path // step + 1 if slot_bytes else 0
     least = pages * page_bytes + first * slot_bytes
     if memory_bytes < least:
         return least
@@ -98,11 +98,13 @@ def split_totals(
         after = high[fits] + 1 - splits.first
         prompt, end = boundary.prompt_tokens[fits], boundary.ends[fits]
         gain = cost.reuse_ns(prompt, end - step, step) - cost.reuse_ns(prompt, end, step)
+        gain[end > prompt] = 0  # a snapshot of the output: no prefill makes or uses it here
         for sums, worth in ((hits, (end < prompt) * step), (saved, gain), (found, np.ones_like(gain))):
             np.add.at(sums, low, worth)
             np.subtract.at(sums, after, worth)
     at_start = int((cost.plain_ns(prompts) - cost.reuse_ns(prompts, nothing, step)).sum())
-    taken = int((prompts // step).sum()) - found.cumsum()[:-1] if splits.slot_bytes else np.zeros_like(found[:-1])
+    wanted = int((trace.path_tokens // step).sum())
+    taken = wanted - found.cumsum()[:-1] if splits.slot_bytes else np.zeros_like(found[:-1])
     return SplitTotals(
         hit_tokens=hits.cumsum()[:-1],
         saved_ns=saved.cumsum()[:-1] + at_start,
@@ -119,13 +121,14 @@ def unlimited_totals(trace: Trace, distances: StackDistances, step: int, cost: P
     found = distances.limit[is_last] + 1
     hit_tokens = np.minimum(known, distances.limit[is_last] // step * step).sum()
     saved_ns = (cost.plain_ns(prompts) - cost.reuse_ns(prompts, np.zeros_like(prompts), step)).sum()
+    known = np.minimum(known, found // step * step)  # of an output nothing is prefilled
     saved_ns += (cost.reuse_ns(found, np.zeros_like(found), step) - cost.reuse_ns(found, known, step)).sum()
     return int(hit_tokens), int(saved_ns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Boundaries:
-    """[num_boundaries] each: where they end in their prompt, its length, and their distances."""
+    """[num_boundaries] each: where they end on their path, the length of its prompt, and their distances."""
 
     ends: Int64Array
     prompt_tokens: Int64Array
@@ -134,7 +137,7 @@ class _Boundaries:
 
 
 def _boundaries(distances: StackDistances, tokens_per_block: int, step: int) -> Iterator[_Boundaries]:
-    """Multiples of the step that were prompted before, also at the very end of a prompt, a bounded number at once."""
+    """Multiples of the step that were on a path before, also at the very end of a path, a bounded number at once."""
     block_factor, factor = tokens_per_block // distances.tokens_per_block, step // distances.tokens_per_block
     first = distances.start // factor
     count = distances.end // factor - first

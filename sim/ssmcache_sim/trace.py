@@ -1,4 +1,8 @@
-"""A request trace as arrays: when requests arrive, how long they are, and which blocks of prompt they share."""
+"""A request trace as arrays: when requests arrive, how long they are, and which blocks they share.
+
+What a request leaves for others is its *path*: its prompt and, in a trace with outputs, the tokens that it generated,
+but for the last one: that was sampled and never computed, so no memory holds anything for it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +15,9 @@ from ssmcache_sim.errors import TraceError
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+_OUTPUTS = "outputs"  # a part of `reading`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +63,7 @@ class LengthTrace:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """Requests in order of arrival, with a key for each full block of each prompt.
+    """Requests in order of arrival, with a key for each full block of each path.
 
     Attributes:
         name: the file's name, without its folder.
@@ -64,10 +71,11 @@ class Trace:
         tokens_per_block: tokens that one key stands for.
         arrival_ms: [num_requests] milliseconds, not falling.
         prompt_tokens, output_tokens: [num_requests].
-        block_keys: [sum of full blocks] keys of the full blocks of all prompts, one prompt after the other. Unique
-            per prefix, dense: 0 <= key < num_keys.
-        offsets: [num_requests + 1] where each prompt's keys begin in `block_keys`.
-        partial_ids: [num_requests] id of the last block that is not full, from the same numbering; -1 without one.
+        block_keys: [sum of full blocks] keys of the full blocks of all paths, one path after the other. Unique per
+            prefix, 0 <= key < num_keys. A path's first keys are those of its prompt.
+        offsets: [num_requests + 1] where each path's keys begin in `block_keys`.
+        partial_ids: [num_requests] id of the prompt's last block that is not full, from the same numbering; -1 without
+            one.
         num_keys: how many ids the numbering has.
         repairs: (what was repaired, how many rows) pairs.
         num_broken: rows that were left out because they are broken.
@@ -76,6 +84,8 @@ class Trace:
         format_name: of the file.
         reading: what was chosen while reading that changes the requests, such as a rule for the start of sessions;
             empty where the file alone decides. Equal `sha256`, `reading` and block: the same requests.
+        output_known: [num_requests] bool, whether the content of the output is known; blocks of one that is not have
+            keys that nobody else has. None: prompts only, a path is a prompt.
 
     All arrays are read-only; a prompt is a view of them.
     """
@@ -96,37 +106,65 @@ class Trace:
     sessions: Sessions | None = None
     format_name: str = ""
     reading: str = ""
+    output_known: BoolArray | None = None
 
     def __post_init__(self) -> None:
         for array in self._arrays():
             array.flags.writeable = False
-        assert np.array_equal(np.diff(self.offsets), self.prompt_tokens // self.tokens_per_block)
+        assert np.array_equal(np.diff(self.offsets), self.path_tokens // self.tokens_per_block)
 
     def _arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         lengths = (self.arrival_ms, self.prompt_tokens, self.output_tokens)
-        return (*lengths, self.block_keys, self.offsets, self.partial_ids)
+        known = () if self.output_known is None else (self.output_known,)
+        return (*lengths, self.block_keys, self.offsets, self.partial_ids, *known)
 
     @property
     def num_requests(self) -> int:
         return self.prompt_tokens.size
 
     @property
+    def has_outputs(self) -> bool:
+        """Whether what a request generated is part of its path."""
+        return self.output_known is not None
+
+    @property
+    def path_tokens(self) -> Int64Array:
+        """[num_requests] tokens that each request leaves for others."""
+        return path_lengths(self.prompt_tokens, self.output_tokens) if self.has_outputs else self.prompt_tokens
+
+    @property
+    def longest_path(self) -> int:
+        """Tokens of the longest path."""
+        return int(self.path_tokens.max())
+
+    @property
     def label(self) -> str:
-        """Name for titles; says so where the blocks are not the recorded ones."""
+        """Name for titles; says so where there are outputs, or the blocks are not the recorded ones."""
+        if self.has_outputs:
+            return f"{self.name} (prompts and outputs)"
         if self.split_factor == 1:
             return self.name
         return f"{self.name} (blocks split in {self.split_factor}: a lower bound)"
 
     def prompt(self, index: int) -> BlockKeys:
         """Keys of one prompt: a view, no copy."""
-        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
-        return BlockKeys(self.block_keys[start:stop], self.tokens_per_block, int(self.prompt_tokens[index]))
+        start, num_tokens = int(self.offsets[index]), int(self.prompt_tokens[index])
+        stop = start + num_tokens // self.tokens_per_block
+        return BlockKeys(self.block_keys[start:stop], self.tokens_per_block, num_tokens)
 
     def prompts(self) -> Iterator[BlockKeys]:
         """All prompts in order of arrival; cheaper than `prompt` for each."""
+        if not self.has_outputs:
+            yield from self.paths()
+            return
+        for path, num_tokens in zip(self.paths(), self.prompt_tokens.tolist(), strict=True):
+            yield BlockKeys(path.keys[: num_tokens // self.tokens_per_block], self.tokens_per_block, num_tokens)
+
+    def paths(self) -> Iterator[BlockKeys]:
+        """All paths in order of arrival; the prompt is the first part of each."""
         keys, tokens_per_block = self.block_keys, self.tokens_per_block
         start = 0
-        for stop, num_tokens in zip(self.offsets[1:].tolist(), self.prompt_tokens.tolist(), strict=True):
+        for stop, num_tokens in zip(self.offsets[1:].tolist(), self.path_tokens.tolist(), strict=True):
             yield BlockKeys(keys[start:stop], tokens_per_block, num_tokens)
             start = stop
 
@@ -141,6 +179,7 @@ class Trace:
             block_keys=self.block_keys[first:last],
             offsets=self.offsets[start : stop + 1] - first,
             partial_ids=self.partial_ids[start:stop],
+            output_known=None if self.output_known is None else self.output_known[start:stop],
             sessions=None,
         )
 
@@ -152,6 +191,20 @@ class Trace:
             return self
         reading = ", ".join(filter(None, (self.reading, f"first {count} requests")))
         return replace(self.part(0, count), reading=reading)
+
+    def without_outputs(self) -> "Trace":
+        """The same requests, prompts only. Cost: O(blocks)."""
+        if not self.has_outputs:
+            return self
+        num_blocks = self.prompt_tokens // self.tokens_per_block
+        is_prompt = _positions(self.offsets) < np.repeat(num_blocks, np.diff(self.offsets))
+        return replace(
+            self,
+            block_keys=self.block_keys[is_prompt],
+            offsets=offsets_of(num_blocks),
+            reading=", ".join(part for part in self.reading.split(", ") if part != _OUTPUTS),
+            output_known=None,
+        )
 
     def with_block(self, tokens_per_block: int) -> "Trace":
         """The same requests in coarser blocks. Exact: a coarse block's key is the key of its last block here.
@@ -166,14 +219,14 @@ class Trace:
         factor = tokens_per_block // self.tokens_per_block
         if factor == 1:
             return self
-        num_fine = np.diff(self.offsets)
-        num_coarse = num_fine // factor
+        num_coarse = np.diff(self.offsets) // factor
         offsets = offsets_of(num_coarse)
         last_fine = np.repeat(self.offsets[:-1], num_coarse) + (_positions(offsets) + 1) * factor - 1
         # The rest of a prompt is named by its last id, but only where that id reaches to the prompt's end.
-        ends_full = (self.prompt_tokens % self.tokens_per_block == 0) & (num_fine > num_coarse * factor)
+        num_prompt, rest_tokens = np.divmod(self.prompt_tokens, self.tokens_per_block)
+        ends_full = (rest_tokens == 0) & (num_prompt % factor > 0)
         partial_ids = self.partial_ids.copy()
-        partial_ids[ends_full] = self.block_keys[self.offsets[1:][ends_full] - 1]
+        partial_ids[ends_full] = self.block_keys[(self.offsets[:-1] + num_prompt)[ends_full] - 1]
         return replace(
             self,
             tokens_per_block=tokens_per_block,
@@ -188,8 +241,11 @@ class Trace:
         A lower bound of what finer blocks would share: two prompts that part inside a recorded block may agree on
         its first tokens, which is not recorded.
 
-        Errors: TraceError unless the factor divides a block and the ids of partial blocks are recorded.
+        Errors: TraceError unless the factor divides a block and the ids of partial blocks are recorded; and with
+        outputs, which begin inside a block that is named as a whole.
         """
+        if self.has_outputs:
+            raise TraceError(f"expansion of {self.name}: expected prompts only, got outputs too")
         if factor < 1 or self.tokens_per_block % factor:
             raise TraceError(f"expansion factor: expected a divisor of {self.tokens_per_block}, got {factor}")
         if factor == 1:
@@ -217,6 +273,16 @@ class Trace:
             num_keys=self.num_keys * factor,
             split_factor=self.split_factor * factor,
         )
+
+
+def path_lengths(prompt_tokens: Int64Array, output_tokens: Int64Array) -> Int64Array:
+    """Tokens of each path with the output: all but the last generated token, which is never computed."""
+    return prompt_tokens + np.maximum(output_tokens - 1, 0)
+
+
+def reading_with_outputs(reading: str) -> str:
+    """What `Trace.reading` says where outputs were asked for; `without_outputs` takes it away."""
+    return f"{reading}, {_OUTPUTS}" if reading else _OUTPUTS
 
 
 def offsets_of(counts: Int64Array) -> Int64Array:

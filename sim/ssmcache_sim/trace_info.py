@@ -38,9 +38,10 @@ class SharedBlocks:
 
     Attributes:
         full_blocks, distinct_full_blocks: of all prompts.
-        ceilings: attention alone, then each interval.
-        hit_depth_tokens: of requests, by attention alone.
+        ceilings: prompts only: attention alone, then each interval.
+        hit_depth_tokens: of requests, by attention alone, prompts only.
         requests_without_hit: of them.
+        outputs: None where the trace was read without outputs.
     """
 
     tokens_per_block: int
@@ -49,6 +50,22 @@ class SharedBlocks:
     ceilings: tuple[Ceiling, ...]
     hit_depth_tokens: Distribution
     requests_without_hit: int
+    outputs: "SharedOutputs | None"
+
+
+@dataclass(frozen=True, slots=True)
+class SharedOutputs:
+    """What is known of outputs, and what they add to hits.
+
+    Attributes:
+        known_requests, known_tokens: whose output is recorded or revealed, of those that generate anything; and how
+            much that is.
+        ceilings: as those of `SharedBlocks`, where outputs stay for reuse too.
+    """
+
+    known_requests: int
+    known_tokens: int
+    ceilings: tuple[Ceiling, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,21 +144,35 @@ def _turns(sessions: Sessions) -> Int64Array:
 
 
 def _shared(trace: Trace, ssm_reuse_intervals: Sequence[int]) -> SharedBlocks:
-    num_tokens = max(int(trace.prompt_tokens.sum()), 1)
-    hit_depth = infinite_cache(trace, None).kv_tokens
-    usable = [interval for interval in ssm_reuse_intervals if interval % trace.tokens_per_block == 0]
-
-    def ceiling(interval: int | None) -> Ceiling:
-        tokens = int((hit_depth if interval is None else hit_depth // interval * interval).sum())
-        return Ceiling(interval, tokens, tokens / num_tokens)
-
-    seen = np.zeros(trace.num_keys, dtype=np.bool_)
-    seen[trace.block_keys] = True
+    prompts = trace.without_outputs()
+    hit_depth = infinite_cache(prompts, None).kv_tokens
+    seen = np.zeros(prompts.num_keys, dtype=np.bool_)
+    seen[prompts.block_keys] = True
     return SharedBlocks(
         tokens_per_block=trace.tokens_per_block,
-        full_blocks=trace.block_keys.size,
+        full_blocks=prompts.block_keys.size,
         distinct_full_blocks=int(np.count_nonzero(seen)),
-        ceilings=tuple(map(ceiling, (None, *usable))),
+        ceilings=_ceilings(prompts, hit_depth, ssm_reuse_intervals),
         hit_depth_tokens=distribution(hit_depth),
         requests_without_hit=int(np.count_nonzero(hit_depth == 0)),
+        outputs=_shared_outputs(trace, ssm_reuse_intervals),
     )
+
+
+def _shared_outputs(trace: Trace, ssm_reuse_intervals: Sequence[int]) -> SharedOutputs | None:
+    if trace.output_known is None:
+        return None
+    known_tokens = trace.output_tokens[trace.output_known]
+    return SharedOutputs(
+        known_requests=int(np.count_nonzero(known_tokens)),
+        known_tokens=int(known_tokens.sum()),
+        ceilings=_ceilings(trace, infinite_cache(trace, None).kv_tokens, ssm_reuse_intervals),
+    )
+
+
+def _ceilings(trace: Trace, hit_depth: Int64Array, ssm_reuse_intervals: Sequence[int]) -> tuple[Ceiling, ...]:
+    """Attention alone, then each interval that is a multiple of the trace's block."""
+    num_tokens = max(int(trace.prompt_tokens.sum()), 1)
+    usable = [interval for interval in ssm_reuse_intervals if interval % trace.tokens_per_block == 0]
+    sums = [(None, int(hit_depth.sum())), *((step, int((hit_depth // step * step).sum())) for step in usable)]
+    return tuple(Ceiling(interval, tokens, tokens / num_tokens) for interval, tokens in sums)

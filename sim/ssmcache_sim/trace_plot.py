@@ -38,7 +38,12 @@ def trace_figure(requests: Trace | LengthTrace) -> Figure:
     if isinstance(requests, Trace):
         hit_depth = infinite_cache(requests, None).kv_tokens
         _hit_depth(panels[1, 0], requests, hit_depth)
-        _hit_share(panels[1, 1], requests, hit_depth)
+        if requests.has_outputs:
+            prompts_only = infinite_cache(requests.without_outputs(), None).kv_tokens
+            _hit_share(panels[1, 1], requests, prompts_only, _PROMPT_COLOUR, "prompts only")
+            _hit_share(panels[1, 1], requests, hit_depth, _HIT_COLOUR, "with outputs")
+        else:
+            _hit_share(panels[1, 1], requests, hit_depth, _HIT_COLOUR, "of all prompt tokens")
     for axes in panels.flat:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
@@ -92,17 +97,17 @@ def _hit_depth(axes: Axes, trace: Trace, hit_depth: npt.NDArray[np.int64]) -> No
     axes.legend(loc="upper left")
 
 
-def _hit_share(axes: Axes, trace: Trace, hit_depth: npt.NDArray[np.int64]) -> None:
+def _hit_share(axes: Axes, trace: Trace, hit_depth: npt.NDArray[np.int64], colour: str, name: str) -> None:
     shares = np.sort(hit_depth / np.maximum(trace.prompt_tokens, 1))
     percents = np.arange(1, shares.size + 1) / shares.size
-    axes.step(np.concatenate(([0.0], percents)), np.concatenate((shares[:1], shares)), color=_HIT_COLOUR)
+    axes.step(np.concatenate(([0.0], percents)), np.concatenate((shares[:1], shares)), color=colour)
     total = hit_depth.sum() / max(int(trace.prompt_tokens.sum()), 1)
-    axes.axhline(total, color="black", linestyle="--", linewidth=1, label=f"of all prompt tokens: {total:.1%}")
+    axes.axhline(total, color=colour, linestyle="--", linewidth=1, label=f"{name}: {total:.1%}")
     title = f"Share of the prompt that hits, blocks of {trace.tokens_per_block}"
     axes.set(title=title, xlabel="requests, worst first", ylabel="share of the prompt", ylim=(0, 1.02), xlim=(0, 1))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
 
 
 def _plain_numbers(axes: Axes, x: bool = False) -> None:

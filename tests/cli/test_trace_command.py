@@ -100,6 +100,77 @@ def test_options_of_reading_reach_every_command(run_here: RunHere, talks: Path, 
         assert f"{finished} finished before" in out
 
 
+@pytest.fixture
+def chats(run_here: RunHere, tmp_path: Path) -> Path:
+    """Generated chats of several turns, whose next prompts hold the answers."""
+    path = tmp_path / "chats.jsonl"
+    assert run_here("trace", "generate", "chat", path, "--num-sessions", 30)[0] == 0
+    return path
+
+
+def test_outputs_reach_every_command_that_reads_a_trace(run_here: RunHere, chats: Path, tmp_path: Path) -> None:
+    interval = ("--ssm-reuse-interval", 256)
+    info = json.loads(run_here("trace", "info", chats, "--outputs", "--json", *interval)[1])
+    assert info["reading"] == "outputs"
+    without, with_outputs = info["shared"]["ceilings"], info["shared"]["outputs"]["ceilings"]
+    assert without[1]["hit_tokens"] < with_outputs[1]["hit_tokens"]
+    packed = tmp_path / "chats.npz"
+    assert run_here("trace", "convert", chats, packed, "--outputs")[0] == 0
+    for trace in (chats, packed):
+        for flags, ceilings in (((), without), (("--outputs",), with_outputs)):
+            code, out, _ = run_here("replay", trace, *MODEL, *interval, "--gpu-memory", "unlimited", "--json", *flags)
+            totals = json.loads(out)
+            found = totals["kv_ceiling_hit_tokens"], totals["ceiling_hit_tokens"], totals["usable_hit_tokens"]
+            assert (code, *found) == (0, *(ceiling["hit_tokens"] for ceiling in ceilings), ceilings[1]["hit_tokens"])
+            told = totals["manifest"]["trace"]
+            assert told["reading"] == "".join(flag.strip("-") for flag in flags)
+            assert told["name"] == ("chats.jsonl (prompts and outputs)" if flags else "chats.jsonl")
+    sweep = ("sweep", chats, *MODEL, *interval, "--gpu-memory", "unlimited", "--engine", "replay")
+    for flags, finished in ((("--outputs",), 0), (("--outputs",), 1), ((), 0)):  # prompts only are another trace
+        code, out, err = run_here(*sweep, *flags, "--out", tmp_path / "sweep", "--jobs", 2)
+        assert (code, err) == (0, "")
+        assert f"{finished} finished before" in out
+        assert ("(prompts and outputs)" in out) == bool(flags)
+    answers = [
+        json.loads(run_here("recommend", chats, *MODEL, "--gpu-memory", "20GiB", "--json", *flags)[1])["ceiling"]
+        for flags in ((), ("--outputs",))
+    ]
+    assert [answer["kv_ceiling_hit_tokens"] for answer in answers] == [
+        without[0]["hit_tokens"],
+        with_outputs[0]["hit_tokens"],
+    ]
+
+
+def test_a_recommendation_with_outputs_is_replayed_with_outputs(run_here: RunHere, chats: Path) -> None:
+    code, out, _ = run_here("recommend", chats, *MODEL, "--gpu-memory", "20GiB", "--outputs")
+    assert code == 0
+    assert " --outputs" in out[out.index("ssmcache replay") :]
+
+
+def test_info_shows_hits_with_and_without_outputs(
+    run_here: RunHere, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run_here("trace", "info", chats, "--outputs", "--plot", tmp_path / "chats.png")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    for words in ("prompts only", "with outputs", "% of all output tokens", "read with"):
+        assert words in out
+    run_here("trace", "info", chats, "--plot", tmp_path / "prompts.png")
+    assert (tmp_path / "chats.png").read_bytes() != (tmp_path / "prompts.png").read_bytes()
+
+
+def test_outputs_that_cannot_be_known_are_one_line(run_here: RunHere, sample: str, lengths: Path) -> None:
+    for trace, message in (
+        (sample, "mooncake_conversation_1000.jsonl.gz: --outputs: expected sessions, whose next turn reveals what was"),
+        (lengths, "--outputs: expected a trace of the format "),
+    ):
+        for command in (("trace", "info", trace), ("replay", trace, *MODEL)):
+            code, out, err = run_here(*command, "--outputs")
+            assert (code, out, err.count("\n")) == (1, "", 1)
+            assert err.startswith(f"error: {message}")
+
+
 def test_broken_rows_are_counted_on_stderr(run_here: RunHere, bad_trace: Path) -> None:
     code, out, err = run_here("replay", bad_trace, *MODEL, "--skip-broken", "--json")
     assert (code, err) == (0, "bad.jsonl: 1 broken rows, left out\n")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pytest
 
 from ssmcache import AttentionLayerConfig, BufferConfig, GpuCacheTierConfig, KVCacheManagerConfig, SsmLayerConfig
-from ssmcache_sim.formats import read_trace
+from ssmcache_sim.formats import ReadOptions, read_trace
 from ssmcache_sim.trace import Trace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,6 +58,24 @@ def trace_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trace]:
         path = folder / f"{next(numbers)}.jsonl"
         path.write_text("\n".join(map(json.dumps, _rows_of(prompts, block, full_only))))
         return read_trace(path, block)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trace_with_outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trace]:
+    """The trace of (prompt, output) pairs given as tokens, through a file that records both."""
+    folder, numbers = tmp_path_factory.mktemp("outputs"), count()
+
+    def make(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], block: int) -> Trace:
+        path = folder / f"{next(numbers)}.jsonl"
+        rows = [
+            {"arrival_time_ns": time * 1_000_000, "input_toks": len(prompt), "output_toks": len(output)}
+            | {"input_tok_ids": list(prompt), "output_tok_ids": list(output)}
+            for time, (prompt, output) in enumerate(pairs)
+        ]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return read_trace(path, block, ReadOptions(outputs=True))
 
     return make
 

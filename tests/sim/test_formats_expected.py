@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ssmcache_sim.ceilings import infinite_cache
+from ssmcache_sim.ceilings import blocks_seen_before, infinite_cache
 from ssmcache_sim.formats import ReadOptions, read_requests
 from ssmcache_sim.trace import LengthTrace, Trace
 from ssmcache_sim.trace_info import PERCENTS, Distribution, describe
@@ -80,6 +80,8 @@ def check_distribution(found: Distribution | None, published: dict[str, float]) 
 def check_ceilings(trace: Trace, published: list[dict[str, Any]]) -> None:
     for expected in published:
         coarse = trace.with_block(expected["block"])
+        num_full = coarse.prompt_tokens // expected["block"]
+        assert round(blocks_seen_before(coarse).sum() / num_full.sum(), 6) == expected["full_block_hit"]
         assert infinite_cache(coarse, None).tokens.sum() == expected["usable_hit_tokens"]
         for interval, rate in expected["interval_token_hit"].items():
             tokens = infinite_cache(coarse, int(interval)).tokens.sum()

@@ -22,6 +22,7 @@ from ssmcache import (
 )
 from ssmcache.memory.base import SlotMoves, TransferError
 from ssmcache_sim.errors import SettingsError, TierFailedError
+from ssmcache_sim.formats import ReadOptions, read_trace
 from ssmcache_sim.payload_host import HostKernels
 from ssmcache_sim.real_memory import RealMemory, real_memory, replay_on
 from ssmcache_sim.replay import ReplayResult, replay
@@ -104,6 +105,36 @@ def test_all_that_is_reused_is_compared(trace_of: TraceOf, tmp_path: Path) -> No
     num_states = int((result.usable > 0).sum())
     assert num_states > 5
     assert answer.payload.checked_bytes == int(result.attention.sum()) * KV_BYTES + num_states * STATE_BYTES
+
+
+@pytest.mark.parametrize("slots", [(24,), (20, 6, 9)])
+def test_what_requests_generate_is_computed_and_reused_too(
+    write_trace: Callable[..., Path], tmp_path: Path, slots: tuple[int, ...]
+) -> None:
+    """Each turn's prompt is the last one, its output of nine tokens, and three new tokens."""
+    random = Random(8)
+    ids: dict[tuple[int, ...], int] = {}
+    rows = []
+    texts: dict[str, list[int]] = {name: [] for name in "abcdef"}
+    for turn in range(1, 4):
+        for name, text in texts.items():
+            prompt = text + [random.randint(0, 3) for _ in range(3)]
+            ends = range(BLOCK, len(prompt) + BLOCK, BLOCK)
+            hash_ids = [ids.setdefault(tuple(prompt[:end]), len(ids)) for end in ends]
+            rows.append(
+                {"timestamp": len(rows), "input_length": len(prompt), "output_length": 9, "hash_ids": hash_ids}
+                | {"session_id": name, "turn": turn}
+            )
+            texts[name] = prompt + [random.randint(0, 3) for _ in range(9)]
+    path = write_trace(rows)
+    answers = [
+        verify(read_trace(path, BLOCK, ReadOptions(outputs=outputs)), config_of(tmp_path, *slots), host(HostMemory()))
+        for outputs in (False, True)
+    ]
+    assert all(answer.passed for answer in answers)
+    hits = [answer.result.totals.usable_hit_tokens for answer in answers]
+    assert hits[1] > hits[0]
+    assert answers[1].payload.checked_bytes > answers[0].payload.checked_bytes
 
 
 Fault = Callable[["Broken", SlotMoves], SlotMoves | None]

@@ -4,12 +4,13 @@ An id is a hash of the block's content alone, so equal ids at different places o
 folded into ids of prefixes. A session is a chain of `parent_chat_id`, named by the chat that it began with.
 """
 
+from array import array
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from ssmcache_sim.formats.building import RowColumns, build_trace, check_id_counts
+from ssmcache_sim.formats.building import Outputs, RowColumns, build_trace, check_id_counts
 from ssmcache_sim.formats.fields import (
     MAX_ID,
     int_field,
@@ -47,20 +48,25 @@ def recognises(first: FirstRow) -> bool:
 
 def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions) -> Trace:
     """Reads all rows; the block is 16 unless said otherwise. Errors: TraceError with file and line."""
-    columns = RowColumns()
+    columns, parent_lines = RowColumns(), array("q")
     roots: dict[str, str] = {}
+    lines: dict[str, int] = {}
     for line_number, row in source.rows(_parse):
         session = row.chat
-        if row.parent not in (None, _NO_PARENT):
+        if row.parent is not None and row.parent != _NO_PARENT:
             session = roots.get(row.parent, row.parent)
         if row.chat is not None and session is not None:
             roots[row.chat] = session
+            lines[row.chat] = line_number
+        parent_lines.append(lines.get(row.parent or _NO_PARENT, 0))
         columns.add(line_number, row.arrival_ms, row.prompt_tokens, row.output_tokens, row.hash_ids, session, row.turn)
     block = _BLOCK if tokens_per_block is None else tokens_per_block
-    rows = check_id_counts(source, columns.rows(), block)
+    rows = replace(columns.rows(), parent_lines=np.frombuffer(parent_lines, np.int64))
+    rows = check_id_counts(source, rows, block)
     distinct, contents = np.unique(rows.ids, return_inverse=True)
     ids, num_keys = fold_contents(contents, rows.num_ids, distinct.size)
-    return build_trace(source, replace(rows, ids=ids), block, num_keys, format_name=NAME)
+    outputs: Outputs = "revealed" if options.outputs else "none"
+    return build_trace(source, replace(rows, ids=ids), block, num_keys, format_name=NAME, outputs=outputs)
 
 
 def _parse(line: bytes) -> _ChatRow:
@@ -76,4 +82,4 @@ def _parse(line: bytes) -> _ChatRow:
     )
 
 
-FORMAT = TraceFormat(NAME, recognises, read)
+FORMAT = TraceFormat(NAME, recognises, read, frozenset({"outputs"}))

@@ -8,9 +8,11 @@ Members of the archive, all without pickles:
 - `arrival_ms` float64, `prompt_tokens` int64, `output_tokens` int64, `partial_ids` int64: one for each request.
 - `key_steps` int32 or int64: differences of the block keys of all prompts, the first one from 0. Keys mostly count up
   by one, and a row of ones is packed into nothing.
+- `output_known` bool: one for each request, where the trace has outputs; then keys are those of whole paths.
 - `session_index`, `session_turns` int64: one for each request, where `session_names` is not null.
 
-A converted trace has the identity of its original: the same name, sha256 and reading.
+A converted trace has the identity of its original: the same name, sha256 and reading. One with outputs is read with or
+without them, as asked.
 """
 
 import json
@@ -26,7 +28,7 @@ from ssmcache_sim.directories import write_file
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import SourceFile
-from ssmcache_sim.trace import Int64Array, Sessions, Trace, offsets_of
+from ssmcache_sim.trace import Int64Array, Sessions, Trace, offsets_of, path_lengths
 
 NAME = "ssmcache-npz"
 SUFFIX = ".npz"
@@ -58,6 +60,8 @@ def write_binary(trace: Trace, path: Path) -> None:
     arrays: dict[str, npt.NDArray[Any]] = {name: getattr(trace, name) for name in _PER_REQUEST}
     arrays["key_steps"] = steps.astype(np.int32) if small else steps
     arrays["header"] = np.frombuffer(json.dumps(header, ensure_ascii=False).encode(), np.uint8)
+    if trace.output_known is not None:
+        arrays["output_known"] = trace.output_known
     if sessions is not None:
         arrays |= {"session_index": sessions.index, "session_turns": sessions.turns}
     content = BytesIO()
@@ -87,15 +91,21 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
     if tokens_per_block not in (None, trace.tokens_per_block):
         expected = f"the {trace.tokens_per_block} tokens it was converted with"
         raise TraceError(f"{source.name}: trace block: expected {expected}, got {tokens_per_block}")
+    if not options.outputs:
+        return trace.without_outputs()
+    if not trace.has_outputs:
+        raise TraceError(f"{source.name}: --outputs: expected a trace that was converted with it, got prompts only")
     return trace
 
 
 def _trace(archive: Any, header: dict[str, Any]) -> Trace:
     block = int(header["tokens_per_block"])
-    columns = {name: archive[name] for name in _PER_REQUEST}
+    has_outputs = "output_known" in archive
+    columns = {name: archive[name] for name in (*_PER_REQUEST, *["output_known"] * has_outputs)}
     keys = archive["key_steps"].astype(np.int64)
     np.cumsum(keys, out=keys)  # in place: a trace may have more keys than memory has room for twice
-    offsets = offsets_of(columns["prompt_tokens"] // block)
+    lengths = columns["prompt_tokens"], columns["output_tokens"]
+    offsets = offsets_of((path_lengths(*lengths) if has_outputs else lengths[0]) // block)
     num_requests = columns["prompt_tokens"].shape
     if any(column.shape != num_requests for column in columns.values()) or keys.size != offsets[-1]:
         raise ValueError("arrays of different lengths")
@@ -128,4 +138,4 @@ def _sessions(archive: Any, names: list[str] | None, shape: tuple[int, ...]) -> 
     return Sessions(tuple(names), index, turns)
 
 
-FORMAT = TraceFormat(NAME, recognises, read)
+FORMAT = TraceFormat(NAME, recognises, read, frozenset({"outputs"}))

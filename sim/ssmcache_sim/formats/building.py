@@ -3,15 +3,18 @@
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats.numbering import first_wrong_place, rows_that_agree
+from ssmcache_sim.formats.outputs import with_revealed_outputs
 from ssmcache_sim.formats.source import SourceFile
-from ssmcache_sim.trace import Float64Array, Int64Array, Sessions, Trace, offsets_of
+from ssmcache_sim.trace import Float64Array, Int64Array, Sessions, Trace, offsets_of, path_lengths, reading_with_outputs
 
+Outputs = Literal["none", "revealed", "recorded"]
 IdArray = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 
 
@@ -22,6 +25,7 @@ class Rows:
     Attributes:
         ids: the block ids of all rows, `num_ids` how many each has.
         session: index into `session_names`, -1 without one; turn: 0 where it is not recorded.
+        parent_lines: line number of the row that each goes on from, 0 for none; None: a format that does not say.
     """
 
     line_numbers: Int64Array
@@ -33,12 +37,14 @@ class Rows:
     session: Int64Array
     turn: Int64Array
     session_names: tuple[str, ...]
+    parent_lines: Int64Array | None = None
 
     def keep(self, kept: npt.NDArray[np.bool_]) -> "Rows":
         """The rows where `kept` is true."""
         per_row = ("line_numbers", "arrival_ms", "prompt_tokens", "output_tokens", "num_ids", "session", "turn")
         changes = {name: getattr(self, name)[kept] for name in per_row}
-        return replace(self, ids=self.ids[np.repeat(kept, self.num_ids)], **changes)
+        parents = None if self.parent_lines is None else self.parent_lines[kept]
+        return replace(self, ids=self.ids[np.repeat(kept, self.num_ids)], parent_lines=parents, **changes)
 
 
 class RowColumns:
@@ -148,6 +154,7 @@ def build_trace(
     num_keys: int,
     *,
     format_name: str,
+    outputs: Outputs = "none",
     reading: str = "",
     repairs: Iterable[tuple[str, int]] = (),
     rebase: bool = False,
@@ -156,22 +163,27 @@ def build_trace(
     """Rows with dense ids, sorted by arrival (stable).
 
     Args:
-        rows: each has floor(prompt tokens / block) or one more ids, 0 <= id < num_keys.
+        rows: each has floor(prompt tokens / block) or one more ids, 0 <= id < num_keys; with recorded outputs
+            floor(path tokens / block).
+        outputs: `recorded`: the ids cover whole paths; `revealed`: they do not, but later turns do.
         reading, repairs: see `Trace`; rows that were late are added.
         rebase: arrivals count from the first one.
         ordered: whether rows come in order of arrival, so that late ones are worth a word.
 
-    Errors: TraceError without a row.
+    Errors: TraceError without a row, or where outputs cannot be revealed.
     """
     check_not_empty(source, rows)
     order = np.argsort(rows.arrival_ms, kind="stable")
-    num_full = (rows.prompt_tokens // tokens_per_block)[order]
+    is_recorded = outputs == "recorded"
+    path_tokens = path_lengths(rows.prompt_tokens, rows.output_tokens) if is_recorded else rows.prompt_tokens
+    num_full = (path_tokens // tokens_per_block)[order]
     offsets = offsets_of(num_full)
     starts = (np.cumsum(rows.num_ids) - rows.num_ids)[order]
     partial_ids = np.full(order.size, -1, dtype=np.int64)
     has_partial = rows.num_ids[order] > num_full
     partial_ids[has_partial] = rows.ids[(starts + num_full)[has_partial]]
-    return Trace(
+    readings = (reading, "without broken rows" if source.num_broken else "")
+    trace = Trace(
         name=source.name,
         sha256=source.sha256,
         tokens_per_block=tokens_per_block,
@@ -186,8 +198,25 @@ def build_trace(
         num_broken=source.num_broken,
         sessions=_sessions(rows, order),
         format_name=format_name,
-        reading=", ".join(filter(None, (reading, "without broken rows" if source.num_broken else ""))),
+        reading=", ".join(filter(None, readings)),
+        output_known=np.ones(order.size, dtype=np.bool_) if is_recorded else None,
     )
+    if outputs == "none":
+        return trace
+    if outputs == "revealed":
+        trace = with_revealed_outputs(trace, rows.turn[order] > 0, _parents(rows, order))
+    return replace(trace, reading=reading_with_outputs(trace.reading))
+
+
+def _parents(rows: Rows, order: Int64Array) -> Int64Array | None:
+    """[num_requests] the request that each one goes on from, in the order given; -1 for none."""
+    if rows.parent_lines is None:
+        return None
+    parents = rows.parent_lines[order]
+    by_line = np.argsort(rows.line_numbers[order])
+    places = np.minimum(np.searchsorted(rows.line_numbers[order][by_line], parents), order.size - 1)
+    found = by_line[places]
+    return np.where(rows.line_numbers[order][found] == parents, found, -1)
 
 
 def check_not_empty(source: SourceFile, rows: Rows) -> None:

@@ -7,7 +7,7 @@ hashes of whole prefixes. Events of other types (tools, for instance) are no req
 from typing import NamedTuple
 
 from ssmcache_sim.errors import TraceError
-from ssmcache_sim.formats.building import RowColumns, build_trace, check_id_counts, number_prefix_ids
+from ssmcache_sim.formats.building import Outputs, RowColumns, build_trace, check_id_counts, number_prefix_ids
 from ssmcache_sim.formats.fields import int_field, int_list_field, object_field, parse_object, session_field
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import RowError, SourceFile
@@ -47,7 +47,8 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
         raise TraceError(f"{source.name}: expected at least one request, got no event of type request_end")
     rows = check_id_counts(source, columns.rows(), block, _IDS)
     rows, num_keys = number_prefix_ids(source, rows, _IDS)
-    return build_trace(source, rows, block, num_keys, format_name=NAME, rebase=True, ordered=False)
+    outputs: Outputs = "revealed" if options.outputs else "none"
+    return build_trace(source, rows, block, num_keys, format_name=NAME, outputs=outputs, rebase=True, ordered=False)
 
 
 def _parse(line: bytes) -> _RequestRow | None:
@@ -71,4 +72,4 @@ def _parse(line: bytes) -> _RequestRow | None:
     )
 
 
-FORMAT = TraceFormat(NAME, recognises, read)
+FORMAT = TraceFormat(NAME, recognises, read, frozenset({"outputs"}))

@@ -10,6 +10,7 @@ import numpy as np
 
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats.building import (
+    Outputs,
     RowColumns,
     Rows,
     build_trace,
@@ -60,7 +61,8 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
         tokens_per_block = _find_block(source, rows)
     rows = check_id_counts(source, rows, tokens_per_block)
     rows, num_keys = number_prefix_ids(source, rows)
-    return build_trace(source, rows, tokens_per_block, num_keys, format_name=NAME)
+    outputs: Outputs = "revealed" if options.outputs else "none"
+    return build_trace(source, rows, tokens_per_block, num_keys, format_name=NAME, outputs=outputs)
 
 
 def _parse(line: bytes) -> MooncakeRow:
@@ -97,4 +99,4 @@ def _find_block(source: SourceFile, rows: Rows) -> int:
     return sizes[0]
 
 
-FORMAT = TraceFormat(NAME, recognises, read)
+FORMAT = TraceFormat(NAME, recognises, read, frozenset({"outputs"}))

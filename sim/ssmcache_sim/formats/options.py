@@ -17,6 +17,7 @@ class ReadOptions:
         session_start: when sessions start, for formats that do not record it; by default all at time 0.
         seed: of what is drawn by `session_start`; by default 0.
         tokenizer: what turns text into tokens (see `tokenizers.py`); a trace of text is refused without one.
+        outputs: take what requests generated into the trace, too, where it is known (see `outputs.py`).
         skip_broken: leave broken rows out and count them, instead of an error.
     """
 
@@ -25,10 +26,16 @@ class ReadOptions:
     seed: int | None = None
     tokenizer: str | None = None
     skip_broken: bool = False
+    outputs: bool = False
 
     def given(self) -> tuple[str, ...]:
         """Names of the options that only some formats understand and that were given."""
-        values = (("session_start", self.session_start), ("seed", self.seed), ("tokenizer", self.tokenizer))
+        values = (
+            ("session_start", self.session_start),
+            ("seed", self.seed),
+            ("tokenizer", self.tokenizer),
+            ("outputs", self.outputs or None),
+        )
         return tuple(name for name, value in values if value is not None)
 
 

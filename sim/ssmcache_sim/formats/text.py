@@ -1,13 +1,14 @@
 """Traces of text: JSON lines with `timestamp` (microseconds since the epoch), `session_id`, `input` and `output`.
 
 Text says what prompts share only once it is cut into tokens, and each tokenizer cuts differently: one must be named.
-A prompt may be empty: it is a request of no tokens.
+A prompt may be empty: it is a request of no tokens. Where outputs are asked for, one is cut into tokens by itself, as a
+model generates it, and follows its prompt directly.
 """
 
 from typing import NamedTuple
 
 from ssmcache_sim.errors import TraceError
-from ssmcache_sim.formats.building import RowColumns
+from ssmcache_sim.formats.building import Outputs, RowColumns
 from ssmcache_sim.formats.fields import int_field, parse_object, session_field, text_field, turn_field
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import SourceFile
@@ -45,12 +46,13 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
     first_us = None
     for line_number, row in source.rows(_parse):
         first_us = row.arrival_us if first_us is None else first_us  # small numbers keep the microseconds exact
-        tokens = encode(row.prompt)
-        num_output = len(encode(row.output))
+        tokens, output = encode(row.prompt), encode(row.output)
+        contents = blocks.contents_of_path(tokens, output) if options.outputs else blocks.contents(tokens)
         arrival_ms = (row.arrival_us - first_us) / _US_PER_MS
-        columns.add(line_number, arrival_ms, len(tokens), num_output, blocks.contents(tokens), row.session, row.turn)
+        columns.add(line_number, arrival_ms, len(tokens), len(output), contents, row.session, row.turn)
     reading = f"tokenizer {options.tokenizer}"
-    return blocks.trace(source, columns, format_name=NAME, reading=reading, rebase=True)
+    outputs: Outputs = "recorded" if options.outputs else "none"
+    return blocks.trace(source, columns, format_name=NAME, outputs=outputs, reading=reading, rebase=True)
 
 
 def _parse(line: bytes) -> _TextRow:
@@ -64,4 +66,4 @@ def _parse(line: bytes) -> _TextRow:
     )
 
 
-FORMAT = TraceFormat(NAME, recognises, read, frozenset({"tokenizer"}))
+FORMAT = TraceFormat(NAME, recognises, read, frozenset({"tokenizer", "outputs"}))

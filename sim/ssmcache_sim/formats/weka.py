@@ -100,6 +100,7 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
         block or _BLOCK,
         num_keys,
         format_name=NAME,
+        outputs="revealed" if options.outputs else "none",
         reading=f"session start {rule}" + (f", seed {seed}" if rule.kind == "poisson" else ""),
         repairs=(("sub-agents longer than their conversation, started with it", num_clipped),),
         ordered=False,
@@ -161,4 +162,4 @@ def _number(requests: list[_Request]) -> tuple[Int64Array, int]:
     return ids, distinct.size
 
 
-FORMAT = TraceFormat(NAME, recognises, read, frozenset({"session_start", "seed"}))
+FORMAT = TraceFormat(NAME, recognises, read, frozenset({"session_start", "seed", "outputs"}))
