@@ -69,6 +69,9 @@ class ReplayResult:
     phase: PhaseCeilings
     totals: ReplayTotals
 
+    def __repr__(self) -> str:
+        return f"ReplayResult({self.trace.label}, blocks of {self.trace.tokens_per_block:,} tokens: {self.totals!r})"
+
 
 def replay(
     trace: Trace,

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssmcache.keys import BlockKeys
+from ssmcache.units import plural
 from ssmcache_sim.errors import TraceError
 
 Int64Array = npt.NDArray[np.int64]
@@ -48,6 +49,9 @@ class LengthTrace:
     repairs: tuple[tuple[str, int], ...] = ()
     num_broken: int = 0
     sessions: Sessions | None = None
+
+    def __repr__(self) -> str:
+        return f"LengthTrace({self.name}: {_in_figures(self)})"
 
     @property
     def num_requests(self) -> int:
@@ -101,6 +105,9 @@ class Trace:
         for array in self._arrays():
             array.flags.writeable = False
         assert np.array_equal(np.diff(self.offsets), self.prompt_tokens // self.tokens_per_block)
+
+    def __repr__(self) -> str:
+        return f"Trace({self.label}: {_in_figures(self)}, blocks of {plural(self.tokens_per_block, 'token')})"
 
     def _arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         lengths = (self.arrival_ms, self.prompt_tokens, self.output_tokens)
@@ -194,6 +201,13 @@ class Trace:
             num_keys=self.num_keys * factor,
             split_factor=self.split_factor * factor,
         )
+
+
+def _in_figures(requests: Trace | LengthTrace) -> str:
+    sessions = "" if requests.sessions is None else f" of {plural(len(requests.sessions.names), 'session')}"
+    seconds = np.ptp(requests.arrival_ms) / 1000 if requests.num_requests else 0
+    tokens = plural(int(requests.prompt_tokens.sum()), "prompt token")
+    return f"{plural(requests.num_requests, 'request')}{sessions} in {seconds:,.0f} s, {tokens}"
 
 
 def offsets_of(counts: Int64Array) -> Int64Array:
