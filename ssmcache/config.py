@@ -6,7 +6,7 @@ Sizes are in bytes, lengths in tokens. A wrong value raises `ValueError` that sa
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ssmcache.units import format_size, plural
+from ssmcache.units import format_size
 
 DEFAULT_SSM_REUSE_INTERVAL = 512
 
@@ -241,13 +241,10 @@ class KVCacheManagerConfig:
             is_windowed = isinstance(layer, AttentionLayerConfig) and layer.sliding_window_size is not None
             kind = "SSM" if isinstance(layer, SsmLayerConfig) else "sliding-window" if is_windowed else "attention"
             kinds[kind] += 1
-        parts = [
-            f"blocks of {plural(self.tokens_per_block, 'token')}",
-            *([f"a snapshot every {self.ssm_reuse_interval:,}"] if self.has_ssm else []),
-            *(plural(count, f"{kind} layer") for kind, count in kinds.items() if count),
-            *(f"{tier.name} {format_size(tier.quota)}" for tier in self.cache_tiers),
-        ]
-        return f"KVCacheManagerConfig({', '.join(parts)})"
+        layers = " + ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        interval = f", interval {self.ssm_reuse_interval:,}" if self.has_ssm else ""
+        tiers = ", ".join(f"{tier.name} {format_size(tier.quota)}" for tier in self.cache_tiers)
+        return f"KVCacheManagerConfig(block {self.tokens_per_block:,}{interval}, {layers} layers, {tiers})"
 
     @property
     def tier_names(self) -> tuple[str, ...]:

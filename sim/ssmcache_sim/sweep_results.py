@@ -134,10 +134,12 @@ class SweepRun:
     details: SweepDetails
 
     def best(self) -> "pd.DataFrame":
-        """The cell with the most usable hits of each GPU and host memory size, the first of equal ones."""
+        """The cell with the most usable hits of each GPU and host memory size, the first of equal ones, by
+        size; unlimited last.
+        """
         sizes = ["gpu_memory_bytes", "host_memory_bytes"]
         order = self.cells.sort_values("usable_hit_tokens", ascending=False, kind="stable")
-        return order.drop_duplicates(sizes).sort_index()
+        return order.drop_duplicates(sizes).sort_values(sizes)
 
     def __repr__(self) -> str:
         engines = ", ".join(f"{count:,} by {name}" for name, count in self.cells["engine"].value_counts().items())

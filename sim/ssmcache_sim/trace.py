@@ -51,7 +51,7 @@ class LengthTrace:
     sessions: Sessions | None = None
 
     def __repr__(self) -> str:
-        return f"LengthTrace({self.name}: {_in_figures(self)})"
+        return f"LengthTrace({self.name})\n  {_in_figures(self)}"
 
     @property
     def num_requests(self) -> int:
@@ -107,7 +107,7 @@ class Trace:
         assert np.array_equal(np.diff(self.offsets), self.prompt_tokens // self.tokens_per_block)
 
     def __repr__(self) -> str:
-        return f"Trace({self.label}: {_in_figures(self)}, blocks of {plural(self.tokens_per_block, 'token')})"
+        return f"Trace({self.label})\n  {_in_figures(self)} in blocks of {self.tokens_per_block:,}"
 
     def _arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         lengths = (self.arrival_ms, self.prompt_tokens, self.output_tokens)

@@ -137,11 +137,11 @@ class ModelSpec:
         parts = []
         if self.num_attention_layers:
             kv = format_size(self.kv_bytes_per_token())
-            parts.append(f"{self.num_attention_layers} attention layers with {kv} of {self.kv_dtype} KV a token")
+            parts.append(f"{self.num_attention_layers} attention layers: {kv} of {self.kv_dtype} KV a token")
         if self.num_ssm_layers:
             snapshot = format_size(self.snapshot_bytes())
-            parts.append(f"{self.num_ssm_layers} SSM layers with {snapshot} a snapshot, states {self.state_dtype}")
-        return f"ModelSpec({self.name}: {'; '.join(parts)})"
+            parts.append(f"{self.num_ssm_layers} SSM layers: {snapshot} a snapshot, states in {self.state_dtype}")
+        return "\n  ".join([f"ModelSpec({self.name})", *parts])
 
     @property
     def num_attention_layers(self) -> int:

@@ -24,15 +24,14 @@ def test_a_config_names_blocks_layers_and_tiers() -> None:
         cache_tiers=[GpuCacheTierConfig(1 << 20), HostCacheTierConfig(3 << 30), DiskCacheTierConfig(5 << 40, ".")],
     )
     assert repr(config) == (
-        "KVCacheManagerConfig(blocks of 16 tokens, 1 attention layer, 1 sliding-window layer, "
-        "gpu 1 MiB, host 3 GiB, disk 5 TiB)"
+        "KVCacheManagerConfig(block 16, 1 attention + 1 sliding-window layers, gpu 1 MiB, host 3 GiB, disk 5 TiB)"
     )
     assert config.tier_names == ("gpu", "host", "disk")
 
 
 def test_a_manager_tells_its_config_memory_and_sequences() -> None:
     manager = make_manager(pages=10, states=4, block=32, interval=64)
-    assert "blocks of 32 tokens, a snapshot every 64, 1 attention layer, 1 SSM layer" in repr(manager)
+    assert "block 32, interval 64, 1 attention + 1 SSM layers, gpu" in repr(manager)
     assert "SimulatedMemory, 0 open sequences, 0 ACTIVE" in repr(manager)
     kv = manager.create_kv_cache(range(100), id="r1")
     kv.resume()
@@ -87,11 +86,11 @@ def test_keys_are_named_by_their_place() -> None:
 
 def test_a_model_tells_what_it_caches() -> None:
     assert repr(load_model("nemotron-h-8b")) == (
-        "ModelSpec(nemotron-h-8b: 4 attention layers with 16 KiB of bfloat16 KV a token; "
-        "24 SSM layers with 97.41 MiB a snapshot, states float32)"
+        "ModelSpec(nemotron-h-8b)\n  4 attention layers: 16 KiB of bfloat16 KV a token\n"
+        "  24 SSM layers: 97.41 MiB a snapshot, states in float32"
     )
     for name in preset_names():
-        assert len(repr(load_model(name))) < 200
+        assert max(map(len, repr(load_model(name)).split("\n"))) < 80
 
 
 def test_sizes_and_counts_as_people_read_them() -> None:

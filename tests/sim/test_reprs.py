@@ -42,7 +42,7 @@ def settings() -> ReplaySettings:
 
 def test_a_trace_tells_requests_tokens_and_block(trace_of: TraceOf) -> None:
     trace = trace_of([range(10), range(4)], 4)
-    assert repr(trace) == "Trace(0.jsonl: 2 requests in 0 s, 14 prompt tokens, blocks of 4 tokens)"
+    assert repr(trace) == "Trace(0.jsonl)\n  2 requests in 0 s, 14 prompt tokens in blocks of 4"
 
 
 def test_a_trace_of_sessions_counts_them_and_one_of_lengths_says_so(write_trace: Callable[..., Path]) -> None:
@@ -56,7 +56,7 @@ def test_a_trace_of_sessions_counts_them_and_one_of_lengths_says_so(write_trace:
     path = write_trace([row], "weka.jsonl")
     assert "1 request of 1 session in 0 s, 64 prompt tokens" in repr(read_trace(path, None, options))
     lengths = LengthTrace("l.csv", "", "azure", np.zeros(1), np.ones(1, np.int64), np.ones(1, np.int64))
-    assert repr(lengths) == "LengthTrace(l.csv: 1 request in 0 s, 1 prompt token)"
+    assert repr(lengths) == "LengthTrace(l.csv)\n  1 request in 0 s, 1 prompt token"
 
 
 def test_a_replay_tells_its_settings_and_rates(sample: Trace, settings: ReplaySettings) -> None:
