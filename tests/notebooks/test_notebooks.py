@@ -2,7 +2,9 @@
 
 import asyncio
 import re
+import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from ssmcache_cli.main import app
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+TRACE = str(REPOSITORY / "examples" / "traces" / "mooncake_conversation_1000.jsonl.gz")
 TIME_LIMIT_SECONDS = 60
 MAX_BYTES = 400_000
 
@@ -36,6 +41,7 @@ def executed(notebook: Any, folder: Path, scratch: Path, limit_seconds: float = 
 
     Errors: CellExecutionError for a cell that fails; TimeoutError where all cells together take too long.
     """
+    deadline = time.monotonic() + limit_seconds
     copy = nbformat.from_dict(notebook)
     for cell in copy.cells:
         if cell.cell_type == "code":
@@ -45,12 +51,19 @@ def executed(notebook: Any, folder: Path, scratch: Path, limit_seconds: float = 
     client = NotebookClient(
         copy,
         km=manager,
-        timeout=None,
+        timeout_func=lambda cell: max(0.1, deadline - time.monotonic()),
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
-    asyncio.run(asyncio.wait_for(client.async_execute(), limit_seconds))
+
+    async def run() -> None:
+        try:
+            await client.async_execute()
+        finally:
+            await manager.shutdown_kernel(now=True)
+
+    asyncio.run(run())
     return copy
 
 
@@ -106,6 +119,21 @@ def test_links_of_a_notebook_lead_somewhere(path: Path) -> None:
     text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_commands_in_a_notebook_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in commands(path):
+        _, *arguments = [TRACE if word == "TRACE" else word for word in shlex.split(command)]
+        app(arguments, standalone_mode=False)
+
+
+def commands(path: Path) -> list[str]:
+    """What the blocks of shell in the text say, a command an entry."""
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return "".join(blocks).replace("\\\n", " ").splitlines()
 
 
 def test_a_changed_output_is_noticed(tmp_path: Path) -> None:
