@@ -42,7 +42,7 @@ def settings() -> ReplaySettings:
 
 def test_a_trace_tells_requests_tokens_and_block(trace_of: TraceOf) -> None:
     trace = trace_of([range(10), range(4)], 4)
-    assert repr(trace) == "Trace(0.jsonl)\n  2 requests in 0 s, 14 prompt tokens in blocks of 4"
+    assert repr(trace) == f"Trace({trace.name})\n  2 requests in 0 s, 14 prompt tokens in blocks of 4"
 
 
 def test_a_trace_of_sessions_counts_them_and_one_of_lengths_says_so(write_trace: Callable[..., Path]) -> None:
