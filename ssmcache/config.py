@@ -4,6 +4,9 @@ Sizes are in bytes, lengths in tokens. A wrong value raises `ValueError` that sa
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from ssmcache.units import format_size
 
 DEFAULT_SSM_REUSE_INTERVAL = 512
 
@@ -102,6 +105,7 @@ LayerConfig = AttentionLayerConfig | SsmLayerConfig
 class GpuCacheTierConfig:
     """GPU memory for the cache, in bytes. `quota=None` means unlimited: simulated memory only."""
 
+    name: ClassVar[str] = "gpu"
     quota: int | None
 
     def __post_init__(self) -> None:
@@ -113,6 +117,7 @@ class GpuCacheTierConfig:
 class HostCacheTierConfig:
     """Host memory for what the GPU has no room for, in bytes."""
 
+    name: ClassVar[str] = "host"
     quota: int
 
     def __post_init__(self) -> None:
@@ -123,6 +128,7 @@ class HostCacheTierConfig:
 class DiskCacheTierConfig:
     """Disk space for what the tiers above have no room for, in bytes, in files of its own in the directory `path`."""
 
+    name: ClassVar[str] = "disk"
     quota: int
     path: str
 
@@ -228,6 +234,22 @@ class KVCacheManagerConfig:
         )
         off = self.enable_partial_reuse is not True
         _require(off, "enable_partial_reuse", "None or False with SSM layers", self.enable_partial_reuse)
+
+    def __repr__(self) -> str:
+        kinds = {"attention": 0, "sliding-window": 0, "SSM": 0}
+        for layer in self.layers:
+            is_windowed = isinstance(layer, AttentionLayerConfig) and layer.sliding_window_size is not None
+            kind = "SSM" if isinstance(layer, SsmLayerConfig) else "sliding-window" if is_windowed else "attention"
+            kinds[kind] += 1
+        layers = " + ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        interval = f", interval {self.ssm_reuse_interval:,}" if self.has_ssm else ""
+        tiers = ", ".join(f"{tier.name} {format_size(tier.quota)}" for tier in self.cache_tiers)
+        return f"KVCacheManagerConfig(block {self.tokens_per_block:,}{interval}, {layers} layers, {tiers})"
+
+    @property
+    def tier_names(self) -> tuple[str, ...]:
+        """The tiers that there are, from the GPU down: "gpu", "host", "disk"."""
+        return tuple(tier.name for tier in self.cache_tiers)
 
     @property
     def partial_reuse(self) -> bool:

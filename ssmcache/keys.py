@@ -99,6 +99,9 @@ class BlockKeys:
         self.start = 0
         self.stop = num_tokens
 
+    def __repr__(self) -> str:
+        return f"BlockKeys(tokens {self.start:,} to {self.stop:,}, blocks of {self.tokens_per_block:,})"
+
     def __len__(self) -> int:
         return self.stop - self.start
 

@@ -22,6 +22,7 @@ from ssmcache.stats import CacheStats, Counters, MemoryUsage, ReuseMatch, Shorta
 from ssmcache.store import BlockStore
 from ssmcache.streams import StreamOrder
 from ssmcache.tiers import Tiers
+from ssmcache.units import plural
 from ssmcache.usage import collect_stats, memory_usage
 
 _DEFAULT_SCOPE = ReuseScope()
@@ -60,7 +61,7 @@ class KVCacheManager:
         self.tokens_per_block = config.tokens_per_block
         self.partly = config.partial_reuse
         self.groups = layer_groups(config)
-        self.tier_names = tuple(("gpu", "host", "disk")[sizing.kind_of(tier)] for tier in config.cache_tiers)
+        self.tier_names = config.tier_names
         self.quotas = [tier.quota for tier in config.cache_tiers]
         self.pools = sizing.make_pools(self.groups, config, memory)
         self._token_ids = TokenIds()
@@ -79,6 +80,14 @@ class KVCacheManager:
         self._closed = False
         self._token_kind = KeyKind(self.tokens_per_block, prefix_unique=False)
         self._ready_kind = KeyKind(1, prefix_unique=True)
+
+    def __repr__(self) -> str:
+        now = (
+            "shut down"
+            if self._closed
+            else f"{plural(len(self.open_sequences), 'open sequence')}, {self.num_active:,} ACTIVE"
+        )
+        return f"KVCacheManager({self.config!r}, {type(self.memory).__name__}, {now})"
 
     # -- sequences ---------------------------------------------------------------------------------------------------
 

@@ -86,6 +86,14 @@ class KVCache(SequencePages):
         self.reuse_match = reuse
         self.num_committed_tokens = self.history_length = self.capacity = reuse.usable_tokens
 
+    def __repr__(self) -> str:
+        name = "KVCache" if self.id is None else f"KVCache({self.id!r})"
+        lengths = (
+            f"{self.num_committed_tokens:,} committed, {self.history_length:,} history, {self.capacity:,} capacity"
+        )
+        short = "" if self.shortage is None else f"; refused: {self.shortage.reason}"
+        return f"<{name} {self.status.name}: tokens {lengths}{short}>"
+
     # -- what it has -------------------------------------------------------------------------------------------------
 
     @property

@@ -8,10 +8,6 @@ from typing import TYPE_CHECKING, Any
 from ssmcache.compaction import compact
 from ssmcache.config import (
     BatchDesc,
-    CacheTierConfig,
-    DiskCacheTierConfig,
-    GpuCacheTierConfig,
-    HostCacheTierConfig,
     KVCacheDesc,
     KVCacheManagerConfig,
 )
@@ -30,11 +26,6 @@ AnyPool = PagePool | StatePool
 # under way: enough for a copy to run at full speed, little beside any host memory
 _STAGING_BYTES = 64 << 20
 _TOLERATED_RATIO = 1.25
-
-
-def kind_of(tier: CacheTierConfig) -> int:
-    """0 for the GPU, 1 for host memory, 2 for disk."""
-    return (GpuCacheTierConfig, HostCacheTierConfig, DiskCacheTierConfig).index(type(tier))
 
 
 def _staging_slots(group: LayerGroup, tier: int, capacity: int) -> int:

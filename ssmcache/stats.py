@@ -4,6 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ssmcache.units import format_size, plural
+
 
 class ReuseMatch(NamedTuple):
     """Of the tokens asked for, in full blocks: known to the tree, with KV, and really reusable (a state exists)."""
@@ -72,6 +74,29 @@ class CacheStats:
     copied_bytes: int
     transfers: tuple[Transfers, ...]
 
+    def __repr__(self) -> str:
+        share = f" ({self.usable_tokens / self.lookup_tokens:.2%})" if self.lookup_tokens else ""
+        skipped = (
+            self.snapshots_skipped_crossed
+            + self.snapshots_skipped_no_room
+            + self.snapshots_skipped_not_admitted
+            + self.snapshots_skipped_history
+        )
+        lines = [
+            f"CacheStats: {plural(self.lookups, 'lookup')} of {plural(self.lookup_tokens, 'token')}",
+            f"  reusable: {self.usable_tokens:,} tokens{share}; with KV {self.attention_tokens:,}, "
+            f"known {self.tree_tokens:,}",
+            f"  snapshots: {self.snapshots_taken:,} taken, {plural(self.snapshots_reused, 'reuse')}, "
+            f"{self.snapshots_evicted:,} evicted ({self.snapshots_evicted_unused:,} unused), {skipped:,} skipped",
+            f"  pages evicted: {self.pages_evicted:,}, of windows {self.window_pages_evicted:,}",
+            *(
+                f"  layer group {each.layer_group}, {each.source_tier} to {each.tier}: "
+                f"{plural(each.num_slots, 'slot')}, {format_size(each.num_bytes)}"
+                for each in self.transfers
+            ),
+        ]
+        return "\n".join(lines)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerGroupUsage:
@@ -92,6 +117,17 @@ class MemoryUsage:
     """Memory by tier and layer group."""
 
     tiers: tuple[tuple[LayerGroupUsage, ...], ...]
+
+    def __repr__(self) -> str:
+        lines = ["MemoryUsage:"]
+        for usage in (usage for tier in self.tiers for usage in tier):
+            total = None if usage.num_slots is None else usage.num_slots * usage.slot_bytes
+            lines.append(
+                f"  {usage.tier}, layer group {usage.layer_group} ({usage.kind}): "
+                f"{format_size(usage.used_slots * usage.slot_bytes)} of {format_size(total)}, "
+                f"{plural(usage.used_slots, 'slot')} in use, {usage.cached_slots:,} of them for reuse"
+            )
+        return "\n".join(lines)
 
     @property
     def groups(self) -> tuple[LayerGroupUsage, ...]:

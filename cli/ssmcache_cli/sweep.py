@@ -36,13 +36,12 @@ from ssmcache_cli.tables import phase_table, sweep_table
 from ssmcache_sim.engines import parse_engine, parse_pools
 from ssmcache_sim.errors import UserError
 from ssmcache_sim.formats import read_trace
-from ssmcache_sim.phase import phase_ceilings
-from ssmcache_sim.phase_cells import MAX_SHIFTS, num_shifted, period_of, phase_cells
+from ssmcache_sim.phase_cells import MAX_SHIFTS, num_shifted
 from ssmcache_sim.ranges import parse_int_values, parse_size_values, parse_tier_size_values
 from ssmcache_sim.settings import parse_prefill
 from ssmcache_sim.sizes import parse_tier_size
 from ssmcache_sim.sweep import SkippedCell, SweepPlan, SweepSpec, plan_sweep, run_sweep
-from ssmcache_sim.sweep_details import SweepPhases, write_details
+from ssmcache_sim.sweep_details import SweepPhases, find_phases, write_details
 from ssmcache_sim.sweep_results import begin_sweep, finish_sweep
 from ssmcache_sim.trace import Trace
 
@@ -152,10 +151,8 @@ def sweep_command(
 
 
 def _phases(requests: Trace, plan: SweepPlan, shown: bool) -> SweepPhases:
-    periods = sorted({period_of(cell.settings) for cell in plan.cells})
-    ceilings = tuple(phase_ceilings(requests, period) for period in periods)
     with progress_bar("phases", num_shifted(requests, plan.cells), shown) as progress:
-        return SweepPhases(phase_cells(requests, plan.cells, progress), ceilings)
+        return find_phases(requests, plan.cells, progress)
 
 
 def _print_skipped(skipped: Sequence[SkippedCell]) -> None:

@@ -64,9 +64,9 @@ def info_command(
         info = describe(requests, intervals)
         if plot is not None:
             from ssmcache_sim.directories import write_file
-            from ssmcache_sim.trace_plot import trace_png
+            from ssmcache_sim.plots import rendered, trace_figure
 
-            write_file(plot, trace_png(requests))
+            write_file(plot, rendered(trace_figure(requests), "png"))
     if as_json:
         typer.echo(json.dumps(info.to_json()))
         return

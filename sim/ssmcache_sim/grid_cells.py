@@ -12,7 +12,6 @@ from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.grid import UNLIMITED, StackDistances, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.grid_arena import arena_hits
 from ssmcache_sim.grid_tiers import tier_hits
-from ssmcache_sim.replay_tiers import tier_names
 from ssmcache_sim.totals import ReplayTotals, TierTotals
 from ssmcache_sim.trace import Trace
 
@@ -179,7 +178,7 @@ def _pool_hits(distances: StackDistances, config: KVCacheManagerConfig, pools: S
 
 
 def _totals(trace: Trace, config: KVCacheManagerConfig, hits: _Hits, unlimited: _Hits) -> ReplayTotals:
-    names = tier_names(config) if hits.by_tier else ()
+    names = config.tier_names if hits.by_tier else ()
     return ReplayTotals(
         requests=trace.num_requests,
         too_large_requests=0,

@@ -42,6 +42,14 @@ class PhaseCeilings:
     low: Int64Array
     high: Int64Array
 
+    def __repr__(self) -> str:
+        found = self.summary()
+        return (
+            f"PhaseCeilings(period of {self.period_tokens:,} tokens: now {found.now_rate:.2%}, "
+            f"worst {found.worst_rate:.2%} shifted by {found.worst_shift_tokens:,}, "
+            f"best {found.best_rate:.2%} by {found.best_shift_tokens:,})"
+        )
+
     def summary(self) -> "PhaseSummary":
         """The shifts to look at, and the verdict."""
         worst, best = int(np.argmin(self.high)), int(np.argmax(self.low))

@@ -1,8 +1,10 @@
 """What the pictures of all kinds share: axes, colours, columns as arrays."""
 
+from io import BytesIO
 from itertools import pairwise
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -16,6 +18,7 @@ from ssmcache_sim.sizes import UNLIMITED, format_size
 GIB = 1 << 30
 _PANELS_PER_ROW = 3
 _MAX_MARKS = 32  # on a curve
+_DOTS_PER_INCH, _DOTS_PER_INCH_IN_NOTEBOOKS = 150, 90
 # what became of the tokens below the KV ceiling: column, name, colour (told apart by colour-blind people too)
 FATES = (
     ("usable_hit_tokens", "usable hit", "#009e73"),
@@ -28,6 +31,23 @@ FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 
+class Picture(Figure):
+    """A figure that a notebook shows as it is, whatever plotting backend is set there."""
+
+    def _repr_png_(self) -> bytes:
+        return rendered(self, "png", _DOTS_PER_INCH_IN_NOTEBOOKS)
+
+
+def rendered(figure: Figure, suffix: str, dots_per_inch: int = _DOTS_PER_INCH) -> bytes:
+    """A figure as `png` or `svg`: the same figure gives the same bytes."""
+    buffer = BytesIO()
+    # a salt of our own makes the ids of an SVG the same each time; a date would differ too
+    metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+    with mpl.rc_context({"svg.hashsalt": "ssmcache"}):
+        figure.savefig(buffer, format=suffix, dpi=dots_per_inch, metadata=metadata)
+    return buffer.getvalue()
+
+
 def stack_bars(axes: Axes, places: npt.NDArray[Any], width: float, frame: pd.DataFrame, whole: FloatArray) -> None:
     base = np.zeros(len(frame))
     for column, name, colour in FATES:
@@ -37,7 +57,7 @@ def stack_bars(axes: Axes, places: npt.NDArray[Any], width: float, frame: pd.Dat
 
 
 def figure_with_axes(title: str, width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11)
     return figure, figure.subplots()
 
@@ -99,7 +119,7 @@ def largest_memory(cells: pd.DataFrame) -> float:
 def panels(title: str, count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels of that size in inches each, in rows; all with the same vertical axis."""
     num_rows, num_columns = -(-count // _PANELS_PER_ROW), min(count, _PANELS_PER_ROW)
-    figure = Figure(figsize=(max(7.0, 1.6 + num_columns * width), 1.6 + num_rows * height), layout="constrained")
+    figure = Picture(figsize=(max(7.0, 1.6 + num_columns * width), 1.6 + num_rows * height), layout="constrained")
     figure.suptitle(title, fontsize=11)
     places = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flatten().tolist()
     for spare in places[count:]:

@@ -1,23 +1,59 @@
 """Pictures of a result directory, each as PNG and SVG: the same input gives the same bytes.
 
-Only matplotlib's objects are used, none of its global state, so that this is safe inside notebooks and threads.
+Only matplotlib's objects are used, none of its global state, so that this is safe inside notebooks and threads. Each
+picture is also a function of its own, of a data frame or a run, for notebooks.
 """
 
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from ssmcache_sim.directories import PLOTS, read_manifest, write_file
 from ssmcache_sim.errors import OutputError
-from ssmcache_sim.replay_pictures import replay_figures
+from ssmcache_sim.picture_parts import rendered
+from ssmcache_sim.replay_pictures import (
+    hit_depth,
+    lost_tokens_over_time,
+    memory_over_time,
+    phase_of_ceiling,
+    replay_figures,
+)
 from ssmcache_sim.results import load_run
-from ssmcache_sim.sweep_pictures import sweep_figures
+from ssmcache_sim.sweep_pictures import (
+    best_splits,
+    hit_depths,
+    hit_rate_against_memory,
+    interval_heat_map,
+    lost_tokens_by_memory,
+    phase_spread,
+    split_planes,
+    sweep_figures,
+)
 from ssmcache_sim.sweep_results import SWEEP_COMMAND, load_sweep
+from ssmcache_sim.tier_pictures import hit_rate_by_tier
+from ssmcache_sim.trace_plot import trace_figure
 
-_DOTS_PER_INCH = 150
+__all__ = [
+    "best_splits",
+    "directory_figures",
+    "hit_depth",
+    "hit_depths",
+    "hit_rate_against_memory",
+    "hit_rate_by_tier",
+    "interval_heat_map",
+    "lost_tokens_by_memory",
+    "lost_tokens_over_time",
+    "memory_over_time",
+    "phase_of_ceiling",
+    "phase_spread",
+    "plot_directory",
+    "rendered",
+    "replay_figures",
+    "split_planes",
+    "sweep_figures",
+    "trace_figure",
+]
 
 
 def plot_directory(directory: str | Path) -> tuple[Path, ...]:
@@ -49,16 +85,3 @@ def directory_figures(directory: Path) -> Iterator[tuple[str, Figure]]:
     if read_manifest(directory).get("command") == SWEEP_COMMAND:
         return sweep_figures(load_sweep(directory))
     return replay_figures(load_run(directory))
-
-
-def rendered(figure: Figure, suffix: str) -> bytes:
-    """A figure as `png` or `svg`."""
-    buffer = BytesIO()
-    # a salt of our own makes the ids of an SVG the same each time; a date would differ too
-    metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-    with mpl.rc_context({"svg.hashsalt": "ssmcache"}):
-        figure.savefig(buffer, format=suffix, dpi=_DOTS_PER_INCH, metadata=metadata)
-    return buffer.getvalue()
-
-
-__all__ = ["directory_figures", "plot_directory", "rendered", "replay_figures", "sweep_figures"]

@@ -95,6 +95,21 @@ class Recommendation:
     left_out: tuple[LeftOut, ...]
     certainty: Certainty
 
+    def __repr__(self) -> str:
+        lines = [f"Recommendation({self.best.settings.in_words()})", f"  {self._gains(self.best)}"]
+        if self.runner_up is not None:
+            lines.append(f"  runner-up: {self.runner_up.settings.in_words()}: {self._gains(self.runner_up)}")
+        sure = self.certainty
+        lines.append(
+            f"  ahead by {sure.margin_share:.2%} of the prefill time; parts of the trace vary by {sure.noise_share:.2%}"
+        )
+        return "\n".join(lines)
+
+    def _gains(self, choice: Choice) -> str:
+        split = f", {choice.num_pages:,} KV pages and {choice.num_slots:,} SSM slots" if choice.num_slots else ""
+        saved, hits = self.saved_share(choice.saved_ns), self.hit_rate(choice.hit_tokens)
+        return f"saves {saved:.2%} of the prefill time, usable token hit rate {hits:.2%}{split}"
+
     @property
     def best(self) -> Choice:
         return self.choices[0]

@@ -86,6 +86,18 @@ def choice_row(answer: Recommendation, choice: Choice) -> dict[str, Any]:
     }
 
 
+def settings_columns(answer: Recommendation) -> dict[str, list[Any]]:
+    """One entry a block size and interval for each column, best first."""
+    rows = [choice_row(answer, choice) for choice in answer.choices]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def case_columns(answer: Recommendation) -> dict[str, list[Any]]:
+    """One entry a repetition of the choice for each column."""
+    rows = [_case_row(case) for case in answer.certainty.cases]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
 def _case_row(case: CaseResult) -> dict[str, Any]:
     row = asdict(case)
     shape = row.pop("own_shape")
@@ -102,7 +114,6 @@ def write_recommendation(folder: Path, answer: Recommendation, manifest: dict[st
 
     Errors: OutputError.
     """
-    rows = [choice_row(answer, choice) for choice in answer.choices]
-    write_parquet(folder / SETTINGS, {name: [row[name] for row in rows] for name in rows[0]})
+    write_parquet(folder / SETTINGS, settings_columns(answer))
     write_file(folder / RECOMMENDATION, json_bytes(recommendation_json(answer, manifest)))
     write_file(folder / MANIFEST, json_bytes(manifest_with_times(manifest, times)))

@@ -72,6 +72,9 @@ class ReplayResult:
     phase: PhaseCeilings
     totals: ReplayTotals
 
+    def __repr__(self) -> str:
+        return f"ReplayResult({self.trace.label}, blocks of {self.trace.tokens_per_block:,} tokens: {self.totals!r})"
+
 
 class Runner(Protocol):
     """Who plays the model in a replay: computes where the memory has bytes, or watches what the manager does."""

@@ -13,6 +13,7 @@ from ssmcache_sim.picture_parts import (
     FATES,
     GIB,
     FloatArray,
+    Picture,
     figure_with_axes,
     floats,
     phase_band,
@@ -94,7 +95,7 @@ def lost_tokens_over_time(run: ReplayRun, title: str) -> Figure:
 
 def hit_depth(run: ReplayRun, title: str) -> Figure:
     """Left each request's hit against its prompt, right the shares of the prompt that hit, worst first."""
-    figure = Figure(figsize=(10.5, 5.0), layout="constrained")
+    figure = Picture(figsize=(10.5, 5.0), layout="constrained")
     figure.suptitle(title, fontsize=11)
     left, right = figure.subplots(1, 2)
     _depth_by_prompt(left, run.per_request)

@@ -7,26 +7,18 @@ import numpy as np
 from ssmcache import KVCacheManager, KVCacheManagerConfig, LayerGroupUsage
 from ssmcache.layout import layer_groups
 from ssmcache.memory.bandwidths import BandwidthProfile
-from ssmcache.sizing import kind_of
 from ssmcache_sim.errors import MemoryTooSmallError
 from ssmcache_sim.sizes import format_size
 from ssmcache_sim.totals import LayerGroupPeak, MovedSlots, TierTotals
 from ssmcache_sim.trace import Int64Array
 
-TIER_NAMES = ("gpu", "host", "disk")
-
 TierTokens = np.ndarray[tuple[int, int], np.dtype[np.int64]]
-
-
-def tier_names(config: KVCacheManagerConfig) -> tuple[str, ...]:
-    """The tiers that there are, from the GPU down."""
-    return tuple(TIER_NAMES[kind_of(tier)] for tier in config.cache_tiers)
 
 
 def check_lower_tiers(config: KVCacheManagerConfig) -> None:
     """Errors: MemoryTooSmallError where a tier below the GPU has no room for a slot of each layer group."""
     slot_bytes = [group.slot_bytes for group in layer_groups(config)]
-    for name, tier in zip(tier_names(config)[1:], config.cache_tiers[1:], strict=True):
+    for name, tier in zip(config.tier_names[1:], config.cache_tiers[1:], strict=True):
         assert tier.quota is not None, "only the GPU is unlimited"
         if tier.quota < sum(slot_bytes):
             raise MemoryTooSmallError(
@@ -71,7 +63,7 @@ def moved_slots(
     """What was moved between tiers, and copied within the GPU; empty with the GPU alone."""
     if len(manager.tier_names) == 1:
         return ()
-    tiers = dict(zip(tier_names(config), config.cache_tiers, strict=True))
+    tiers = dict(zip(config.tier_names, config.cache_tiers, strict=True))
     return tuple(
         MovedSlots(
             layer_group=each.layer_group,

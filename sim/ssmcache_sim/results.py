@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,12 +168,24 @@ def phase_ceilings_of(frame: "pd.DataFrame") -> tuple[PhaseCeilings, ...]:
 
 def write_parquet(path: Path, columns: dict[str, Any]) -> None:
     """Writes columns (arrays or lists, None: missing) as one Parquet file. Errors: OutputError."""
+    write_file(path, _parquet_bytes(columns))
+
+
+def _parquet_bytes(columns: dict[str, Any]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd")
-    write_file(path, sink.getvalue().to_pybytes())
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def frame_of(columns: dict[str, Any]) -> "pd.DataFrame":
+    """Columns as `read_parquet` would give them after `write_parquet`, without a file."""
+    import pandas as pd
+
+    return pd.read_parquet(BytesIO(_parquet_bytes(columns)), dtype_backend="numpy_nullable")
 
 
 def read_parquet(path: Path) -> "pd.DataFrame":
@@ -187,12 +200,19 @@ def read_parquet(path: Path) -> "pd.DataFrame":
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplayRun:
-    """A result directory read back."""
+    """A replay with its requests as a data frame: a result directory read back, or `runs.replay_run`."""
 
     manifest: dict[str, Any]
     totals: ReplayTotals
     per_request: "pd.DataFrame"
     phase: PhaseCeilings
+
+    @property
+    def settings(self) -> ReplaySettings:
+        return ReplaySettings(**self.manifest["settings"])
+
+    def __repr__(self) -> str:
+        return f"ReplayRun({self.manifest['trace']['name']}, {self.settings.in_words()})\n  {self.totals!r}"
 
 
 def load_run(directory: str | Path) -> ReplayRun:

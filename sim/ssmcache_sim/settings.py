@@ -47,6 +47,15 @@ class ReplaySettings:
     disk_memory_bytes: int = 0
     disk_path: str | None = None
 
+    def in_words(self) -> str:
+        """Block, interval and memory, for people."""
+        interval = self.ssm_reuse_interval
+        snapshots = "no SSM layers" if interval is None else f"interval {interval:,}"
+        below = (("host", self.host_memory_bytes), ("disk", self.disk_memory_bytes))
+        tiers = "".join(f", {name} {format_size(size)}" for name, size in below if size)
+        memory = f"{'GPU' if tiers else 'memory'} {format_size(self.gpu_memory_bytes)}{tiers}"
+        return f"{self.model}, block {self.tokens_per_block:,}, {snapshots}, {memory}"
+
 
 def parse_prefill(text: str) -> Prefill:
     """Errors: SettingsError."""

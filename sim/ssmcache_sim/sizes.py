@@ -3,12 +3,13 @@
 import re
 from decimal import Decimal
 
+from ssmcache.units import BINARY_UNITS, UNLIMITED, format_size
 from ssmcache_sim.errors import SizeError
 
-UNLIMITED = "unlimited"
-_BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+__all__ = ["UNLIMITED", "format_size", "parse_size", "parse_tier_size"]
+
 _BYTES_PER_UNIT = {
-    **{unit.lower(): 1024**power for power, unit in enumerate(_BINARY_UNITS)},
+    **{unit.lower(): 1024**power for power, unit in enumerate(BINARY_UNITS)},
     **{unit.lower(): 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB", "PB"))},
 }
 _EXPECTED_LIMITED = "a size such as 40GiB, 1.5TB, 512MB, a number of bytes"
@@ -45,11 +46,3 @@ def _parse_bytes(text: str, what: str, expected: str) -> int:
     if not 1 <= num_bytes <= _MAX_BYTES:
         raise SizeError(f"{what}: expected between 1 byte and {format_size(_MAX_BYTES)}, got {text!r}")
     return num_bytes
-
-
-def format_size(num_bytes: int | None) -> str:
-    """A size for people, in binary units: `40 GiB`, `1.36 TiB`, `unlimited` for None."""
-    if num_bytes is None:
-        return UNLIMITED
-    power = min(max(num_bytes.bit_length() - 1, 0) // 10, len(_BINARY_UNITS) - 1)
-    return f"{num_bytes / 1024**power:.4g} {_BINARY_UNITS[power]}"

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from multiprocessing.synchronize import Event
@@ -37,9 +37,12 @@ _CELL_FORMAT = 3  # raised when a cell's file, or what a replay counts, changes
 
 @dataclass(frozen=True, slots=True)
 class SweepSpec:
-    """What to vary, in lists, and what all cells share. See `ReplaySettings` for the meaning of each."""
+    """What to vary, in lists, and what all cells share. See `ReplaySettings` for the meaning of each.
 
-    trace_path: Path
+    `trace_path`, `trace_block` and `reading` say how other processes read the trace; without a path there are none.
+    """
+
+    trace_path: Path | None
     trace_block: int | None
     tokens_per_block: tuple[int, ...]
     ssm_reuse_intervals: tuple[int, ...]
@@ -98,6 +101,9 @@ class SweptCell:
     reason: str
     pools: Pools
 
+    def __repr__(self) -> str:
+        return f"SweptCell({self.settings.in_words()}, {self.engine}: {self.totals!r})"
+
 
 def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path) -> SweepPlan:
     """Checks every combination, and looks up which of them `directory` holds already.
@@ -133,6 +139,7 @@ def run_sweep(
     are finished already.
 
     Args:
+        jobs: more than one only where the spec has the path of the trace.
         progress: called with the number of finished cells, those found included, at first and after each cell.
 
     A KeyboardInterrupt ends it after the cells that are running; they and all before are kept.
@@ -184,8 +191,9 @@ def _combinations(spec: SweepSpec, model: ModelSpec) -> Iterator[ReplaySettings]
 
 
 def _cell_key(trace: Trace, config: KVCacheManagerConfig, settings: ReplaySettings) -> str:
-    """Names everything that a cell's result depends on; a config's repr holds all bytes of all layers."""
-    parts = (_CELL_FORMAT, __version__, trace.sha256, trace.reading, trace.tokens_per_block, settings.prefill, config)
+    """Names everything that a cell's result depends on: of the config all fields of all layers and tiers."""
+    told = (settings.prefill, asdict(config))
+    parts = (_CELL_FORMAT, __version__, trace.sha256, trace.reading, trace.tokens_per_block, *told)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -210,6 +218,7 @@ def _run_in_pool(
     jobs: int,
     finish: Callable[[PlannedCell, ReplayTotals], None],
 ) -> None:
+    assert spec.trace_path is not None, "other processes have to read the trace"
     context = multiprocessing.get_context("spawn")  # the same everywhere, and safe beside threads
     stop = context.Event()
     initial = (spec.trace_path, spec.trace_block, spec.reading, trace.sha256, stop)

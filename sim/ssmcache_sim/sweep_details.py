@@ -12,7 +12,7 @@
 A file without rows is not written. All are made from the trace alone: the same input gives the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,17 @@ from ssmcache_sim.explorer import explorer_cells
 from ssmcache_sim.grid import StackDistances, stack_distances
 from ssmcache_sim.grid_cells import GridCapacity
 from ssmcache_sim.hit_depth import PERCENTS, hit_depths
-from ssmcache_sim.phase import PhaseCeilings
-from ssmcache_sim.phase_cells import PhaseCell
+from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
+from ssmcache_sim.phase_cells import PhaseCell, period_of, phase_cells
 from ssmcache_sim.plane import memory_steps, split_plane, splits, used_bytes
-from ssmcache_sim.results import PHASE_CEILINGS, phase_ceilings_columns, phase_ceilings_of, read_parquet, write_parquet
+from ssmcache_sim.results import (
+    PHASE_CEILINGS,
+    frame_of,
+    phase_ceilings_columns,
+    phase_ceilings_of,
+    read_parquet,
+    write_parquet,
+)
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.sweep import PlannedCell, SweepSpec, SweptCell
 from ssmcache_sim.totals import ReplayTotals
@@ -53,6 +60,13 @@ class SweepPhases:
     ceilings: tuple[PhaseCeilings, ...]
 
 
+def find_phases(trace: Trace, cells: Sequence[PlannedCell], progress: Callable[[int], None]) -> SweepPhases:
+    """The cells at shifts over their periods; `progress` as in `phase_cells`."""
+    periods = sorted({period_of(cell.settings) for cell in cells})
+    ceilings = tuple(phase_ceilings(trace, period) for period in periods)
+    return SweepPhases(phase_cells(trace, cells, progress), ceilings)
+
+
 def write_details(
     directory: Path,
     spec: SweepSpec,
@@ -63,11 +77,25 @@ def write_details(
 ) -> None:
     """Writes the files into a sweep's directory, and removes those of an earlier sweep that have no rows now.
 
-    An arena has no plane, no split and no depths. Cost: two passes over the trace where the grid did any other cells.
-    Errors: OutputError.
+    Cost: that of `detail_columns`, and one pass more over the trace for the explorer. Errors: OutputError.
     """
-    rows: dict[str, list[Row]] = {name: [] for name in DETAIL_FILES}
-    by_grid = [(planned, swept) for planned, swept in cells if isinstance(planned.grid, GridCapacity)]
+    files = detail_columns(trace, cells, phases)
+    # with the GPU alone, also where the sweep has other tiers
+    explorer = explorer_cells(spec, trace, model) if _by_grid(cells) else []
+    files[EXPLORER] = _columns([_explorer_row(*cell) for cell in explorer])
+    for name, columns in files.items():
+        _write_or_remove(directory / name, columns)
+
+
+def detail_columns(
+    trace: Trace, cells: Sequence[tuple[PlannedCell, SweptCell]], phases: SweepPhases | None
+) -> dict[str, dict[str, Any]]:
+    """The columns of each file but the explorer's; no columns for one without rows.
+
+    An arena has no plane, no split and no depths. Cost: one pass over the trace where the grid did any other cells.
+    """
+    rows: dict[str, list[Row]] = {name: [] for name in (PLANES, SPLITS, HIT_DEPTHS, PHASES)}
+    by_grid = _by_grid(cells)
     if by_grid:
         periods = {planned.settings.ssm_reuse_interval or 0 for planned, _ in by_grid} - {0}
         distances = stack_distances(trace, periods | {planned.settings.tokens_per_block for planned, _ in by_grid})
@@ -76,19 +104,21 @@ def write_details(
             planes, divided = _plane_rows(trace, distances, shape)
             rows[PLANES] += planes
             rows[SPLITS] += divided
-        # with the GPU alone, also where the sweep has other tiers
-        rows[EXPLORER] = [_explorer_row(*cell) for cell in explorer_cells(spec, trace, model)]
     if phases is not None:
         rows[PHASES] = [_phase_row(cell) for cell in phases.cells]
-    files: dict[str, Mapping[str, Any]] = {name: _columns(of_file) for name, of_file in rows.items()}
+    files: dict[str, dict[str, Any]] = {name: _columns(of_file) for name, of_file in rows.items()}
     files[PHASE_CEILINGS] = phase_ceilings_columns(phases.ceilings if phases else ())
-    for name, columns in files.items():
-        _write_or_remove(directory / name, columns)
+    return files
+
+
+def _by_grid(cells: Sequence[tuple[PlannedCell, SweptCell]]) -> list[tuple[PlannedCell, SweptCell]]:
+    """Those with pools of their own."""
+    return [(planned, swept) for planned, swept in cells if isinstance(planned.grid, GridCapacity)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SweepDetails:
-    """The files read back; None or empty for one without rows."""
+    """The files as data frames; None or empty for one without rows."""
 
     planes: "pd.DataFrame | None"
     splits: "pd.DataFrame | None"
@@ -100,29 +130,34 @@ class SweepDetails:
 
 def load_details(directory: Path) -> SweepDetails:
     """Reads what `write_details` wrote. Errors: OutputError for a file that cannot be read."""
-    frames = {name: _read_if_there(directory / name) for name in DETAIL_FILES}
-    ceilings = frames[PHASE_CEILINGS]
+    paths = {name: directory / name for name in DETAIL_FILES}
+    return _details({name: read_parquet(path) for name, path in paths.items() if path.exists()})
+
+
+def details_of(files: Mapping[str, dict[str, Any]]) -> SweepDetails:
+    """What `load_details` would read of the columns of `detail_columns`."""
+    return _details({name: frame_of(columns) for name, columns in files.items() if columns})
+
+
+def _details(frames: "dict[str, pd.DataFrame]") -> SweepDetails:
+    ceilings = frames.get(PHASE_CEILINGS)
     return SweepDetails(
-        planes=frames[PLANES],
-        splits=frames[SPLITS],
-        hit_depths=frames[HIT_DEPTHS],
-        explorer=frames[EXPLORER],
-        phases=frames[PHASES],
+        planes=frames.get(PLANES),
+        splits=frames.get(SPLITS),
+        hit_depths=frames.get(HIT_DEPTHS),
+        explorer=frames.get(EXPLORER),
+        phases=frames.get(PHASES),
         phase_ceilings=() if ceilings is None else phase_ceilings_of(ceilings),
     )
-
-
-def _read_if_there(path: Path) -> "pd.DataFrame | None":
-    return read_parquet(path) if path.exists() else None
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
 
 
-def _write_or_remove(path: Path, columns: Mapping[str, Any]) -> None:
+def _write_or_remove(path: Path, columns: dict[str, Any]) -> None:
     if columns:
-        write_parquet(path, dict(columns))
+        write_parquet(path, columns)
     else:
         path.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.models import ModelSpec
+from ssmcache.units import plural
 from ssmcache_sim.directories import MANIFEST, json_bytes, open_directory, read_manifest, write_file
 from ssmcache_sim.errors import OutputError
 from ssmcache_sim.results import RunTimes, manifest_head, manifest_with_times, read_parquet, write_parquet
@@ -29,7 +30,14 @@ def begin_sweep(directory: Path, spec: SweepSpec, trace: Trace, model: ModelSpec
     Errors: OutputError if it cannot be written or holds something else.
     """
     open_directory(directory, SWEEP_COMMAND)
-    manifest = {
+    manifest = sweep_manifest(spec, trace, model)
+    write_file(directory / MANIFEST, json_bytes(manifest))
+    return manifest
+
+
+def sweep_manifest(spec: SweepSpec, trace: Trace, model: ModelSpec) -> dict[str, Any]:
+    """What a sweep is made of, before it is known which cells are possible."""
+    return {
         **manifest_head(SWEEP_COMMAND, trace),
         "settings": {
             "model": model.name,
@@ -46,8 +54,12 @@ def begin_sweep(directory: Path, spec: SweepSpec, trace: Trace, model: ModelSpec
             "pools": spec.pools,
         },
     }
-    write_file(directory / MANIFEST, json_bytes(manifest))
-    return manifest
+
+
+def with_skipped(manifest: dict[str, Any], skipped: Sequence[SkippedCell]) -> dict[str, Any]:
+    """The manifest with the combinations that were left out, and why."""
+    reasons = [{**{name: getattr(cell.settings, name) for name in _VARIED}, "reason": cell.reason} for cell in skipped]
+    return {**manifest, "skipped": reasons}
 
 
 def finish_sweep(
@@ -58,11 +70,15 @@ def finish_sweep(
     times: RunTimes,
 ) -> None:
     """Writes `cells.parquet`, one row a cell in the order given, and the whole manifest. Errors: OutputError."""
+    write_parquet(directory / CELLS, cell_columns(cells))
+    write_file(directory / MANIFEST, json_bytes(manifest_with_times(with_skipped(manifest, skipped), times)))
+
+
+def cell_columns(cells: Sequence[SweptCell]) -> dict[str, list[Any]]:
+    """One entry a cell for each column of any of them; None where a cell has none."""
     rows = [cell_row(cell) for cell in cells]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    write_parquet(directory / CELLS, {name: [row.get(name) for row in rows] for name in names})
-    reasons = [{**{name: getattr(cell.settings, name) for name in _VARIED}, "reason": cell.reason} for cell in skipped]
-    write_file(directory / MANIFEST, json_bytes(manifest_with_times({**manifest, "skipped": reasons}, times)))
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def cell_row(cell: SweptCell) -> dict[str, Any]:
@@ -111,11 +127,28 @@ def _tier_columns(totals: ReplayTotals) -> dict[str, int | float]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SweepRun:
-    """A sweep's directory read back: one row a cell."""
+    """A sweep as data frames, one row a cell: its directory read back, or `runs.sweep_run`."""
 
     manifest: dict[str, Any]
     cells: "pd.DataFrame"
     details: SweepDetails
+
+    def best(self) -> "pd.DataFrame":
+        """The cell with the most usable hits of each GPU and host memory size, the first of equal ones, by
+        size; unlimited last.
+        """
+        sizes = ["gpu_memory_bytes", "host_memory_bytes"]
+        order = self.cells.sort_values("usable_hit_tokens", ascending=False, kind="stable")
+        return order.drop_duplicates(sizes).sort_values(sizes)
+
+    def __repr__(self) -> str:
+        engines = ", ".join(f"{count:,} by {name}" for name, count in self.cells["engine"].value_counts().items())
+        head = f"SweepRun({self.manifest['trace']['name']}, {self.manifest['settings']['model']}: "
+        rates = self.cells["usable_token_hit_rate"]
+        span = f"usable token hit rate {rates.min():.2%} to {rates.max():.2%}"
+        skipped = len(self.manifest["skipped"])
+        left_out = f", {skipped:,} impossible combinations left out" if skipped else ""
+        return f"{head}{plural(len(self.cells), 'cell')}, {engines}{left_out})\n  {span}"
 
 
 def load_sweep(directory: str | Path) -> SweepRun:

@@ -51,7 +51,7 @@ def hit_rate_by_tier(cells: pd.DataFrame, title: str) -> Figure:
     places[0].set_ylim(0, 1.1 * max(_floats(cells, "kv_ceiling_token_hit_rate").max(), 1e-3))  # shared by all
     figure.supylabel("usable token hit rate (% of prompt tokens)", fontsize=10)
     handles, labels = places[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(cases) == 1 else 3)  # one panel is narrow
     return figure
 
 

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ssmcache.units import plural
+
 SKIP_REASONS = ("crossed", "no_room", "not_admitted", "history")
 
 
@@ -89,6 +91,14 @@ class ReplayTotals:
     peaks: tuple[LayerGroupPeak, ...]
     tiers: tuple[TierTotals, ...] = ()
     moved: tuple[MovedSlots, ...] | None = ()
+
+    def __repr__(self) -> str:
+        too_large = f", {self.too_large_requests:,} of them too large" if self.too_large_requests else ""
+        return (
+            f"ReplayTotals({plural(self.requests, 'request')}{too_large}; of {self.prompt_tokens:,} prompt tokens "
+            f"usable {self.usable_token_hit_rate:.2%}, ceiling {self.rate(self.ceiling_hit_tokens):.2%}, "
+            f"KV ceiling {self.rate(self.kv_ceiling_hit_tokens):.2%})"
+        )
 
     def rate(self, tokens: int) -> float:
         """Share of all prompt tokens."""

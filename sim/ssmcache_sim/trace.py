@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssmcache.keys import BlockKeys
+from ssmcache.units import plural
 from ssmcache_sim.errors import TraceError
 
 Int64Array = npt.NDArray[np.int64]
@@ -55,6 +56,9 @@ class LengthTrace:
     repairs: tuple[tuple[str, int], ...] = ()
     num_broken: int = 0
     sessions: Sessions | None = None
+
+    def __repr__(self) -> str:
+        return f"LengthTrace({self.name})\n  {_in_figures(self)}"
 
     @property
     def num_requests(self) -> int:
@@ -112,6 +116,9 @@ class Trace:
         for array in self._arrays():
             array.flags.writeable = False
         assert np.array_equal(np.diff(self.offsets), self.path_tokens // self.tokens_per_block)
+
+    def __repr__(self) -> str:
+        return f"Trace({self.label})\n  {_in_figures(self)} in blocks of {self.tokens_per_block:,}"
 
     def _arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         lengths = (self.arrival_ms, self.prompt_tokens, self.output_tokens)
@@ -283,6 +290,13 @@ def path_lengths(prompt_tokens: Int64Array, output_tokens: Int64Array) -> Int64A
 def reading_with_outputs(reading: str) -> str:
     """What `Trace.reading` says where outputs were asked for; `without_outputs` takes it away."""
     return f"{reading}, {_OUTPUTS}" if reading else _OUTPUTS
+
+
+def _in_figures(requests: Trace | LengthTrace) -> str:
+    sessions = "" if requests.sessions is None else f" of {plural(len(requests.sessions.names), 'session')}"
+    seconds = np.ptp(requests.arrival_ms) / 1000 if requests.num_requests else 0
+    tokens = plural(int(requests.prompt_tokens.sum()), "prompt token")
+    return f"{plural(requests.num_requests, 'request')}{sessions} in {seconds:,.0f} s, {tokens}"
 
 
 def offsets_of(counts: Int64Array) -> Int64Array:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ssmcache.units import plural
 from ssmcache_sim.ceilings import infinite_cache
 from ssmcache_sim.trace import Int64Array, LengthTrace, Sessions, Trace
 
@@ -96,6 +97,24 @@ class TraceInfo:
     repairs: tuple[tuple[str, int], ...]
     broken_rows: int
 
+    def __repr__(self) -> str:
+        lines = [
+            f"TraceInfo({self.name}, {self.format}: {plural(self.requests, 'request')} in {self.span_seconds:,.0f} s, "
+            f"{self.prompt_tokens:,} prompt and {self.output_tokens:,} output tokens)",
+            f"  prompt: median {_median(self.prompt_length):,.0f} tokens, mean {self.prompt_length.mean:,.0f}; "
+            f"output: median {_median(self.output_length):,.0f}, mean {self.output_length.mean:,.0f}",
+        ]
+        if self.turns is not None:
+            lines.append(f"  {plural(self.sessions or 0, 'session')} of {self.turns.mean:.1f} requests on average")
+        if self.shared is not None:
+            names = [
+                ("KV", self.shared.ceilings[0]),
+                *((each.ssm_reuse_interval, each) for each in self.shared.ceilings[1:]),
+            ]
+            ceilings = ", ".join(f"{name}: {each.hit_rate:.2%}" for name, each in names)
+            lines.append(f"  ceilings by interval, blocks of {self.shared.tokens_per_block:,} tokens: {ceilings}")
+        return "\n".join(lines)
+
     def to_json(self) -> dict[str, Any]:
         """As an object: percentiles by percent, repairs by what was repaired."""
         return {
@@ -103,6 +122,10 @@ class TraceInfo:
             **asdict(self),
             "repairs": dict(self.repairs),
         }
+
+
+def _median(lengths: Distribution) -> float:
+    return lengths.at_percents[PERCENTS.index(50)]
 
 
 def describe(requests: Trace | LengthTrace, ssm_reuse_intervals: Sequence[int] = DEFAULT_INTERVALS) -> TraceInfo:

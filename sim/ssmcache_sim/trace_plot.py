@@ -1,6 +1,5 @@
 """A picture of a trace: lengths, arrivals over time, and how deep into its prompt each request would hit."""
 
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from ssmcache_sim.ceilings import infinite_cache
+from ssmcache_sim.picture_parts import Picture
 from ssmcache_sim.trace import LengthTrace, Trace
 
 _TIME_BINS = 60
@@ -19,17 +19,10 @@ _PROMPT_COLOUR, _OUTPUT_COLOUR, _HIT_COLOUR = "#0072b2", "#e69f00", "#009e73"
 _TIME_UNITS = ((2 * 86_400_000, "days", 86_400_000), (3 * 3_600_000, "hours", 3_600_000), (180_000, "minutes", 60_000))
 
 
-def trace_png(requests: Trace | LengthTrace) -> bytes:
-    """The picture of `trace_figure` as a PNG; the same trace gives the same bytes."""
-    buffer = BytesIO()
-    trace_figure(requests).savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def trace_figure(requests: Trace | LengthTrace) -> Figure:
     """Panels for lengths and arrivals, and for what requests share where the trace tells it."""
     shares = isinstance(requests, Trace)
-    figure = Figure(figsize=(11.0, 7.6 if shares else 4.2), layout="constrained")
+    figure = Picture(figsize=(11.0, 7.6 if shares else 4.2), layout="constrained")
     name = requests.label if isinstance(requests, Trace) else requests.name
     figure.suptitle(f"{name}: {requests.num_requests:,} requests", fontsize=12)
     panels = figure.subplots(2 if shares else 1, 2, squeeze=False)

@@ -10,6 +10,7 @@ from math import prod
 from typing import Literal
 
 from ssmcache.config import AttentionLayerConfig, BufferConfig, LayerConfig, SsmLayerConfig
+from ssmcache.units import format_size
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
@@ -131,6 +132,16 @@ class ModelSpec:
     num_parameters: int | None = None
     num_active_parameters: int | None = None
     parameters_source: str = ""
+
+    def __repr__(self) -> str:
+        parts = []
+        if self.num_attention_layers:
+            kv = format_size(self.kv_bytes_per_token())
+            parts.append(f"{self.num_attention_layers} attention layers: {kv} of {self.kv_dtype} KV a token")
+        if self.num_ssm_layers:
+            snapshot = format_size(self.snapshot_bytes())
+            parts.append(f"{self.num_ssm_layers} SSM layers: {snapshot} a snapshot, states in {self.state_dtype}")
+        return "\n  ".join([f"ModelSpec({self.name})", *parts])
 
     @property
     def num_attention_layers(self) -> int:

@@ -2,6 +2,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -283,3 +284,15 @@ def test_an_arena_that_cannot_be_is_refused(
 def test_unknown_pools_are_refused() -> None:
     with pytest.raises(UserError, match="pools: expected separate or arena, got 'magic'"):
         parse_pools("magic")
+
+
+@pytest.mark.parametrize(
+    "change", [{"kv_dtype": "fp8"}, {"state_dtype": "float32"}, {"ssm_fraction": 0.5}, {"prefill": "chunked"}]
+)
+def test_a_finished_cell_is_not_taken_for_one_of_other_bytes(
+    spec: SweepSpec, trace: Trace, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    few = replace(spec, tokens_per_block=(512,), ssm_reuse_intervals=(2048,), gpu_memory_bytes=(40 * GIB,))
+    run(few, trace, tmp_path / "s")
+    assert len(plan_sweep(few, trace, HYBRID, tmp_path / "s").finished) == 1
+    assert not plan_sweep(replace(few, **change), trace, HYBRID, tmp_path / "s").finished
