@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,33 @@ class CacheEvent:
     parents: tuple[bytes, ...]
     tier: int
     source_tier: int | None = None
+
+
+class CacheObserver(Protocol):
+    """Who is told of every change of the reusable blocks, in order and at once: under the manager's lock, so it must be
+    quick, and not call the manager. `layer_group` is that of the slots; `ordinals` are ascending blocks, counted from
+    the start of the path. Arrays that it is given are the tree's.
+    """
+
+    def stored(self, run: Run, num_blocks: int, layer_group: int | None) -> None:
+        """The last blocks of a run are new in the tree, with pages of a layer group (None: without)."""
+
+    def added(self, cursor: Run, layer_group: int, ordinals: Iterable[int]) -> None:
+        """Blocks of the path of `cursor`, ascending, got slots of a layer group."""
+
+    def skipped(self, cursor: Run, layer_group: int, ordinal: int, reason: str) -> None:
+        """The end of a block of the path of `cursor` was wanted as a snapshot, and none was taken: `crossed`, `no_room`
+        or `history`, as in `CacheStats`.
+        """
+
+    def removed(self, layer_group: int, tier: int, run: Run, ordinals: Iterable[int]) -> None:
+        """Blocks of a run lost slots that lay on a tier; the run may be about to lose the blocks themselves."""
+
+    def moved(self, layer_group: int, source_tier: int, tier: int, run: Run, ordinals: Iterable[int]) -> None:
+        """Slots of blocks of a run lie on another tier now."""
+
+    def lost(self, run: Run, page_group: int | None) -> None:
+        """A run and all below it leave the tree, though somebody may hold them for some time yet."""
 
 
 class EventLog:
@@ -95,6 +123,9 @@ class EventLog:
             if here:
                 self._add(EventKind.STORED, layer_group, run, here, GPU_TIER)
                 left = left[: -len(here)]
+
+    def skipped(self, cursor: Run, layer_group: int, ordinal: int, reason: str) -> None:
+        """Nothing: what can be matched is as before."""
 
     def removed(self, layer_group: int, tier: int, run: Run, ordinals: Iterable[int]) -> None:
         self._add(EventKind.REMOVED, layer_group, run, ordinals, tier)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ssmcache_sim.causes import SNAPSHOT_CAUSE_WORDS
 from ssmcache_sim.phase import PhaseSummary
 from ssmcache_sim.phase_cells import PhaseCell
 from ssmcache_sim.settings import ReplaySettings
@@ -50,10 +51,7 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
     table.add_row("ceiling if all prompts began later", "", "")
     table.add_row(f"  worst, by {phase.worst_shift_tokens:,} tokens", "", f"{phase.worst_rate:.2%}")
     table.add_row(f"  best, by {phase.best_shift_tokens:,} tokens", "", f"{phase.best_rate:.2%}", end_section=True)
-    table.add_row("lost of the KV ceiling", "", "")
-    table.add_row("  KV evicted", *_tokens(totals, totals.lost_evicted_tokens))
-    table.add_row("  alignment to the interval", *_tokens(totals, totals.lost_alignment_tokens))
-    table.add_row("  no snapshot", *_tokens(totals, totals.lost_snapshot_tokens), end_section=True)
+    add_causes(table, totals)
     _add_peaks(table, "peak memory" if not totals.tiers else "peak GPU memory", totals.peaks)
     for tier in totals.tiers[1:]:
         _add_peaks(table, f"peak {_TIERS[tier.tier]} memory", tier.peaks)
@@ -71,6 +69,22 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
             f"now {phase.now_rate:.2%}. `ssmcache sweep --phase` shows it for each interval and memory.",
             highlight=False,
         )
+
+
+def add_causes(table: Table, totals: ReplayTotals) -> None:
+    """Rows of what became of the prompt tokens that no request skipped; parts of a cause only where there are any."""
+    table.add_row("lost of the KV ceiling", *_tokens(totals, totals.kv_ceiling_hit_tokens - totals.usable_hit_tokens))
+    table.add_row("  KV evicted", *_tokens(totals, totals.lost_evicted_tokens))
+    if totals.lost_evicted_too_large_tokens:
+        table.add_row("    by requests too large", *_tokens(totals, totals.lost_evicted_too_large_tokens))
+    table.add_row("  alignment to the interval", *_tokens(totals, totals.lost_alignment_tokens))
+    table.add_row("  no snapshot", *_tokens(totals, totals.lost_snapshot_tokens))
+    for words, tokens in zip(SNAPSHOT_CAUSE_WORDS.values(), totals.lost_snapshot_by_cause, strict=True):
+        if tokens:
+            table.add_row(f"    {words}", *_tokens(totals, tokens))
+    table.add_section()
+    table.add_row("never seen before", *_tokens(totals, totals.never_seen_tokens))
+    table.add_row("last block of each prompt", *_tokens(totals, totals.last_block_tokens), end_section=True)
 
 
 def phase_table(phases: SweepPhases, cells: Sequence[SweptCell]) -> None:

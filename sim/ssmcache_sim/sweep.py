@@ -32,7 +32,7 @@ from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
 
 _CELLS = "cells"
-_CELL_FORMAT = 2  # raised when a cell's file, or what a replay counts, changes
+_CELL_FORMAT = 3  # raised when a cell's file, or what a replay counts, changes
 
 
 @dataclass(frozen=True, slots=True)
