@@ -33,7 +33,7 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
     """Prints everything that one replay counted, and a warning where the hit rate hangs on the phase."""
     interval = settings.ssm_reuse_interval
     shape = f"block {settings.tokens_per_block}" + (f", interval {interval}" if interval else ", no SSM layers")
-    title = f"{trace_name}, {settings.model}\n{shape}, {_memory(settings)}"
+    title = f"{trace_name}, {settings.model}\n{shape}, {memory_words(settings)}"
     table = Table(title=escape(title), caption=_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.add_column("")
     table.add_column("count", justify="right")
@@ -121,7 +121,8 @@ def phase_table(phases: SweepPhases, cells: Sequence[SweptCell]) -> None:
         console.print(f"[bold]warning: the hit rate hangs on the phase {where}.[/bold]", highlight=False)
 
 
-def _memory(settings: ReplaySettings) -> str:
+def memory_words(settings: ReplaySettings) -> str:
+    """The memory of each tier there is."""
     lower = {"host": settings.host_memory_bytes, "disk": settings.disk_memory_bytes}
     shown = [f"{name} {format_size(size)}" for name, size in lower.items() if size]
     gpu = format_size(settings.gpu_memory_bytes)

@@ -54,11 +54,11 @@ class BoundaryFates:
             return
         kv_tokens = match.attention_tokens if self._kv_tokens is None else self._kv_tokens[request]
         for boundary in range(match.usable_tokens // self._interval + 1, kv_tokens // self._interval + 1):
-            self._found.append((request, self.mark_of(boundary)))
+            self._found.append((request, self.mark_at(keys.item(boundary * self._factor - 1))))
 
-    def mark_of(self, boundary: int) -> int:
-        """What happened last to the n-th boundary, from 1, of the prompt that is served."""
-        mark = self.marks[self.keys.item(boundary * self._factor - 1)]
+    def mark_at(self, key: int) -> int:
+        """What happened last to the boundary at the end of the block of a key."""
+        mark = self.marks[key]
         if mark == _UNMARKED:
             return MARKS["not_admitted"] if self._marks_all else EVICTED
         return mark

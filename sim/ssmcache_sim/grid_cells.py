@@ -57,6 +57,8 @@ def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | 
     slots = dict(zip((group.kind for group in groups), split_quota(groups, config), strict=True))
     if LayerGroupKind.ATTENTION not in slots:
         return "no attention layers: blocks stay only as far as snapshots need them"
+    if config.has_windows:
+        return "sliding windows: their pages have an order of use of their own"
     blocks = _stack(slots[LayerGroupKind.ATTENTION])
     longest = int(trace.prompt_tokens.max())
     if longest // config.tokens_per_block > blocks:

@@ -51,5 +51,16 @@ def format_size(num_bytes: int | None) -> str:
     """A size for people, in binary units: `40 GiB`, `1.36 TiB`, `unlimited` for None."""
     if num_bytes is None:
         return UNLIMITED
-    power = min(max(num_bytes.bit_length() - 1, 0) // 10, len(_BINARY_UNITS) - 1)
+    power = _power(num_bytes)
     return f"{num_bytes / 1024**power:.4g} {_BINARY_UNITS[power]}"
+
+
+def format_size_up(num_bytes: int) -> str:
+    """A size for people that is enough where `num_bytes` are: rounded up, to four digits or a little more."""
+    power = _power(num_bytes)
+    tenths = -(-10 * num_bytes // 1024**power)  # of the unit
+    return f"{tenths // 10:,}{f'.{tenths % 10}' if tenths % 10 else ''} {_BINARY_UNITS[power]}"
+
+
+def _power(num_bytes: int) -> int:
+    return min(max(num_bytes.bit_length() - 1, 0) // 10, len(_BINARY_UNITS) - 1)
