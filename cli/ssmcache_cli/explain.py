@@ -65,7 +65,7 @@ def explain_command(
     tokenizer: TokenizerOption = None,
     skip_broken: SkipBrokenOption = False,
 ) -> None:
-    """Why did prefixes not hit? Lost tokens by cause; what single requests shared, lost, and what would have kept it."""
+    """Why did prefixes not hit? Lost tokens by cause, and the stories of single requests."""
     if sum(option is not None for option in (request, worst, session)) > 1:
         raise UserError("explain: expected one of --request, --worst and --session, got several")
     how, spec = parse_prefill(prefill), load_model(model)

@@ -78,11 +78,14 @@ def _why(part: LostPart, story: RequestStory, explanation: Explanation, config: 
 def _kv_evicted(part: LostPart, explanation: Explanation, config: KVCacheManagerConfig) -> str:
     if part.last_ended is None:
         return "pages of a sliding window that are needed there were evicted: the memory was full."
-    used = "" if part.last_used_by is None else f", last used as a whole by request {part.last_used_by:,}"
+    assert part.last_used_by is not None, "KV that nobody computed was evicted"
     block = config.tokens_per_block
-    said = f"their KV{used}, was evicted {_during(part)}: the memory was full."
+    said = (
+        f"their KV, last used as a whole by request {part.last_used_by:,}, was evicted {_during(part)}: the memory for "
+        f"KV was full."
+    )
     if part.distance is None or explanation.capacity_blocks is None:
-        return said.replace("KV,", "KV") if not used else said
+        return said
     page_bytes = _slot_bytes(config, LayerGroupKind.ATTENTION)
     needed, room = part.distance, explanation.capacity_blocks
     return (
@@ -105,7 +108,10 @@ def _snapshot(part: LostPart, where: str, explanation: Explanation, config: KVCa
         return f"there is no snapshot {where}: {who} {_SKIPPED[cause]}."
     snapshots, were = ("snapshots", "were") if many else ("snapshot", "was")
     taken = _requests(part.first_taken, part.last_taken)
-    said = f"the {snapshots} {where}, taken during {taken}, {were} evicted {_during(part)}: no state had room."
+    said = (
+        f"the {snapshots} {where}, taken during {taken}, {were} evicted {_during(part)}: the memory for "
+        f"states was full."
+    )
     if part.distance is None or explanation.capacity_snapshots is None:
         return said
     state_bytes = _slot_bytes(config, LayerGroupKind.SSM)
@@ -122,9 +128,8 @@ def remedy_words(remedy: Remedy, config: KVCacheManagerConfig) -> str:
     if remedy.setting == "gpu_memory_bytes":
         alone = " alone" if len(config.cache_tiers) > 1 else ""
         now = format_size(config.cache_tiers[0].quota)
-        how = "at least " if remedy.is_least else ""
-        why = "" if remedy.is_least else " (it then holds the largest request of the trace, too)"
-        return f"With GPU memory{alone} of {how}{format_size_up(remedy.value)}, now {now}, {skipped[:-1]}{why}."
+        why = "" if remedy.is_least else ", which holds the largest request, too"
+        return f"With GPU memory{alone} of {format_size_up(remedy.value)} or more{why}, now {now}, {skipped}"
     if remedy.setting == "ssm_reuse_interval":
         now = f"{config.ssm_reuse_interval:,}"
         return f"With a snapshot interval of {remedy.value:,}, now {now}, at the same memory, {skipped}"

@@ -89,6 +89,7 @@ class Remedies:
         self._usable = [(one, self._usable_tokens(one, capacity)) for one, capacity in usable]
         own = grid_capacity(trace, config) if not self.why_not else self.why_not
         self.capacity = None if isinstance(own, str) else own
+        self._told_from: int | None = None  # the least memory that the grid can tell of
 
     def of(self, request: int, usable_tokens: int, ceiling_tokens: int) -> tuple[Remedy, ...]:
         """What would have made a request skip more than it did: the memory that would keep all up to its ceiling, the
@@ -147,8 +148,9 @@ class Remedies:
         needed = _Needed(blocks, snapshots)
         value = _least(lambda num_bytes: self._holds(num_bytes, needed))
         # the grid speaks of memory that holds the largest request; below that another order may keep it, too
-        told_from = value if needed == _NOTHING else _least(lambda num_bytes: self._holds(num_bytes, _NOTHING))
-        return Remedy("gpu_memory_bytes", value, target_tokens, is_least=value > told_from)
+        if self._told_from is None:
+            self._told_from = _least(lambda num_bytes: self._holds(num_bytes, _NOTHING))
+        return Remedy("gpu_memory_bytes", value, target_tokens, is_least=value > self._told_from)
 
     def _holds(self, num_bytes: int, needed: "_Needed") -> bool:
         try:

@@ -205,12 +205,12 @@ def _serve_all(
             by_tier.append(())
         else:
             kv = create(prompt[:-1], id=index)
+            if observer is not None:  # what it found stays as it is, since nobody else is served meanwhile
+                observer.look_up(index, prompt.keys, kv.reuse_match)
             if not (kv.resume() and kv.resize(needed)):
                 # one request at a time and room for it alone: the manager is wrong, not the user
                 raise RuntimeError(f"request {index} of {needed} tokens fits {capacity}, but: {kv.shortage}")
             matches.append(kv.reuse_match)
-            if observer is not None:
-                observer.look_up(index, prompt.keys, kv.reuse_match)
             by_tier.append(kv.usable_tokens_by_tier)
             commit(kv, prompt)
             kv.close()

@@ -56,10 +56,12 @@ def format_size(num_bytes: int | None) -> str:
 
 
 def format_size_up(num_bytes: int) -> str:
-    """A size for people that is enough where `num_bytes` are: rounded up, to four digits or a little more."""
+    """A size for people that is enough where `num_bytes` are: rounded up to four digits."""
     power = _power(num_bytes)
-    tenths = -(-10 * num_bytes // 1024**power)  # of the unit
-    return f"{tenths // 10:,}{f'.{tenths % 10}' if tenths % 10 else ''} {_BINARY_UNITS[power]}"
+    unit = 1024**power
+    digits = max(0, 4 - len(str(num_bytes // unit)))
+    rounded_up = -(-num_bytes * 10**digits // unit) / 10**digits
+    return f"{rounded_up:g} {_BINARY_UNITS[power]}"
 
 
 def _power(num_bytes: int) -> int:

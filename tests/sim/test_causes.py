@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_watch import expected_causes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +18,7 @@ from ssmcache import (
     GpuCacheTierConfig,
     HostCacheTierConfig,
     KVCache,
-    KVCacheManager,
     KVCacheManagerConfig,
-    SimulatedMemory,
     SsmLayerConfig,
 )
 from ssmcache.admission import IntervalAdmission
@@ -56,58 +55,6 @@ def check_sums(result: ReplayResult) -> None:
     assert totals.lost_evicted_too_large_tokens == result.lost_to_size.sum()
     assert totals.never_seen_tokens == result.never_seen.sum()
     assert totals.last_block_tokens == result.last_block.sum()
-
-
-def snapshots_in(manager: KVCacheManager) -> set[int]:
-    """Keys of the blocks that have a snapshot, in any tier."""
-    return {
-        int(run.keys[ordinal - run.start])
-        for run in manager.store.all_runs()
-        for segment in run.items
-        if segment.store is manager.store.snapshots
-        for ordinal in segment.ordinals
-    }
-
-
-def skips_of(manager: KVCacheManager) -> dict[str, int]:
-    stats = manager.stats()
-    return {reason: getattr(stats, f"snapshots_skipped_{reason}") for reason in ("crossed", "no_room", "history")}
-
-
-def expected_causes(trace: Trace, config: KVCacheManagerConfig, prefill: Prefill, result: ReplayResult) -> np.ndarray:
-    """[num_causes, num_requests] tokens, by looking at all snapshots before and after each request."""
-    manager = KVCacheManager(config, SimulatedMemory())
-    factor = config.ssm_reuse_interval // config.tokens_per_block
-    state: dict[int, str] = {}  # key of a boundary: what happened to it last
-    lost = np.zeros((len(SNAPSHOT_CAUSES), trace.num_requests), dtype=np.int64)
-    for request, prompt in enumerate(trace.prompts()):
-        path = [int(key) for key in prompt.keys[factor - 1 :: factor]]
-        kv_tokens = int(result.attention[request])  # checked elsewhere
-        for index in range(int(result.usable[request]) // INTERVAL, kv_tokens // INTERVAL):
-            lost[SNAPSHOT_CAUSES.index(state.get(path[index], "not_admitted")), request] += INTERVAL
-        if result.too_large[request]:
-            continue
-        before, skips = snapshots_in(manager), skips_of(manager)
-        kv = manager.create_kv_cache(prompt[:-1])
-        assert kv.resume()
-        assert kv.resize(prompt.stop + 1)
-        start = kv.num_committed_tokens
-        wanted = manager.admission.points(start, prompt.stop)
-        if prefill == "reserved":
-            kv.reserve_snapshots(kv.snapshot_points(prompt.stop))
-        else:
-            for point in kv.snapshot_points(prompt.stop):
-                kv.commit(prompt[kv.num_committed_tokens : point])
-        kv.commit(prompt[kv.num_committed_tokens :])
-        kv.close()
-        after = snapshots_in(manager)
-        state.update(dict.fromkeys(before - after, "evicted"))
-        state.update(dict.fromkeys(after, "window"))
-        reasons = [reason for reason, count in skips_of(manager).items() if count > skips[reason]]
-        for index, key in enumerate(path):
-            if key not in after and (index + 1) * INTERVAL in wanted:
-                (state[key],) = reasons
-    return lost
 
 
 def check(
