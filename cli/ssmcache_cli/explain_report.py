@@ -9,7 +9,7 @@ from rich.table import Table
 from ssmcache.config import KVCacheManagerConfig
 from ssmcache_cli.tables import add_causes, memory_words
 from ssmcache_sim.explain import Explanation, RequestStory
-from ssmcache_sim.explain_words import heading, lost_words, no_remedy_words, paragraphs, remedy_words
+from ssmcache_sim.explain_words import closing_words, heading, lost_words, paragraphs, remedy_words
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.totals import ReplayTotals
 
@@ -84,8 +84,8 @@ def _print_story(console: Console, story: RequestStory, explanation: Explanation
         _item(console, lost_words(part, story, explanation, config))
     for remedy in story.remedies:
         _item(console, remedy_words(remedy, config), mark="+")
-    if nothing := no_remedy_words(story, explanation):
-        console.print(nothing, markup=False)
+    if words := closing_words(story, explanation):
+        console.print(words, markup=False)
 
 
 def _item(console: Console, words: str, mark: str = "-") -> None:

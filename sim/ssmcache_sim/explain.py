@@ -86,14 +86,15 @@ class Explanation:
     Attributes:
         capacity_blocks, capacity_snapshots: what the cache holds beside what one request takes for itself, where the
             grid is exact for it; else None.
-        why_no_memory: why no memory that would have helped is named; empty where it is.
+        why_replayed: why the least memory that would have helped cannot be told, and a few others were replayed; empty
+            where it can.
     """
 
     result: ReplayResult
     stories: tuple[RequestStory, ...]
     capacity_blocks: int | None
     capacity_snapshots: int | None
-    why_no_memory: str
+    why_replayed: str
 
     def parts(self) -> "pd.DataFrame":
         """One row a lost part of a story, units in the names."""
@@ -142,7 +143,7 @@ def explain(
     result = replay(trace, config, prefill=prefill, progress=progress, fates=partial(_history, config, requests, made))
     (history,) = made
     history.remember_up_to(trace.num_requests)
-    remedies = Remedies(trace, config, variants)
+    remedies = Remedies(trace, config, variants, prefill)
     chosen = list(dict.fromkeys(requests))
     stories = tuple(_story(result, config, history.paths[request], remedies, request) for request in chosen)
     capacity = remedies.capacity
@@ -151,7 +152,7 @@ def explain(
         stories=stories,
         capacity_blocks=None if capacity is None else capacity.all_blocks,
         capacity_snapshots=None if capacity is None else capacity.snapshots,
-        why_no_memory=remedies.why_not,
+        why_replayed=remedies.why_replayed,
     )
 
 

@@ -19,7 +19,7 @@ def heading(story: RequestStory, explanation: Explanation) -> str:
     trace = explanation.result.trace
     session = f", turn {story.turn} of session {story.session}" if story.session is not None else ""
     after = _duration(story.arrival_ms - float(trace.arrival_ms[0]))
-    return f"Request {story.request:,} of {trace.num_requests:,}{session}, {after} after the first"
+    return f"Request {story.request:,} (of 0 to {trace.num_requests - 1:,}){session}, {after} after the first"
 
 
 def paragraphs(story: RequestStory, explanation: Explanation, config: KVCacheManagerConfig) -> list[str]:
@@ -60,24 +60,28 @@ def _why(part: LostPart, story: RequestStory, explanation: Explanation, config: 
         if story.too_large:
             return "the request does not fit into the memory, even alone, and was served without the cache."
         return "no earlier request that fits into the memory had them; the others were served without the cache."
+    there = "their KV was there, but " if config.has_attention else ""
     if part.cause == "alignment":
         if not part.start_token:
-            return f"their KV was there, but they are less than one snapshot interval ({interval:,} tokens)."
+            return f"{there}they are less than one snapshot interval ({interval:,} tokens)."
         return (
-            f"their KV was there, but no snapshot is ever taken within an interval ({interval:,} tokens), and the KV "
-            f"does not reach to the next boundary."
+            f"{there}no snapshot is ever taken within an interval ({interval:,} tokens), and they end before the next."
         )
     if part.cause == "kv_evicted":
         return _kv_evicted(part, explanation, config)
     where = f"at token {part.end_token:,}"
     if part.num_tokens > interval:
         where = f"at the ends of these {part.num_tokens // interval:,} intervals"
-    return f"their KV was there, but {_snapshot(part, where, explanation, config)}"
+    if part.cause == "snapshot_window":
+        return (
+            f"there is a snapshot {where}, but KV of a sliding window before it was evicted: no memory was left for it."
+        )
+    return f"{there}{_snapshot(part, where, explanation, config)}"
 
 
 def _kv_evicted(part: LostPart, explanation: Explanation, config: KVCacheManagerConfig) -> str:
     if part.last_ended is None:
-        return "pages of a sliding window that are needed there were evicted: the memory was full."
+        return "KV of a sliding window that is needed there was evicted: no memory was left for it."
     assert part.last_used_by is not None, "KV that nobody computed was evicted"
     block = config.tokens_per_block
     said = (
@@ -98,8 +102,6 @@ def _kv_evicted(part: LostPart, explanation: Explanation, config: KVCacheManager
 def _snapshot(part: LostPart, where: str, explanation: Explanation, config: KVCacheManagerConfig) -> str:
     cause = part.cause.removeprefix("snapshot_")
     many = part.num_tokens > config.ssm_reuse_interval
-    if cause == "window":
-        return f"beside the snapshot {where} pages of a sliding window were evicted: the memory was full."
     if cause == "not_admitted":
         return f"nobody asked for a snapshot {where}."
     if cause != "evicted":
@@ -126,9 +128,11 @@ def remedy_words(remedy: Remedy, config: KVCacheManagerConfig) -> str:
     """One setting with which the request would have skipped more."""
     skipped = f"it would have skipped {remedy.usable_tokens:,} tokens."
     if remedy.setting == "gpu_memory_bytes":
-        alone = " alone" if len(config.cache_tiers) > 1 else ""
         now = format_size(config.cache_tiers[0].quota)
-        why = "" if remedy.is_least else ", which holds the largest request, too"
+        if remedy.engine == "replay":
+            return f"With GPU memory of {format_size(remedy.value)}, now {now}, {skipped}"
+        alone = " alone" if len(config.cache_tiers) > 1 else ""
+        why = "" if remedy.is_least else " (which holds the largest request, too)"
         return f"With GPU memory{alone} of {format_size_up(remedy.value)} or more{why}, now {now}, {skipped}"
     if remedy.setting == "ssm_reuse_interval":
         now = f"{config.ssm_reuse_interval:,}"
@@ -136,15 +140,15 @@ def remedy_words(remedy: Remedy, config: KVCacheManagerConfig) -> str:
     return f"With blocks of {remedy.value:,} tokens, now {config.tokens_per_block:,}, at the same memory, {skipped}"
 
 
-def no_remedy_words(story: RequestStory, explanation: Explanation) -> str:
-    """Where no setting is named that would have helped with what was lost; empty where nothing is to be said."""
+def closing_words(story: RequestStory, explanation: Explanation) -> str:
+    """What is to be said of the settings named, or where none is; empty for nothing."""
     if not story.parts:
         return ""
-    if explanation.why_no_memory:
-        return f"Which setting would have kept it cannot be told exactly: {explanation.why_no_memory}."
-    if not story.remedies:
-        return "None of the other settings that were tried would have let it skip more."
-    return ""
+    said = "" if story.remedies else "None of the other settings that were tried would have let it skip more."
+    if explanation.why_replayed and story.usable_tokens < story.ceiling_tokens:
+        reason = f"The least memory that keeps it cannot be told: {explanation.why_replayed}. A few were replayed."
+        return f"{said} {reason}".strip()
+    return said
 
 
 def _during(part: LostPart) -> str:

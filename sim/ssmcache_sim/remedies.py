@@ -1,23 +1,25 @@
-"""Which other setting would have kept what a request lost: by the distances of the one-pass grid, so exactly or not at
-all.
+"""Which other setting would have kept what a request lost: never a guess.
 
 Memory: a boundary with the KV distance K and the snapshot distance S is usable in all pools that hold K blocks and S
 snapshots beside what a request takes for itself, so the least memory is found by trying how a memory is divided. Other
-intervals and block sizes are tried at the same memory.
+intervals and block sizes are tried at the same memory, all of them by the distances of one pass. Where the grid is not
+exact, a few neighbours are replayed instead.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from ssmcache.config import GpuCacheTierConfig, KVCacheManagerConfig
 from ssmcache.models import ModelSpec
-from ssmcache_sim.errors import SettingsError
+from ssmcache_sim.errors import MemoryTooSmallError, SettingsError
 from ssmcache_sim.grid import StackDistances, stack_distances
 from ssmcache_sim.grid_cells import GridCapacity, grid_capacity
 from ssmcache_sim.hit_depth import hit_depths
-from ssmcache_sim.settings import ReplaySettings, build_config
+from ssmcache_sim.replay import replay
+from ssmcache_sim.settings import Prefill, ReplaySettings, build_config
 from ssmcache_sim.trace import Int64Array, Trace
 
 _MOST_BYTES = 1 << 60
@@ -29,16 +31,19 @@ class Remedy:
 
     Attributes:
         setting: `gpu_memory_bytes`, `ssm_reuse_interval` or `tokens_per_block`.
-        value: of the setting. Of memory: the least with which the grid can tell.
+        value: of the setting. Memory by the grid is that of the GPU alone, without other tiers, and all above it do as
+            well.
         usable_tokens: what the request would have skipped.
-        is_least: nothing below `value` would do; else less may do, but is not enough for the largest request, so that
-            what the cache holds then is another matter. True for memory alone.
+        engine: who says so: `grid` or `replay`.
+        is_least: of memory: nothing below `value` would do. Else less may do, but the grid speaks only of memory that
+            holds the largest request, and a replay only of what was replayed.
     """
 
     setting: str
     value: int
     usable_tokens: int
-    is_least: bool
+    engine: str
+    is_least: bool = False
 
 
 def variants_of(model: ModelSpec, settings: ReplaySettings, trace: Trace) -> list[KVCacheManagerConfig]:
@@ -67,108 +72,147 @@ class Remedies:
 
     Args:
         trace: as recorded.
-        config: as replayed, and `variants` with another interval or block.
+        config: as replayed, and `variants` with another interval or block; `prefill` for replays.
 
     Attributes:
-        why_not: why the memory that would do cannot be told; empty where it can.
+        why_replayed: why the least memory that would do cannot be told; empty where it can.
+        capacity: what the config holds, where the grid is exact for it.
 
-    Cost: one pass over the trace, and O(segments) for each variant.
+    Cost: one pass over the trace, and O(segments) for each variant; and up to six replays where the grid is not exact.
     """
 
-    def __init__(self, trace: Trace, config: KVCacheManagerConfig, variants: Sequence[KVCacheManagerConfig]) -> None:
-        self._trace, self._config = trace, config
+    def __init__(
+        self,
+        trace: Trace,
+        config: KVCacheManagerConfig,
+        variants: Sequence[KVCacheManagerConfig],
+        prefill: Prefill,
+    ) -> None:
+        self._trace, self._config, self._prefill = trace, config, prefill
+        self._variants = [one for one in variants if one.tokens_per_block % trace.tokens_per_block == 0]
         self._alone = replace(config, cache_tiers=(GpuCacheTierConfig(None),))
         unlimited = grid_capacity(trace, self._alone)
-        self.why_not = unlimited if isinstance(unlimited, str) else ""
-        told = [] if self.why_not else [one for one in variants if _trace_has(trace, one)]
-        capacities = [(one, grid_capacity(trace, one)) for one in told]
-        usable = [(one, capacity) for one, capacity in capacities if isinstance(capacity, GridCapacity)]
-        sizes = {config.tokens_per_block} | {one.tokens_per_block for one, _ in usable}
-        sizes |= {one.ssm_reuse_interval for one in (config, *told) if one.has_ssm}
-        self._distances = None if self.why_not else stack_distances(trace, sizes)
-        self._usable = [(one, self._usable_tokens(one, capacity)) for one, capacity in usable]
-        own = grid_capacity(trace, config) if not self.why_not else self.why_not
+        self.why_replayed = unlimited if isinstance(unlimited, str) else ""
+        own = grid_capacity(trace, config)
         self.capacity = None if isinstance(own, str) else own
-        self._told_from: int | None = None  # the least memory that the grid can tell of
+        sizes = {one.tokens_per_block for one in (config, *self._variants)}
+        sizes |= {one.ssm_reuse_interval for one in (config, *self._variants) if one.has_ssm}
+        self._distances = None if self.why_replayed else stack_distances(trace, sizes)
 
     def of(self, request: int, usable_tokens: int, ceiling_tokens: int) -> tuple[Remedy, ...]:
-        """What would have made a request skip more than it did: the memory that would keep all up to its ceiling, the
-        best other interval and the best smaller block at the memory given.
+        """What would have made a request skip more than it did: memory that would keep all up to its ceiling, the best
+        other interval and the best smaller block at the memory given.
         """
-        if self._distances is None:
-            return ()
         remedies = []
-        if usable_tokens < ceiling_tokens and self._config.cache_tiers[0].quota is not None:
-            remedies.append(self._memory(request, ceiling_tokens))
+        quota = self._config.cache_tiers[0].quota
+        if usable_tokens < ceiling_tokens and quota is not None:
+            remedies += [one for one in self._memory(request, ceiling_tokens) if one.value > quota]
         for setting in ("ssm_reuse_interval", "tokens_per_block"):
             tried = [
-                Remedy(setting, getattr(one, setting), int(usable[request]), is_least=False)
-                for one, usable in self._usable
-                if getattr(one, setting) != getattr(self._config, setting) and self._is_alike(one, setting)
+                Remedy(setting, getattr(one, setting), int(usable[request]), engine)
+                for one, usable, engine in self._tried
+                if self._differs_in(one, setting)
             ]
             # of equal ones the largest: fewer snapshots, fewer blocks
-            best = max(tried, key=lambda remedy: (remedy.usable_tokens, remedy.value), default=None)
-            if best is not None and best.usable_tokens > usable_tokens:
-                remedies.append(best)
-        return tuple(remedies)
+            remedies += sorted(tried, key=lambda remedy: (remedy.usable_tokens, remedy.value))[-1:]
+        return tuple(remedy for remedy in remedies if remedy.usable_tokens > usable_tokens)
+
+    @cached_property
+    def _tried(self) -> list[tuple[KVCacheManagerConfig, Int64Array, str]]:
+        """Variants with the [num_requests] usable hits of each, and who counted them."""
+        tried: list[tuple[KVCacheManagerConfig, Int64Array, str]] = []
+        rest = []
+        for one in self._variants:
+            capacity = grid_capacity(self._trace, one)
+            if isinstance(capacity, GridCapacity) and self._distances is not None:
+                tried.append((one, self._usable_by_grid(self._distances, one, capacity), "grid"))
+            else:
+                rest.append(one)
+        for setting in ("ssm_reuse_interval", "tokens_per_block"):
+            if not any(self._differs_in(one, setting) for one, _, _ in tried):
+                tried += [
+                    (one, usable, "replay") for one in self._neighbours(rest, setting) for usable in self._by(one)
+                ]
+        return tried
+
+    @cached_property
+    def _more_memory(self) -> list[tuple[int, Int64Array]]:
+        """Twice and four times the memory of the GPU, replayed."""
+        gpu, *lower = self._config.cache_tiers
+        assert gpu.quota is not None
+        sizes = [gpu.quota * factor for factor in (2, 4)]
+        configs = [replace(self._config, cache_tiers=(GpuCacheTierConfig(size), *lower)) for size in sizes]
+        return [(size, usable) for size, one in zip(sizes, configs, strict=True) for usable in self._by(one)]
+
+    def _neighbours(self, configs: Sequence[KVCacheManagerConfig], setting: str) -> list[KVCacheManagerConfig]:
+        """Those with the next smaller and the next larger value."""
+        own = getattr(self._config, setting)
+        alike = sorted(
+            (one for one in configs if self._differs_in(one, setting)), key=lambda one: int(getattr(one, setting))
+        )
+        smaller = [one for one in alike if getattr(one, setting) < own]
+        larger = [one for one in alike if getattr(one, setting) > own]
+        return smaller[-1:] + larger[:1]
+
+    def _by(self, config: KVCacheManagerConfig) -> list[Int64Array]:
+        """Usable hits by a replay; nothing where no request fits."""
+        try:
+            return [replay(self._trace, config, prefill=self._prefill).usable]
+        except MemoryTooSmallError:
+            return []
 
     def distance(self, request: int, end_token: int, size: int) -> int | None:
         """Blocks (or snapshots) of `size` tokens that were used later than the one that ends there, itself included;
-        None where nobody had it before, or the grid cannot tell.
+        None where the grid is not exact for the config.
         """
-        distances = self._distances
-        if distances is None or self.capacity is None:
+        if self._distances is None or self.capacity is None:
             return None
-        return _distance(distances, request, end_token, size)
+        return _distance(self._distances, request, end_token, size)
 
-    def _is_alike(self, one: KVCacheManagerConfig, but_for: str) -> bool:
-        names = {"ssm_reuse_interval", "tokens_per_block"} - {but_for}
-        return all(getattr(one, name) == getattr(self._config, name) for name in names)
+    def _differs_in(self, one: KVCacheManagerConfig, setting: str) -> bool:
+        """Whether a variant has another value of this setting, and the same of the other one."""
+        names = [setting, *({"ssm_reuse_interval", "tokens_per_block"} - {setting})]
+        is_other, is_other_too = (getattr(one, name) != getattr(self._config, name) for name in names)
+        return is_other and not is_other_too
 
-    def _usable_tokens(self, config: KVCacheManagerConfig, capacity: GridCapacity) -> Int64Array:
-        """[num_requests] usable hits of a config."""
-        assert self._distances is not None
+    def _usable_by_grid(
+        self, distances: StackDistances, config: KVCacheManagerConfig, capacity: GridCapacity
+    ) -> Int64Array:
         interval = config.ssm_reuse_interval if config.has_ssm else None
         usable = np.zeros(self._trace.num_requests, dtype=np.int64)
-        found = self._distances.request[self._distances.start == 0]
-        usable[found] = hit_depths(self._distances, config.tokens_per_block, interval, capacity).hit_tokens
+        found = distances.request[distances.start == 0]
+        usable[found] = hit_depths(distances, config.tokens_per_block, interval, capacity).hit_tokens
         return usable
 
-    def _memory(self, request: int, target_tokens: int) -> Remedy:
-        """The least memory of the GPU, alone, with which the request skips so many tokens."""
-        assert self._distances is not None
+    def _memory(self, request: int, target_tokens: int) -> list[Remedy]:
+        """The least memory of the GPU, alone, with which the request skips so many tokens; or the best of those that
+        were replayed.
+        """
         config = self._config
-        blocks = _distance(self._distances, request, target_tokens, config.tokens_per_block)
-        snapshots = 0
-        if config.has_ssm:
-            found = _distance(self._distances, request, target_tokens, config.ssm_reuse_interval)
-            assert found is not None
-            snapshots = found
-        assert blocks is not None
-        needed = _Needed(blocks, snapshots)
-        value = _least(lambda num_bytes: self._holds(num_bytes, needed))
-        # the grid speaks of memory that holds the largest request; below that another order may keep it, too
-        if self._told_from is None:
-            self._told_from = _least(lambda num_bytes: self._holds(num_bytes, _NOTHING))
-        return Remedy("gpu_memory_bytes", value, target_tokens, is_least=value > self._told_from)
+        if self._distances is None:
+            replayed = [
+                Remedy("gpu_memory_bytes", size, int(usable[request]), "replay") for size, usable in self._more_memory
+            ]
+            return sorted(replayed, key=lambda remedy: (-remedy.usable_tokens, remedy.value))[:1]
+        sizes = [config.tokens_per_block] + ([config.ssm_reuse_interval] if config.has_ssm else [])
+        needed = [_distance(self._distances, request, target_tokens, size) for size in sizes]
+        value = _least(lambda num_bytes: self._holds(num_bytes, *needed))
+        return [Remedy("gpu_memory_bytes", value, target_tokens, "grid", is_least=value > self._told_from)]
 
-    def _holds(self, num_bytes: int, needed: "_Needed") -> bool:
+    @cached_property
+    def _told_from(self) -> int:
+        """The least memory that the grid can tell of: that of the largest request."""
+        return _least(self._holds)
+
+    def _holds(self, num_bytes: int, blocks: int = 0, snapshots: int = 0) -> bool:
+        """Whether pools of so much memory hold them, and the largest request, too."""
         try:
             capacity = grid_capacity(self._trace, replace(self._alone, cache_tiers=(GpuCacheTierConfig(num_bytes),)))
         except ValueError:  # not one slot of each kind
             return False
         if isinstance(capacity, str):
             return False
-        return capacity.blocks >= needed.blocks and (capacity.snapshots or 0) >= needed.snapshots
-
-
-@dataclass(frozen=True, slots=True)
-class _Needed:
-    blocks: int
-    snapshots: int
-
-
-_NOTHING = _Needed(0, 0)
+        return capacity.blocks >= blocks and (capacity.snapshots or 0) >= snapshots
 
 
 def _least(does: Callable[[int], bool]) -> int:
@@ -186,16 +230,12 @@ def _least(does: Callable[[int], bool]) -> int:
     return enough
 
 
-def _trace_has(trace: Trace, config: KVCacheManagerConfig) -> bool:
-    return config.tokens_per_block % trace.tokens_per_block == 0
-
-
-def _distance(distances: StackDistances, request: int, end_token: int, size: int) -> int | None:
+def _distance(distances: StackDistances, request: int, end_token: int, size: int) -> int:
+    """Stack distance of the block of `size` that ends there, which an earlier request had."""
     end = end_token // distances.tokens_per_block
     first, last = np.searchsorted(distances.request, [request, request + 1])
     segment = int(first + np.searchsorted(distances.start[first:last], end - 1, side="right")) - 1
-    if segment < first or end > distances.end[segment]:
-        return None
+    assert first <= segment
+    assert end <= distances.end[segment]
     factor = size // distances.tokens_per_block
-    later = int(distances.later_of(size)[segment])
-    return later + end // factor - int(distances.start[segment]) // factor
+    return int(distances.later_of(size)[segment]) + end // factor - int(distances.start[segment]) // factor

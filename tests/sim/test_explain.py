@@ -11,10 +11,12 @@ from cache_watch import Seen, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssmcache import GpuCacheTierConfig, HostCacheTierConfig, KVCacheManagerConfig
+from ssmcache import GpuCacheTierConfig, HostCacheTierConfig, KVCache, KVCacheManagerConfig
+from ssmcache.admission import IntervalAdmission
 from ssmcache.models import load_model
 from ssmcache_sim.errors import MemoryTooSmallError, UserError
 from ssmcache_sim.explain import Explanation, LostPart, RequestStory, explain, requests_of_session, worst_requests
+from ssmcache_sim.explain_words import closing_words, lost_words, paragraphs, remedy_words
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.remedies import Remedy, variants_of
 from ssmcache_sim.replay import replay
@@ -46,10 +48,13 @@ def check_parts(explanation: Explanation, config: KVCacheManagerConfig, prefill:
             found = [part.num_tokens for part in story.parts if part.cause == cause]
             assert sum(found) == tokens[story.request]
         for part in story.parts:
-            check_part(part, result.trace.prompt(story.request).keys.tolist(), history[story.request], config)
+            path, seen = result.trace.prompt(story.request).keys.tolist(), history[story.request]
+            is_kv = part.cause == "kv_evicted"
+            capacity = explanation.capacity_blocks if is_kv else explanation.capacity_snapshots
+            check_part(part, path, seen, config, capacity)
 
 
-def check_part(part: LostPart, path: list[int], seen: Seen, config: KVCacheManagerConfig) -> None:
+def check_part(part: LostPart, path: list[int], seen: Seen, config: KVCacheManagerConfig, capacity: int | None) -> None:
     keys = path[part.start_token // BLOCK : part.end_token // BLOCK]
     used_by = seen.used_by.get(keys[-1])
     assert part.last_used_by == used_by
@@ -69,6 +74,9 @@ def check_part(part: LostPart, path: list[int], seen: Seen, config: KVCacheManag
         assert ended[0] > used_by or len(keys) > 1
     else:
         assert taken == ended == (None, None)
+    if part.cause in {"kv_evicted", "snapshot_evicted"} and capacity is not None:
+        assert part.distance is not None
+        assert part.distance > capacity
 
 
 def extremes(requests: list[int]) -> tuple[int | None, int | None]:
@@ -154,7 +162,7 @@ def test_the_memory_named_keeps_it_and_one_byte_less_does_not(
         told = replace(config, cache_tiers=(*config.cache_tiers, HostCacheTierConfig(slot_bytes)))
     with suppress(MemoryTooSmallError):
         found = explain(trace, told, requests=range(len(prompts)))
-        assert found.why_no_memory == ""
+        assert found.why_replayed == ""
         for story in found.stories:
             memories = [remedy for remedy in story.remedies if remedy.setting == "gpu_memory_bytes"]
             assert bool(memories) == (story.usable_tokens < story.ceiling_tokens)
@@ -194,17 +202,235 @@ def _fits(trace: Trace, config: KVCacheManagerConfig) -> bool:
     return isinstance(grid_capacity(trace, config), GridCapacity)
 
 
-def test_without_attention_layers_no_memory_is_named_and_it_is_said_why(sample_path: Path) -> None:
+def test_where_the_grid_is_not_exact_neighbours_are_replayed_and_it_is_said_why(sample_path: Path) -> None:
     trace, model = read_trace(sample_path), load_model("mamba2-2.7b")
-    chosen = make_settings(model, 512, ssm_reuse_interval=1024, gpu_memory_bytes=2 << 30)
-    found = explain(trace, build_config(model, chosen), worst=2, variants=variants_of(model, chosen, trace))
-    assert found.why_no_memory.startswith("no attention layers")
-    assert all(story.parts and not story.remedies for story in found.stories)
-    assert {part.cause for story in found.stories for part in story.parts} <= {
-        "snapshot_evicted",
-        "snapshot_no_room",
-        "alignment",
-    }
+    chosen = make_settings(model, 512, ssm_reuse_interval=1024, gpu_memory_bytes=200 << 30)
+    found = explain(trace, build_config(model, chosen), worst=20, variants=variants_of(model, chosen, trace))
+    assert found.why_replayed.startswith("no attention layers")
+    causes = {part.cause for story in found.stories for part in story.parts}
+    assert causes <= {"snapshot_evicted", "snapshot_no_room", "alignment"}
+    told = [(story.request, remedy) for story in found.stories for remedy in story.remedies]
+    assert {remedy.setting for _, remedy in told} == {"gpu_memory_bytes", "ssm_reuse_interval"}
+    for request, remedy in told:
+        assert (remedy.engine, remedy.is_least) == ("replay", False)
+        tried = replay(trace, build_config(model, replace(chosen, **{remedy.setting: remedy.value})))
+        assert tried.usable[request] == remedy.usable_tokens > found.result.usable[request]
+
+
+def test_intervals_of_a_hybrid_with_host_memory_are_replayed_with_it(sample_path: Path) -> None:
+    trace, model = read_trace(sample_path), load_model("nemotron-h-8b")
+    chosen = make_settings(model, 512, ssm_reuse_interval=2048, gpu_memory_bytes=40 << 30, host_memory_bytes=200 << 30)
+    found = explain(trace, build_config(model, chosen), worst=20, variants=variants_of(model, chosen, trace))
+    engines = {(remedy.setting, remedy.engine) for story in found.stories for remedy in story.remedies}
+    assert engines == {("gpu_memory_bytes", "grid"), ("ssm_reuse_interval", "replay")}
+    for story in found.stories:
+        for remedy in story.remedies:
+            if remedy.engine == "replay":
+                tried = replay(trace, build_config(model, replace(chosen, ssm_reuse_interval=remedy.value)))
+                assert tried.usable[story.request] == remedy.usable_tokens
+
+
+# -- words: every cause once, by hand ----------------------------------------------------------------------------------
+
+A, OTHER = [0] * 9, [1] * 9  # boundaries at 4 and 8
+
+
+def told(explanation: Explanation, config: KVCacheManagerConfig) -> list[str]:
+    """All that is said of the first story."""
+    story = explanation.stories[0]
+    parts = [lost_words(part, story, explanation, config) for part in story.parts]
+    remedies = [remedy_words(remedy, config) for remedy in story.remedies]
+    return [*paragraphs(story, explanation, config), *parts, *remedies, closing_words(story, explanation)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "pools", "request_number", "expected"),
+    [
+        (
+            [A, OTHER, A],
+            (20, 4),
+            2,
+            [
+                "9 prompt tokens: 4 skipped, 4 lost, 0 never seen before, 1 in the last block.",
+                "Its first 8 tokens are those of request 0, 2 requests before it, 2 ms earlier; not all of that was "
+                "skipped:",
+                "Tokens 4 to 8 (4): their KV was there, but the snapshot at token 8, taken during request 0, was "
+                "evicted "
+                "during request 1: the memory for states was full. With all that were used since, it took 4 snapshots "
+                "(160 B) to keep it; there is room for 3 (120 B).",
+                "With GPU memory of 400 B or more, now 320 B, it would have skipped 8 tokens.",
+                "",
+            ],
+        ),
+        (
+            [A, [0] * 9],
+            (20, 2),
+            1,
+            [
+                "9 prompt tokens: 4 skipped, 4 lost, 0 never seen before, 1 in the last block.",
+                "Its first 8 tokens are those of request 0, the request before it, 1 ms earlier; not all of that was "
+                "skipped:",
+                "Tokens 4 to 8 (4): their KV was there, but there is no snapshot at token 8: request 0 found no room "
+                "for "
+                "it beside the snapshots of its own prompt.",
+                "With GPU memory of 240 B or more (which holds the largest request, too), now 160 B, it would have "
+                "skipped 8 tokens.",
+                "",
+            ],
+        ),
+        (
+            [A, OTHER, A],
+            (7, 9),
+            2,
+            [
+                "9 prompt tokens: 4 skipped, 4 lost, 0 never seen before, 1 in the last block.",
+                "Its first 8 tokens are those of request 0, 2 requests before it, 2 ms earlier; not all of that was "
+                "skipped:",
+                "Tokens 4 to 8 (4): their KV, last used as a whole by request 0, was evicted during request 1: the "
+                "memory for KV was full. With all that was used since, it took 16 tokens of KV (144 B) to keep it; "
+                "there is room for 12 (108 B).",
+                "With GPU memory of 302 B or more, now 252 B, it would have skipped 8 tokens.",
+                "",
+            ],
+        ),
+        (
+            [[0] * 3, [0] * 8],
+            (20, 9),
+            1,
+            [
+                "8 prompt tokens: 0 skipped, 2 lost, 4 never seen before, 2 in the last block.",
+                "Its first 2 tokens are those of request 0, the request before it, 1 ms earlier; not all of that was "
+                "skipped:",
+                "Tokens 0 to 2 (2): their KV was there, but they are less than one snapshot interval (4 tokens).",
+                "None of the other settings that were tried would have let it skip more.",
+            ],
+        ),
+        (
+            [[0] * 7, [0] * 7],
+            (20, 9),
+            1,
+            [
+                "7 prompt tokens: 4 skipped, 2 lost, 0 never seen before, 1 in the last block.",
+                "Its first 6 tokens are those of request 0, the request before it, 1 ms earlier; not all of that was "
+                "skipped:",
+                "Tokens 4 to 6 (2): their KV was there, but no snapshot is ever taken within an interval (4 tokens), "
+                "and "
+                "they end before the next.",
+                "None of the other settings that were tried would have let it skip more.",
+            ],
+        ),
+        (
+            [A, A],
+            (20, 9),
+            1,
+            [
+                "9 prompt tokens: 8 skipped, 0 lost, 0 never seen before, 1 in the last block.",
+                "Its first 8 tokens are those of request 0, the request before it, 1 ms earlier; nothing of that was "
+                "lost.",
+                "",
+            ],
+        ),
+        (
+            [A, OTHER],
+            (20, 9),
+            1,
+            [
+                "9 prompt tokens: 0 skipped, 0 lost, 8 never seen before, 1 in the last block.",
+                "No earlier prompt begins with its first block of 2 tokens.",
+                "",
+            ],
+        ),
+        (
+            [A, [1]],
+            (20, 9),
+            1,
+            [
+                "1 prompt tokens: 0 skipped, 0 lost, 0 never seen before, 1 in the last block.",
+                "It has no block but its last one, which no cache skips.",
+                "",
+            ],
+        ),
+    ],
+)
+def test_the_story_is_told_in_plain_words(
+    trace_of: TraceOf,
+    tiny_config: TinyConfig,
+    prompts: Prompts,
+    pools: tuple[int, int],
+    request_number: int,
+    expected: list[str],
+) -> None:
+    config = tiny_config(BLOCK, num_pages=pools[0], interval=INTERVAL, num_states=pools[1])
+    found = explain(trace_of(prompts, BLOCK), config, requests=[request_number])
+    assert told(found, config) == expected
+
+
+def test_requests_too_large_are_told_apart_from_evicted_ones(trace_of: TraceOf, tiny_config: TinyConfig) -> None:
+    short, long = [0] * 9, [0] * 40
+    trace, config = trace_of([short, long, long, short, [0] * 13], 4), tiny_config(4, num_pages=4)
+    for request, words in (
+        (2, "Tokens 0 to 36 (36): the request does not fit into the memory, even alone, and was served without the "
+            "cache."),
+        (4, "Tokens 8 to 12 (4): no earlier request that fits into the memory had them; the others were served without "
+            "the cache."),
+    ):  # fmt: skip
+        found = explain(trace, config, requests=[request])
+        assert told(found, config)[2] == words
+        assert found.stories[0].remedies[0].usable_tokens == found.stories[0].ceiling_tokens
+
+
+def last_only(self: IntervalAdmission, start: int, end: int) -> range:
+    last = end // self.interval * self.interval
+    return range(max(last, start - start % self.interval + self.interval), end + 1, self.interval)
+
+
+_resize = KVCache.resize
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "prefill", "words"),
+    [
+        (
+            KVCache,
+            "reserve_snapshots",
+            lambda self, points: {},
+            "reserved",
+            "there is no snapshot at the ends of these 2 intervals: request 0 passed there inside one commit, without "
+            "a "
+            "slot reserved for it.",
+        ),
+        (
+            KVCache,
+            "resize",
+            lambda self, capacity: _resize(self, capacity, capacity - 1),
+            "chunked",
+            "there is no snapshot at the ends of these 2 intervals: request 0 had computed beyond it before its tokens "
+            "were committed.",
+        ),
+        (
+            IntervalAdmission,
+            "points",
+            last_only,
+            "reserved",
+            "nobody asked for a snapshot at the ends of these 2 intervals.",
+        ),
+    ],
+)
+def test_snapshots_that_an_engine_or_a_policy_left_out_are_told_apart(
+    trace_of: TraceOf,
+    tiny_config: TinyConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    name: str,
+    value: object,
+    prefill: Prefill,
+    words: str,
+) -> None:
+    config = tiny_config(BLOCK, num_pages=20, interval=INTERVAL, num_states=9)
+    monkeypatch.setattr(owner, name, value)
+    found = explain(trace_of([[0] * 14, A], BLOCK), config, requests=[1], prefill=prefill)
+    assert told(found, config)[2] == f"Tokens 0 to 8 (8): their KV was there, but {words}"
+    assert found.stories[0].remedies == ()
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
