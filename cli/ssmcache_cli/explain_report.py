@@ -21,6 +21,12 @@ _MEANINGS = (
         "an earlier prompt began with them, but their KV is gone: more memory for KV.",
     ),
     (
+        "lost_evicted_too_large_tokens",
+        "requests too large",
+        "the request, or all before it that had their block, does not fit into the memory even alone, and is served "
+        "without the cache: more memory for KV.",
+    ),
+    (
         "lost_alignment_tokens",
         "alignment",
         "their KV was there beyond the last boundary of the interval: a smaller interval.",

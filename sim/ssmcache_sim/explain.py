@@ -1,7 +1,7 @@
 """The story of single requests: what each of them shared, lost, when that went, and what would have kept it."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -90,7 +90,7 @@ class Explanation:
             where it can.
     """
 
-    result: ReplayResult
+    result: ReplayResult = field(repr=False)
     stories: tuple[RequestStory, ...]
     capacity_blocks: int | None
     capacity_snapshots: int | None
