@@ -365,6 +365,20 @@ def test_the_story_is_told_in_plain_words(
     assert told(found, config) == expected
 
 
+def test_the_example_of_the_documentation(trace_of: TraceOf, tiny_config: TinyConfig) -> None:
+    prompts = [[0] * 4609, [1] * 4097, [0] * 4608 + [2] * 692]
+    config = tiny_config(512, num_pages=16, interval=1024, num_states=6)
+    found = explain(trace_of(prompts, 512), config, requests=[2])
+    (story,) = found.stories
+    assert (story.prompt_tokens, story.kv_ceiling_tokens, story.attention_tokens) == (5300, 4608, 3584)
+    assert [(part.cause, part.start_token, part.end_token) for part in story.parts] == [
+        ("snapshot_evicted", 1024, 3072),
+        ("alignment", 3072, 3584),
+        ("kv_evicted", 3584, 4608),
+    ]
+    assert (story.usable_tokens, story.never_seen_tokens, story.last_block_tokens) == (1024, 512, 180)
+
+
 def test_requests_too_large_are_told_apart_from_evicted_ones(trace_of: TraceOf, tiny_config: TinyConfig) -> None:
     short, long = [0] * 9, [0] * 40
     trace, config = trace_of([short, long, long, short, [0] * 13], 4), tiny_config(4, num_pages=4)
