@@ -151,7 +151,7 @@ def _add_moved(table: Table, totals: ReplayTotals) -> None:
 
 
 def sweep_table(title: str, cells: Sequence[SweptCell]) -> None:
-    """Prints the best cell of each memory size."""
+    """Prints the best cell of each memory size, and what it lost."""
     best = _best_by_memory(cells)
     table = Table(
         title=escape(f"{title}\nbest of each memory size"), caption=_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False
@@ -163,7 +163,23 @@ def sweep_table(title: str, cells: Sequence[SweptCell]) -> None:
         rates = (totals.usable_token_hit_rate, totals.rate(totals.ceiling_hit_tokens))
         shape = (str(cell.settings.tokens_per_block), "-" if interval is None else str(interval))
         table.add_row(*_sizes(sizes, best), *shape, *(f"{rate:.2%}" for rate in rates))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(_losses_table(best))
+
+
+def _losses_table(best: "dict[_Sizes, SweptCell]") -> Table:
+    """Shares of all prompt tokens that the best cells lost, by cause."""
+    table = Table(title="lost by these, of all prompt tokens", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in (*_memory_headings(best), "KV\nevicted", "align-\nment", "snapshot\nevicted", "not\ntaken"):
+        table.add_column(heading, justify="right")
+    for sizes, cell in best.items():
+        totals = cell.totals
+        evicted = totals.lost_snapshot_evicted_tokens
+        not_taken = totals.lost_snapshot_tokens - evicted - totals.lost_snapshot_window_tokens
+        lost = (totals.lost_evicted_tokens, totals.lost_alignment_tokens, evicted, not_taken)
+        table.add_row(*_sizes(sizes, best), *(f"{totals.rate(tokens):.2%}" for tokens in lost))
+    return table
 
 
 _Sizes = tuple[int | None, int]  # of the GPU, and of the host

@@ -25,9 +25,10 @@ def heading(story: RequestStory, explanation: Explanation) -> str:
 def paragraphs(story: RequestStory, explanation: Explanation, config: KVCacheManagerConfig) -> list[str]:
     """What became of it, what it shared and with whom."""
     lost = story.kv_ceiling_tokens - story.usable_tokens
+    prompt = "1 prompt token" if story.prompt_tokens == 1 else f"{story.prompt_tokens:,} prompt tokens"
     counts = (
-        f"{story.prompt_tokens:,} prompt tokens: {story.usable_tokens:,} skipped, {lost:,} lost, "
-        f"{story.never_seen_tokens:,} never seen before, {story.last_block_tokens:,} in the last block."
+        f"{prompt}: {story.usable_tokens:,} skipped, {lost:,} lost, {story.never_seen_tokens:,} never seen before, "
+        f"{story.last_block_tokens:,} in the last block."
     )
     return [counts, _shared(story, explanation, config)]
 

@@ -93,8 +93,7 @@ class Remedies:
         self._alone = replace(config, cache_tiers=(GpuCacheTierConfig(None),))
         unlimited = grid_capacity(trace, self._alone)
         self.why_replayed = unlimited if isinstance(unlimited, str) else ""
-        own = grid_capacity(trace, config)
-        self.capacity = None if isinstance(own, str) else own
+        self.capacity = self._capacity_of(config)
         sizes = {one.tokens_per_block for one in (config, *self._variants)}
         sizes |= {one.ssm_reuse_interval for one in (config, *self._variants) if one.has_ssm}
         self._distances = None if self.why_replayed else stack_distances(trace, sizes)
@@ -123,8 +122,8 @@ class Remedies:
         tried: list[tuple[KVCacheManagerConfig, Int64Array, str]] = []
         rest = []
         for one in self._variants:
-            capacity = grid_capacity(self._trace, one)
-            if isinstance(capacity, GridCapacity) and self._distances is not None:
+            capacity = self._capacity_of(one)
+            if capacity is not None and self._distances is not None:
                 tried.append((one, self._usable_by_grid(self._distances, one, capacity), "grid"))
             else:
                 rest.append(one)
@@ -206,13 +205,16 @@ class Remedies:
 
     def _holds(self, num_bytes: int, blocks: int = 0, snapshots: int = 0) -> bool:
         """Whether pools of so much memory hold them, and the largest request, too."""
+        capacity = self._capacity_of(replace(self._alone, cache_tiers=(GpuCacheTierConfig(num_bytes),)))
+        return capacity is not None and capacity.blocks >= blocks and (capacity.snapshots or 0) >= snapshots
+
+    def _capacity_of(self, config: KVCacheManagerConfig) -> GridCapacity | None:
+        """None where the grid is not exact for a config."""
         try:
-            capacity = grid_capacity(self._trace, replace(self._alone, cache_tiers=(GpuCacheTierConfig(num_bytes),)))
+            capacity = grid_capacity(self._trace, config)
         except ValueError:  # not one slot of each kind
-            return False
-        if isinstance(capacity, str):
-            return False
-        return capacity.blocks >= blocks and (capacity.snapshots or 0) >= snapshots
+            return None
+        return None if isinstance(capacity, str) else capacity
 
 
 def _least(does: Callable[[int], bool]) -> int:

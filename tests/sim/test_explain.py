@@ -345,7 +345,7 @@ def told(explanation: Explanation, config: KVCacheManagerConfig) -> list[str]:
             (20, 9),
             1,
             [
-                "1 prompt tokens: 0 skipped, 0 lost, 0 never seen before, 1 in the last block.",
+                "1 prompt token: 0 skipped, 0 lost, 0 never seen before, 1 in the last block.",
                 "It has no block but its last one, which no cache skips.",
                 "",
             ],
