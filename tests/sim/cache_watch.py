@@ -1,16 +1,46 @@
 """Looks at everything that a cache holds, before and after each request: what came and went, without being told."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ssmcache import KVCacheManager, KVCacheManagerConfig, SimulatedMemory
+from ssmcache import (
+    AttentionLayerConfig,
+    BatchDesc,
+    BufferConfig,
+    GpuCacheTierConfig,
+    KVCacheDesc,
+    KVCacheManager,
+    KVCacheManagerConfig,
+    SimulatedMemory,
+    SsmLayerConfig,
+)
 from ssmcache_sim.causes import SNAPSHOT_CAUSES
 from ssmcache_sim.replay import ReplayResult
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Trace
 
 _REASONS = ("crossed", "no_room", "history")
+
+
+def windowed(num_windows: int, num_states: int) -> KVCacheManagerConfig:
+    """Blocks of 2 and an interval of 4: plenty of pages of full attention, some of a window of 3 tokens, and states."""
+    layers = (
+        AttentionLayerConfig(0, (BufferConfig("key", 1),)),
+        AttentionLayerConfig(1, (BufferConfig("key", 64),), sliding_window_size=3),
+        SsmLayerConfig(2, (BufferConfig("ssm_state", 64),)),
+    )
+    quota = 64 * (num_windows + num_states) + 64
+    return KVCacheManagerConfig(2, layers, (GpuCacheTierConfig(quota),), 4, ssm_fraction=64 * num_states / quota)
+
+
+def scarce_windowed(page_bytes: int, quota: int) -> KVCacheManagerConfig:
+    """The same layers with pages of so many bytes, few slots of each kind."""
+    config = windowed(1, 1)
+    pages = AttentionLayerConfig(0, (BufferConfig("key", page_bytes),))
+    step = BatchDesc((KVCacheDesc(capacity=20),))
+    tiers = (GpuCacheTierConfig(quota),)
+    return replace(config, layers=(pages, *config.layers[1:]), cache_tiers=tiers, ssm_fraction=0.4, typical_step=step)
 
 
 @dataclass(slots=True)

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_watch import expected_causes
+from cache_watch import expected_causes, windowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmcache import (
-    AttentionLayerConfig,
     BufferConfig,
     GpuCacheTierConfig,
     HostCacheTierConfig,
@@ -128,19 +127,6 @@ def test_with_a_window_a_snapshot_may_be_there_and_of_no_use(
         check(trace_of(prompts, BLOCK), windowed(num_windows, num_states))
 
 
-def windowed(num_windows: int, num_states: int) -> KVCacheManagerConfig:
-    """Pages of full attention and of a window of 3 tokens, and states."""
-    layers = (
-        AttentionLayerConfig(0, (BufferConfig("key", 1),)),
-        AttentionLayerConfig(1, (BufferConfig("key", 64),), sliding_window_size=3),
-        SsmLayerConfig(2, (BufferConfig("ssm_state", 64),)),
-    )
-    quota = 64 * (num_windows + num_states) + 64
-    return KVCacheManagerConfig(
-        BLOCK, layers, (GpuCacheTierConfig(quota),), INTERVAL, ssm_fraction=64 * num_states / quota
-    )
-
-
 def test_the_window_before_a_snapshot_is_blamed_where_it_alone_is_gone(trace_of: TraceOf) -> None:
     zeros_and_ones = [
         (11, 3),
@@ -213,6 +199,21 @@ def test_a_boundary_inside_a_commit_without_a_reservation_is_crossed(
         result = check(trace_of([A, A], BLOCK), config)
     assert causes_of(result, 1) == {"crossed": 8}
     assert result.usable[1] == 0
+
+
+def test_a_boundary_skipped_and_then_taken_is_evicted_and_not_skipped(
+    trace_of: TraceOf, tiny_config: TinyConfig
+) -> None:
+    reserve = KVCache.reserve_snapshots
+
+    def all_but_the_first(self: KVCache, points: range) -> dict[int, int]:
+        return {} if self.manager.stats().lookups == 1 else reserve(self, points)
+
+    config = tiny_config(BLOCK, num_pages=20, interval=INTERVAL, num_states=3)
+    with patched(KVCache, "reserve_snapshots", all_but_the_first):
+        result = check(trace_of([A, A, OTHER, A], BLOCK), config)
+    assert causes_of(result, 1) == {"crossed": 8}
+    assert causes_of(result, 3) == {"evicted": 8}
 
 
 def test_with_history_ahead_of_the_commit_no_state_is_taken(trace_of: TraceOf, tiny_config: TinyConfig) -> None:

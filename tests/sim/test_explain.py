@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_watch import Seen, watched
+from cache_watch import Seen, scarce_windowed, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,10 +68,11 @@ def check_part(part: LostPart, path: list[int], seen: Seen, config: KVCacheManag
             assert ended == extremes([seen.ended[key] for key in ends if key in seen.ended])
     elif part.cause == "kv_evicted":
         assert taken == (None, None)
-        assert ended == extremes([seen.kv_gone[key] for key in keys])
+        # where the page of the first lost block is there, that of a window is not
+        gone = [seen.kv_gone[key] for key in keys if key in seen.kv_gone] if keys[0] in seen.kv_gone else []
+        assert ended == extremes(gone)
         assert used_by is not None
-        assert ended[0] is not None
-        assert ended[0] > used_by or len(keys) > 1
+        assert gone or config.has_windows
     else:
         assert taken == ended == (None, None)
     if part.cause in {"kv_evicted", "snapshot_evicted"} and capacity is not None:
@@ -137,6 +138,17 @@ def test_stories_of_several_tiers_tell_of_what_left_the_last_one(
     config = replace(config, cache_tiers=(*config.cache_tiers, HostCacheTierConfig(host_slots * slot_bytes)))
     found = explain(trace_of(prompts, BLOCK), config, requests=range(len(prompts)))
     check_parts(found, config)
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompts=branching_prompts, page_bytes=st.sampled_from([8, 16, 64]), quota=st.integers(600, 2500))
+def test_stories_with_windows_tell_missing_window_pages_from_evicted_kv(
+    trace_of: TraceOf, prompts: Prompts, page_bytes: int, quota: int
+) -> None:
+    with suppress(MemoryTooSmallError):
+        config = scarce_windowed(page_bytes, quota)
+        found = explain(trace_of(prompts, BLOCK), config, requests=range(len(prompts)))
+        check_parts(found, config)
 
 
 # -- remedies ----------------------------------------------------------------------------------------------------------
