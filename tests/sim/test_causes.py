@@ -292,21 +292,28 @@ def test_lost_to_size_is_what_no_served_prompt_had(
 @settings(max_examples=100, deadline=None)
 @given(
     prompts=branching_prompts,
+    factor=st.integers(1, 3),
     multiple=st.integers(1, 4),
     more_pages=st.integers(0, 40),
     more_states=st.integers(0, 20),
 )
 def test_the_grid_splits_the_tokens_of_a_cell_as_its_replay_does(
-    trace_of: TraceOf, tiny_config: TinyConfig, prompts: Prompts, multiple: int, more_pages: int, more_states: int
+    trace_of: TraceOf,
+    tiny_config: TinyConfig,
+    prompts: Prompts,
+    factor: int,
+    multiple: int,
+    more_pages: int,
+    more_states: int,
 ) -> None:
-    trace, longest = trace_of(prompts, BLOCK), max(map(len, prompts))
-    interval, num_pages = BLOCK * multiple, longest // BLOCK + 1 + more_pages
+    trace, longest, block = trace_of(prompts, BLOCK), max(map(len, prompts)), BLOCK * factor
+    interval, num_pages = block * multiple, longest // block + 1 + more_pages
     hybrid = tiny_config(
-        BLOCK, num_pages=num_pages, interval=interval, num_states=longest // interval + 1 + more_states
+        block, num_pages=num_pages, interval=interval, num_states=longest // interval + 1 + more_states
     )
-    for config in (hybrid, tiny_config(BLOCK, num_pages=num_pages)):
-        capacity = grid_capacity(trace, config)
+    attention = tiny_config(block, num_pages=num_pages)
+    for config in (hybrid, attention):
+        capacity = grid_capacity(trace.with_block(block), config)
         assert isinstance(capacity, GridCapacity)
         (cell,) = grid_totals(trace, [(config, capacity)])
-        replayed = replay(trace, config).totals
-        assert cell == replace(replayed, snapshots=None, peaks=())
+        assert cell == replace(replay(trace, config).totals, snapshots=None, peaks=())
