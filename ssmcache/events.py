@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,33 @@ class CacheEvent:
     source_tier: int | None = None
 
 
+class CacheObserver(Protocol):
+    """Who is told of every change of the reusable blocks, in order and at once: under the manager's lock, so it must be
+    quick, and not call the manager. `layer_group` is that of the slots; `ordinals` are ascending blocks, counted from
+    the start of the path. Arrays that it is given are the tree's.
+    """
+
+    def stored(self, run: Run, num_blocks: int, layer_group: int | None) -> None:
+        """The last blocks of a run are new in the tree, with pages of a layer group (None: without)."""
+
+    def added(self, cursor: Run, layer_group: int, ordinals: Iterable[int]) -> None:
+        """Blocks of the path of `cursor`, ascending, got slots of a layer group."""
+
+    def skipped(self, cursor: Run, layer_group: int, ordinal: int, reason: str) -> None:
+        """The end of a block of the path of `cursor` was wanted as a snapshot, and none was taken: `crossed`, `no_room`
+        or `history`, as in `CacheStats`.
+        """
+
+    def removed(self, layer_group: int, tier: int, run: Run, ordinals: Iterable[int]) -> None:
+        """Blocks of a run lost slots that lay on a tier; the run may be about to lose the blocks themselves."""
+
+    def moved(self, layer_group: int, source_tier: int, tier: int, run: Run, ordinals: Iterable[int]) -> None:
+        """Slots of blocks of a run lie on another tier now."""
+
+    def lost(self, run: Run, page_group: int | None) -> None:
+        """A run and all below it leave the tree, though somebody may hold them for some time yet."""
+
+
 class EventLog:
     """The last `capacity` events.
 
@@ -52,14 +80,10 @@ class EventLog:
 
     Args:
         token_ids: tells which items negative tokens stand for.
-        listener: is given each event as it happens.
     """
 
-    def __init__(
-        self, capacity: int, token_ids: TokenIds, listener: Callable[[CacheEvent], None] | None = None
-    ) -> None:
+    def __init__(self, capacity: int, token_ids: TokenIds) -> None:
         self._token_ids = token_ids
-        self._listener = listener
         self._events: deque[CacheEvent] = deque(maxlen=capacity)
         self._next_id = 0
 
@@ -100,6 +124,9 @@ class EventLog:
                 self._add(EventKind.STORED, layer_group, run, here, GPU_TIER)
                 left = left[: -len(here)]
 
+    def skipped(self, cursor: Run, layer_group: int, ordinal: int, reason: str) -> None:
+        """Nothing: what can be matched is as before."""
+
     def removed(self, layer_group: int, tier: int, run: Run, ordinals: Iterable[int]) -> None:
         self._add(EventKind.REMOVED, layer_group, run, ordinals, tier)
 
@@ -127,11 +154,8 @@ class EventLog:
         digests = tuple(run.digests[block - run.start] for block in blocks)
         parents = tuple(self._digest_before(run, block) for block in blocks)
         scope = root_of(run).scope
-        event = CacheEvent(self._next_id, kind, layer_group, scope, digests, parents, tier, source_tier)
+        self._events.append(CacheEvent(self._next_id, kind, layer_group, scope, digests, parents, tier, source_tier))
         self._next_id += 1
-        self._events.append(event)
-        if self._listener is not None:
-            self._listener(event)
 
     def _digest_before(self, run: Run, block: int) -> bytes:
         if block > run.start:

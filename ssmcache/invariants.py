@@ -83,7 +83,7 @@ def _check_roots(manager: KVCacheManager) -> None:
     for scope, root in store.roots.items():
         _expect(root.scope == scope and not root.lost, f"the root of {scope} is lost, or of another scope")
     _expect(all(root.lost for root in store.lost_roots), "a root among the lost ones that is not lost")
-    if store.events is None:
+    if manager.event_log is None:
         return
     for run in store.all_runs():
         *_, top = run.path()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from threading import RLock
 from typing import Any
 
 from ssmcache import sizing
 from ssmcache.admission import IntervalAdmission
 from ssmcache.config import KVCacheManagerConfig
-from ssmcache.events import CacheEvent, EventLog
+from ssmcache.events import CacheEvent, CacheObserver, EventLog
 from ssmcache.invariants import check_manager
 from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, TokenIds, Tokens
 from ssmcache.layout import BufferPlace, layer_groups
@@ -36,8 +35,7 @@ class KVCacheManager:
     Args:
         config: layers, sizes and reuse settings.
         memory: where the slots lie; the manager reserves its pools there and closes it at `shutdown`.
-        on_event: called with each `CacheEvent` as it happens, in the middle of the call that makes it: it must not
-            call the manager, and what it raises leaves the manager broken. Needs no `event_buffer_size`.
+        observer: is told of every change of the reusable blocks, in place of an event buffer.
 
     Nothing raises for lack of memory: `resume` and `resize` of a sequence return False.
 
@@ -48,13 +46,13 @@ class KVCacheManager:
     manager, but not wait for other threads that do. What a view of `buffer` shows is guarded by nobody: a sequence may
     read its pages and write those that are its own while it is ACTIVE.
 
-    Errors: ValueError when a quota is too small for the slots that each layer group needs, or the memory cannot play a
-    tier.
+    Errors: ValueError when a quota is too small for the slots that each layer group needs, the memory cannot play a
+    tier, or there is an observer beside an event buffer.
     """
 
-    def __init__(
-        self, config: KVCacheManagerConfig, memory: Memory, on_event: Callable[[CacheEvent], None] | None = None
-    ) -> None:
+    def __init__(self, config: KVCacheManagerConfig, memory: Memory, observer: CacheObserver | None = None) -> None:
+        if observer is not None and config.event_buffer_size:
+            raise ValueError(f"event_buffer_size: expected 0 beside an observer, got {config.event_buffer_size}")
         self.config = config
         self.memory = memory
         self.lock = RLock()
@@ -65,9 +63,10 @@ class KVCacheManager:
         self.quotas = [tier.quota for tier in config.cache_tiers]
         self.pools = sizing.make_pools(self.groups, config, memory)
         self._token_ids = TokenIds()
-        has_events = config.event_buffer_size > 0 or on_event is not None
-        events = EventLog(config.event_buffer_size, self._token_ids, on_event) if has_events else None
-        self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, events)
+        size = config.event_buffer_size
+        self.event_log = EventLog(size, self._token_ids) if size else None
+        told = self.event_log if observer is None else observer
+        self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, told)
         self.page_group = -1 if self.store.pages is None else self.store.pages.layer_group
         self.state_group = -1 if self.store.snapshots is None else self.store.snapshots.layer_group
         self.streams = StreamOrder(memory)
@@ -220,9 +219,9 @@ class KVCacheManager:
     def take_events(self) -> list[CacheEvent]:
         """The events since the last call; see `CacheEvent`. Errors: RuntimeError if `event_buffer_size` is 0."""
         with self.lock:
-            if self.store.events is None or not self.config.event_buffer_size:
+            if self.event_log is None:
                 raise RuntimeError("take_events: expected a manager with event_buffer_size > 0, got 0")
-            return self.store.events.take()
+            return self.event_log.take()
 
     def check(self) -> None:
         """Verify every invariant. Raises AssertionError with what is broken. Cost: O(everything)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ssmcache.events import EventLog
+from ssmcache.events import CacheObserver
 from ssmcache.match import Found, Partial
 from ssmcache.pins import Pin
 from ssmcache.structure import TreeStructure
@@ -42,7 +42,7 @@ SoftHold = tuple[Run, Pin | None, Pins, Partial | None]
 class SoftHolds(TreeStructure):
     """The tree, and who holds which part of it softly."""
 
-    def __init__(self, tokens_per_block: int, has_tiers: bool, events: EventLog | None) -> None:
+    def __init__(self, tokens_per_block: int, has_tiers: bool, events: CacheObserver | None) -> None:
         super().__init__(tokens_per_block, has_tiers, events)
         self.soft_holders: dict[PathHolder, None] = {}  # oldest first
 

@@ -231,20 +231,28 @@ class SequenceStates:
         if point < end:
             if point in self._refused:
                 counters.snapshots_skipped_no_room += 1
-            else:
-                counters.snapshots_skipped_crossed += 1
-            return -1
+                return self._tell_skipped(cursor, point, "no_room")
+            counters.snapshots_skipped_crossed += 1
+            return self._tell_skipped(cursor, point, "crossed")
         if history_length > end:
             counters.snapshots_skipped_history += 1
-            return -1
+            return self._tell_skipped(cursor, point, "history")
         pool = self._snapshots.gpu_pool
         has_room = pool.used < pool.capacity or self._room_beside(cursor, 1)
         taken = self._take_beside(cursor, 1) if has_room else _NO_SLOTS
         if not taken:
             counters.snapshots_skipped_no_room += 1
-            return -1
+            return self._tell_skipped(cursor, point, "no_room")
         self._manager.copy_state(GPU_TIER, self.live_slot, taken[0], self.stream)
         return taken[0]
+
+    def _tell_skipped(self, cursor: Run, point: int, reason: str) -> int:
+        """No slot, and whoever observes the cache knows why."""
+        manager = self._manager
+        if manager.store.events is not None:
+            ordinal = point // manager.tokens_per_block - 1
+            manager.store.events.skipped(cursor, self._snapshots.layer_group, ordinal, reason)
+        return -1
 
     def slots(self) -> list[int]:
         """Every slot that is the sequence's own."""

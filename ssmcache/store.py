@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ssmcache.events import EventLog
+from ssmcache.events import CacheObserver
 from ssmcache.layout import LayerGroup, LayerGroupKind
 from ssmcache.memory.base import GPU_TIER, Memory
 from ssmcache.pages import PageTiers
@@ -35,7 +35,7 @@ class BlockStore(SoftHolds):
         pools: Sequence[Sequence[SlotPool]],  # type: ignore[type-arg]  # of pages or states, as the group says
         memory: Memory,
         tokens_per_block: int,
-        events: EventLog | None,
+        events: CacheObserver | None,
     ) -> None:
         super().__init__(tokens_per_block, len(pools[0]) > 1, events)
         self.pages = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ssmcache.events import EventLog
+from ssmcache.events import CacheObserver
 from ssmcache.keys import Int64Array, KeyKind, ReuseScope
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pages import PageTiers
@@ -26,7 +26,7 @@ class TreeStructure:
     snapshots: SnapshotStore | None
     windows: tuple[WindowStore, ...]
 
-    def __init__(self, tokens_per_block: int, has_tiers: bool, events: EventLog | None) -> None:
+    def __init__(self, tokens_per_block: int, has_tiers: bool, events: CacheObserver | None) -> None:
         self.tokens_per_block = tokens_per_block
         self.has_tiers = has_tiers
         self.roots: dict[ReuseScope, Root] = {}

@@ -8,6 +8,7 @@ import typer
 from ssmcache import __version__
 from ssmcache.models import ModelError
 from ssmcache_cli.doctor import doctor_command
+from ssmcache_cli.explain import explain_command
 from ssmcache_cli.models import models_command
 from ssmcache_cli.plot import plot_command
 from ssmcache_cli.recommend import recommend_command
@@ -22,6 +23,7 @@ from ssmcache_sim.errors import UserError
 app = typer.Typer(name="ssmcache", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("replay")(replay_command)
 app.command("sweep")(sweep_command)
+app.command("explain")(explain_command)
 app.command("recommend")(recommend_command)
 app.command("verify")(verify_command)
 app.command("plot")(plot_command)

@@ -1,4 +1,4 @@
-"""What `replay` and `verify` make of their options: a trace, settings and a config."""
+"""What `replay`, `verify` and `explain` make of their options: a trace, settings and a config."""
 
 import sys
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import typer
 
 from ssmcache import KVCacheManagerConfig
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
-from ssmcache.models import load_model
+from ssmcache.models import ModelSpec, load_model
 from ssmcache_cli.console import note_broken_rows, read_machine
 from ssmcache_sim.errors import SettingsError, SizeError, UserError
 from ssmcache_sim.formats import ReadOptions, read_trace
@@ -50,9 +50,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplayInputs:
-    """A trace, what to replay it with, the manager's config for that, and how fast copies are taken to be."""
+    """A trace, a model, what to replay with, the manager's config for that, and how fast copies are taken to be."""
 
     requests: Trace
+    spec: ModelSpec
     settings: ReplaySettings
     config: KVCacheManagerConfig
     bandwidths: BandwidthProfile
@@ -96,7 +97,7 @@ def read_inputs(
         disk_memory_bytes=disk_bytes,
         disk_path=None if path is None else str(path),
     )
-    return ReplayInputs(requests, settings, build_config(spec, settings), bandwidths)
+    return ReplayInputs(requests, spec, settings, build_config(spec, settings), bandwidths)
 
 
 def _check_real(memory: str, gpu_bytes: int | None, disk_bytes: int, path: Path | None) -> None:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ssmcache_sim.causes import SNAPSHOT_CAUSE_WORDS
 from ssmcache_sim.phase import PhaseSummary
 from ssmcache_sim.phase_cells import PhaseCell
 from ssmcache_sim.settings import ReplaySettings
@@ -32,7 +33,7 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
     """Prints everything that one replay counted, and a warning where the hit rate hangs on the phase."""
     interval = settings.ssm_reuse_interval
     shape = f"block {settings.tokens_per_block}" + (f", interval {interval}" if interval else ", no SSM layers")
-    title = f"{trace_name}, {settings.model}\n{shape}, {_memory(settings)}"
+    title = f"{trace_name}, {settings.model}\n{shape}, {memory_words(settings)}"
     table = Table(title=escape(title), caption=_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.add_column("")
     table.add_column("count", justify="right")
@@ -50,10 +51,7 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
     table.add_row("ceiling if all prompts began later", "", "")
     table.add_row(f"  worst, by {phase.worst_shift_tokens:,} tokens", "", f"{phase.worst_rate:.2%}")
     table.add_row(f"  best, by {phase.best_shift_tokens:,} tokens", "", f"{phase.best_rate:.2%}", end_section=True)
-    table.add_row("lost of the KV ceiling", "", "")
-    table.add_row("  KV evicted", *_tokens(totals, totals.lost_evicted_tokens))
-    table.add_row("  alignment to the interval", *_tokens(totals, totals.lost_alignment_tokens))
-    table.add_row("  no snapshot", *_tokens(totals, totals.lost_snapshot_tokens), end_section=True)
+    add_causes(table, totals)
     _add_peaks(table, "peak memory" if not totals.tiers else "peak GPU memory", totals.peaks)
     for tier in totals.tiers[1:]:
         _add_peaks(table, f"peak {_TIERS[tier.tier]} memory", tier.peaks)
@@ -71,6 +69,22 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
             f"now {phase.now_rate:.2%}. `ssmcache sweep --phase` shows it for each interval and memory.",
             highlight=False,
         )
+
+
+def add_causes(table: Table, totals: ReplayTotals) -> None:
+    """Rows of what became of the prompt tokens that no request skipped; parts of a cause only where there are any."""
+    table.add_row("lost of the KV ceiling", *_tokens(totals, totals.kv_ceiling_hit_tokens - totals.usable_hit_tokens))
+    table.add_row("  KV evicted", *_tokens(totals, totals.lost_evicted_tokens))
+    if totals.lost_evicted_too_large_tokens:
+        table.add_row("    by requests too large", *_tokens(totals, totals.lost_evicted_too_large_tokens))
+    table.add_row("  alignment to the interval", *_tokens(totals, totals.lost_alignment_tokens))
+    table.add_row("  no snapshot", *_tokens(totals, totals.lost_snapshot_tokens))
+    for words, tokens in zip(SNAPSHOT_CAUSE_WORDS.values(), totals.lost_snapshot_by_cause, strict=True):
+        if tokens:
+            table.add_row(f"    {words}", *_tokens(totals, tokens))
+    table.add_section()
+    table.add_row("never seen before", *_tokens(totals, totals.never_seen_tokens))
+    table.add_row("last block of each prompt", *_tokens(totals, totals.last_block_tokens), end_section=True)
 
 
 def phase_table(phases: SweepPhases, cells: Sequence[SweptCell]) -> None:
@@ -107,7 +121,8 @@ def phase_table(phases: SweepPhases, cells: Sequence[SweptCell]) -> None:
         console.print(f"[bold]warning: the hit rate hangs on the phase {where}.[/bold]", highlight=False)
 
 
-def _memory(settings: ReplaySettings) -> str:
+def memory_words(settings: ReplaySettings) -> str:
+    """The memory of each tier there is."""
     lower = {"host": settings.host_memory_bytes, "disk": settings.disk_memory_bytes}
     shown = [f"{name} {format_size(size)}" for name, size in lower.items() if size]
     gpu = format_size(settings.gpu_memory_bytes)
@@ -142,7 +157,7 @@ def _add_moved(table: Table, totals: ReplayTotals) -> None:
 
 
 def sweep_table(title: str, cells: Sequence[SweptCell]) -> None:
-    """Prints the best cell of each memory size."""
+    """Prints the best cell of each memory size, and what it lost."""
     best = _best_by_memory(cells)
     table = Table(
         title=escape(f"{title}\nbest of each memory size"), caption=_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False
@@ -154,7 +169,23 @@ def sweep_table(title: str, cells: Sequence[SweptCell]) -> None:
         rates = (totals.usable_token_hit_rate, totals.rate(totals.ceiling_hit_tokens))
         shape = (str(cell.settings.tokens_per_block), "-" if interval is None else str(interval))
         table.add_row(*_sizes(sizes, best), *shape, *(f"{rate:.2%}" for rate in rates))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(_losses_table(best))
+
+
+def _losses_table(best: "dict[_Sizes, SweptCell]") -> Table:
+    """Shares of all prompt tokens that the best cells lost, by cause."""
+    table = Table(title="lost by these, of all prompt tokens", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in (*_memory_headings(best), "KV\nevicted", "align-\nment", "snapshot\nevicted", "not\ntaken"):
+        table.add_column(heading, justify="right")
+    for sizes, cell in best.items():
+        totals = cell.totals
+        evicted = totals.lost_snapshot_evicted_tokens
+        not_taken = totals.lost_snapshot_tokens - evicted - totals.lost_snapshot_window_tokens
+        lost = (totals.lost_evicted_tokens, totals.lost_alignment_tokens, evicted, not_taken)
+        table.add_row(*_sizes(sizes, best), *(f"{totals.rate(tokens):.2%}" for tokens in lost))
+    return table
 
 
 _Sizes = tuple[int | None, int]  # of the GPU, and of the host

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssmcache_sim.trace import Int64Array, Trace
+from ssmcache_sim.trace import BoolArray, Int64Array, Trace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,33 +25,48 @@ def infinite_cache(trace: Trace, ssm_reuse_interval: int | None) -> Ceilings:
     Cost: one write for each block, then O(requests * log(blocks of a request)).
     """
     block = trace.tokens_per_block
-    kv_tokens = np.minimum(blocks_seen_before(trace), np.maximum(trace.prompt_tokens - 1, 0) // block) * block
+    kv_tokens = np.minimum(blocks_seen_before(trace), countable_blocks(trace.prompt_tokens, block)) * block
     if ssm_reuse_interval is None:
         return Ceilings(kv_tokens, kv_tokens)
     return Ceilings(kv_tokens, kv_tokens // ssm_reuse_interval * ssm_reuse_interval)
 
 
-def blocks_seen_before(trace: Trace) -> Int64Array:
+def countable_blocks(prompt_tokens: Int64Array, tokens_per_block: int) -> Int64Array:
+    """[num_requests] blocks of each prompt that may hit: full ones, and at least one token is left to compute."""
+    blocks: Int64Array = np.maximum(prompt_tokens - 1, 0) // tokens_per_block
+    return blocks
+
+
+def blocks_seen_before(trace: Trace, put: BoolArray | None = None) -> Int64Array:
     """[num_requests] leading full blocks of each prompt whose key comes first in an earlier path. Cost: as that of
     `infinite_cache`.
+
+    Args:
+        put: [num_requests] which paths count as earlier ones; None: all.
     """
-    return _seen_before(trace, trace.prompt_tokens // trace.tokens_per_block)
+    return _seen_before(trace, trace.prompt_tokens // trace.tokens_per_block, put)
 
 
 def path_blocks_seen_before(trace: Trace) -> Int64Array:
     """As `blocks_seen_before`, of each path."""
-    return _seen_before(trace, np.diff(trace.offsets))
+    return _seen_before(trace, np.diff(trace.offsets), None)
 
 
-def _seen_before(trace: Trace, num_blocks: Int64Array) -> Int64Array:
+def _seen_before(trace: Trace, num_blocks: Int64Array, put: BoolArray | None) -> Int64Array:
     """[num_requests] how many of the first `num_blocks` of each path come first in an earlier one.
+
+    Args:
+        put: [num_requests] which prompts count as earlier ones; None: all.
 
     Keys are unique per prefix: all blocks before one that was seen were seen. So a binary search finds the first new
     block, for all requests at once.
     """
-    first_place = np.zeros(trace.num_keys, dtype=np.int64)
+    first_place = np.full(trace.num_keys, trace.block_keys.size, dtype=np.int64)
+    places = np.arange(trace.block_keys.size, dtype=np.int64)
+    if put is not None:
+        places = places[np.repeat(put, np.diff(trace.offsets))]
     # Of several values for one index the last one stays: written back to front, that is the first place of a key.
-    first_place[trace.block_keys[::-1]] = np.arange(trace.block_keys.size - 1, -1, -1, dtype=np.int64)
+    first_place[trace.block_keys[places[::-1]]] = places[::-1]
     starts = trace.offsets[:-1]
     low, high = np.zeros_like(starts), num_blocks.copy()  # the answer lies in low..high
     while (open_requests := np.flatnonzero(low < high)).size:

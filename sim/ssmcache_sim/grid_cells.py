@@ -8,6 +8,7 @@ import numpy as np
 from ssmcache.config import KVCacheManagerConfig
 from ssmcache.layout import DEFAULT_STEP, LayerGroupKind, layer_groups, split_quota, split_tier
 from ssmcache.pools import UNLIMITED_SLOTS
+from ssmcache_sim.causes import SNAPSHOT_CAUSES, last_block_tokens, snapshot_columns
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.grid import UNLIMITED, StackDistances, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.grid_arena import arena_hits
@@ -55,6 +56,8 @@ def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | 
     slots = dict(zip((group.kind for group in groups), split_quota(groups, config), strict=True))
     if LayerGroupKind.ATTENTION not in slots:
         return "no attention layers: blocks stay only as far as snapshots need them"
+    if config.has_windows:
+        return "sliding windows: their pages have an order of use of their own"
     blocks = _stack(slots[LayerGroupKind.ATTENTION])
     longest = trace.longest_path
     if longest // config.tokens_per_block > blocks:
@@ -179,10 +182,12 @@ def _pool_hits(distances: StackDistances, config: KVCacheManagerConfig, pools: S
 
 def _totals(trace: Trace, config: KVCacheManagerConfig, hits: _Hits, unlimited: _Hits) -> ReplayTotals:
     names = config.tier_names if hits.by_tier else ()
+    prompt_tokens = int(trace.prompt_tokens.sum())
+    last_block = int(last_block_tokens(trace, config.tokens_per_block).sum())
     return ReplayTotals(
         requests=trace.num_requests,
         too_large_requests=0,
-        prompt_tokens=int(trace.prompt_tokens.sum()),
+        prompt_tokens=prompt_tokens,
         tree_hit_tokens=hits.attention,
         attention_hit_tokens=hits.attention,
         usable_hit_tokens=hits.usable,
@@ -191,6 +196,11 @@ def _totals(trace: Trace, config: KVCacheManagerConfig, hits: _Hits, unlimited: 
         lost_evicted_tokens=unlimited.attention - hits.attention,
         lost_alignment_tokens=hits.attention - hits.aligned,
         lost_snapshot_tokens=hits.aligned - hits.usable,
+        lost_evicted_too_large_tokens=0,
+        # each boundary had a snapshot once: what lacks one was evicted
+        **snapshot_columns(hits.aligned - hits.usable if cause == "evicted" else 0 for cause in SNAPSHOT_CAUSES),
+        never_seen_tokens=prompt_tokens - last_block - unlimited.attention,
+        last_block_tokens=last_block,
         snapshots=None,
         peaks=(),
         tiers=tuple(TierTotals(name, tokens, ()) for name, tokens in zip(names, hits.by_tier, strict=True)),

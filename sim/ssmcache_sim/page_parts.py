@@ -16,10 +16,15 @@ GLOSSARY = (
     ("attention", "KV present", "Prompt tokens whose KV was in the cache. Without a snapshot at the right place they "
      "cannot be skipped."),
     ("tree", "prefix known", "Prompt tokens of which the cache still knew the prefix, with its KV or without."),
-    ("evicted", "lost: KV evicted", "KV ceiling less the KV present: what more memory for KV would hit."),
+    ("evicted", "lost: KV evicted", "KV ceiling less the KV present: what more memory for KV would hit. In part lost "
+     "to requests that are too large for the memory and were served without the cache."),
     ("alignment", "lost: alignment", "KV present beyond the last multiple of the snapshot interval, where no "
      "snapshot is ever taken: what a smaller interval would hit."),
-    ("snapshot", "lost: no snapshot", "KV present, but no snapshot at a usable position: evicted, or never taken."),
+    ("snapshot", "lost: no snapshot", "KV present, but no snapshot at a usable position. Each interval of tokens is "
+     "blamed on what happened last to the snapshot at its end: evicted, or not taken and why."),
+    ("never-seen", "never seen before", "Full blocks that no earlier prompt began with."),
+    ("last-block", "last block of each prompt", "The tokens after a prompt's last countable block: a block that is not "
+     "full has no identity, and the last token of a full one must be computed."),
     ("snapshots", "snapshot", "The state of the recurrent (SSM) layers after exactly so many tokens of a prompt. A "
      "prefix can be skipped only up to a position that has one."),
     ("interval", "snapshot interval", "Tokens between two snapshots of a prompt (ssm_reuse_interval)."),

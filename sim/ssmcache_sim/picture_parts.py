@@ -1,5 +1,6 @@
 """What the pictures of all kinds share: axes, colours, columns as arrays."""
 
+from collections.abc import Sequence
 from io import BytesIO
 from itertools import pairwise
 from typing import Any
@@ -19,16 +20,10 @@ GIB = 1 << 30
 _PANELS_PER_ROW = 3
 _MAX_MARKS = 32  # on a curve
 _DOTS_PER_INCH, _DOTS_PER_INCH_IN_NOTEBOOKS = 150, 90
-# what became of the tokens below the KV ceiling: column, name, colour (told apart by colour-blind people too)
-FATES = (
-    ("usable_hit_tokens", "usable hit", "#009e73"),
-    ("lost_snapshot_tokens", "lost: no snapshot", "#cc79a7"),
-    ("lost_alignment_tokens", "lost: alignment to the interval", "#e69f00"),
-    ("lost_evicted_tokens", "lost: evicted KV", "#d55e00"),
-)
-
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+Part = tuple[FloatArray, str, str]  # tokens, name, colour
+_ALWAYS = "lost: snapshot evicted", "lost: alignment to the interval", "lost: KV evicted"
 
 
 class Picture(Figure):
@@ -48,12 +43,34 @@ def rendered(figure: Figure, suffix: str, dots_per_inch: int = _DOTS_PER_INCH) -
     return buffer.getvalue()
 
 
-def stack_bars(axes: Axes, places: npt.NDArray[Any], width: float, frame: pd.DataFrame, whole: FloatArray) -> None:
-    base = np.zeros(len(frame))
-    for column, name, colour in FATES:
-        share = floats(frame, column) / whole
-        axes.bar(places, share, width, bottom=base, color=colour, label=name)
-        base += share
+def lost_parts(frame: pd.DataFrame, picture: pd.DataFrame) -> list[Part]:
+    """What became of the tokens between the usable hits and the KV ceiling: [rows of `frame`] tokens by cause. Rare
+    causes are left out where no row of the whole `picture` has any. The colours are told apart by colour-blind people
+    too.
+    """
+    found, there = _lost_parts(frame), _lost_parts(picture)
+    return [part for part, of_all in zip(found, there, strict=True) if part[1] in _ALWAYS or of_all[0].any()]
+
+
+def _lost_parts(frame: pd.DataFrame) -> list[Part]:
+    evicted, window = (floats(frame, f"lost_snapshot_{cause}_tokens") for cause in ("evicted", "window"))
+    too_large = floats(frame, "lost_evicted_too_large_tokens")
+    snapshot, alignment, kv = _ALWAYS
+    return [
+        (evicted, snapshot, "#cc79a7"),
+        (floats(frame, "lost_snapshot_tokens") - evicted - window, "lost: snapshot not taken", "#882255"),
+        (window, "lost: window KV evicted", "#f0e442"),
+        (floats(frame, "lost_alignment_tokens"), alignment, "#e69f00"),
+        (floats(frame, "lost_evicted_tokens") - too_large, kv, "#d55e00"),
+        (too_large, "lost: request too large", "#6b2f00"),
+    ]
+
+
+def stack_bars(axes: Axes, places: npt.NDArray[Any], width: float, parts: Sequence[Part], whole: FloatArray) -> None:
+    base = np.zeros(len(whole))
+    for tokens, name, colour in parts:
+        axes.bar(places, tokens / whole, width, bottom=base, color=colour, label=name)
+        base += tokens / whole
 
 
 def figure_with_axes(title: str, width: float, height: float) -> tuple[Figure, Axes]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmcache import HostMemory, KVCache, KVCacheManager, KVCacheManagerConfig
+from ssmcache.events import CacheObserver
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.memory.base import Memory
 from ssmcache_sim.decisions import DecisionLog, log_file
@@ -104,10 +105,10 @@ class MemoryRunner:
         self._payload: Payload | None = None
         self._started = self._capacity = -1  # the last request that has begun to compute, and its capacity
 
-    def manager(self, config: KVCacheManagerConfig) -> KVCacheManager:
+    def manager(self, config: KVCacheManagerConfig, observer: CacheObserver | None) -> KVCacheManager:
         make = KVCacheManager if self._log is None else self._log.manager
         try:
-            manager = make(config, self._memory)
+            manager = make(config, self._memory, observer)
         except ValueError as error:
             raise SettingsError(str(error)) from error
         if self._make_kernels is not None:
@@ -121,7 +122,9 @@ class MemoryRunner:
 
     def found(self, kv: KVCache) -> None:
         if self._log is not None:
-            self._log.found(kv, int(self._trace.prompt_tokens[_number(kv)]))
+            request = _number(kv)
+            keys = self._trace.block_keys[self._trace.offsets[request] : self._trace.offsets[request + 1]]
+            self._log.found(kv, int(self._trace.prompt_tokens[request]), keys)
 
     def compute(self, kv: KVCache, end: int, reserved: Mapping[int, int]) -> None:
         request = _number(kv)

@@ -20,16 +20,19 @@ from ssmcache import (
     Shortage,
     SimulatedMemory,
 )
+from ssmcache.events import CacheObserver
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
+from ssmcache_sim.causes import SNAPSHOT_CAUSES, last_block_tokens, lost_to_size, snapshot_columns
 from ssmcache_sim.ceilings import Ceilings, infinite_cache
 from ssmcache_sim.decode import Decoder
 from ssmcache_sim.errors import TierFailedError
+from ssmcache_sim.fates import BoundaryFates, SnapshotLosses
 from ssmcache_sim.memory_needed import check_memory
 from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
 from ssmcache_sim.replay_tiers import TierTokens, moved_slots, peak, tier_totals, tokens_by_tier
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.totals import ReplayTotals, SnapshotCounts
-from ssmcache_sim.trace import Int64Array, Trace
+from ssmcache_sim.trace import BoolArray, Int64Array, Trace
 
 _REQUESTS_PER_PROGRESS = 256
 _NO_MATCH = ReuseMatch(0, 0, 0)
@@ -39,7 +42,8 @@ _NO_MATCH = ReuseMatch(0, 0, 0)
 class ReplayResult:
     """What became of each request, [num_requests] tokens of its prompt unless said otherwise, and the totals.
 
-    For each request: usable + lost_evicted + lost_alignment + lost_snapshot = kv_ceiling. Hits count full blocks.
+    For each request: usable + lost_evicted + lost_alignment + lost_snapshot = kv_ceiling, and kv_ceiling + never_seen +
+    last_block = its prompt tokens: see `causes.py`. Hits count full blocks.
 
     Attributes:
         trace: as replayed, in blocks of the manager.
@@ -47,8 +51,12 @@ class ReplayResult:
             attention layers no KV can be missing, and `attention` is the ceiling.
         kv_ceiling, ceiling: hits with unlimited memory, for attention alone and at the interval.
         lost_evicted: KV that unlimited memory would have had.
+        lost_to_size: the part of `lost_evicted` that requests too large for the memory have cost.
         lost_alignment: KV present beyond the last multiple of the interval.
         lost_snapshot: the rest: KV present, but no snapshot at a usable position.
+        lost_snapshot_by: [num_causes, num_requests] of `lost_snapshot`, by `SNAPSHOT_CAUSES`.
+        never_seen: in blocks that no earlier path began with.
+        last_block: tokens that no cache skips.
         too_large: [num_requests] bool, did not fit into the memory even alone, with its output where the trace has
             outputs: served without the cache, no hits.
         used_bytes: [num_layer_groups, num_requests] GPU memory in use after each request.
@@ -66,7 +74,11 @@ class ReplayResult:
     lost_evicted: Int64Array
     lost_alignment: Int64Array
     lost_snapshot: Int64Array
-    too_large: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    lost_to_size: Int64Array
+    lost_snapshot_by: SnapshotLosses
+    never_seen: Int64Array
+    last_block: Int64Array
+    too_large: BoolArray
     used_bytes: np.ndarray[tuple[int, int], np.dtype[np.int64]]
     usable_by_tier: TierTokens
     phase: PhaseCeilings
@@ -79,8 +91,8 @@ class ReplayResult:
 class Runner(Protocol):
     """Who plays the model in a replay: computes where the memory has bytes, or watches what the manager does."""
 
-    def manager(self, config: KVCacheManagerConfig) -> KVCacheManager:
-        """The manager to replay with. Called once, first."""
+    def manager(self, config: KVCacheManagerConfig, observer: CacheObserver | None) -> KVCacheManager:
+        """The manager to replay with, which tells an observer of its cache. Called once, first."""
 
     def stream(self, request: int) -> Any:
         """The stream that a request computes on."""
@@ -104,6 +116,7 @@ def replay(
     bandwidths: BandwidthProfile = DEFAULT_BANDWIDTHS,
     progress: Callable[[int], None] | None = None,
     runner: Runner | None = None,
+    fates: Callable[[Trace, Int64Array], BoundaryFates] | None = None,
 ) -> ReplayResult:
     """Serves every request of the trace, in blocks of `config.tokens_per_block`.
 
@@ -111,20 +124,30 @@ def replay(
         bandwidths: what copies take on the simulated memory; no decision depends on it.
         progress: called now and then with the number of requests served.
         runner: None: the memory is simulated, and nothing is computed.
+        fates: makes the observer of the manager, of the trace in its blocks and the KV ceilings; None: the least that
+            the result needs.
 
     Errors: TraceError for blocks that the trace does not record; MemoryTooSmallError when no request fits;
     TierFailedError where a real tier cannot be read or written.
     """
     recorded, trace = trace, trace.with_block(config.tokens_per_block)
     check_memory(trace, config)
-    manager = KVCacheManager(config, SimulatedMemory(bandwidths)) if runner is None else runner.manager(config)
-    served = _serve_all(trace, manager, _committer(config, prefill, runner), progress, runner)
+    ceilings = infinite_cache(trace, config.ssm_reuse_interval if config.has_ssm else None)
+    observer = None
+    if fates is not None:
+        observer = fates(trace, ceilings.kv_tokens)
+    elif config.has_ssm:
+        observer = BoundaryFates(trace, config, ceilings.kv_tokens)
+    if runner is None:
+        manager = KVCacheManager(config, SimulatedMemory(bandwidths), observer)
+    else:
+        manager = runner.manager(config, observer)
+    served = _serve_all(trace, manager, _committer(config, prefill, runner), progress, runner, observer)
     too_large = np.zeros(trace.num_requests, dtype=np.bool_)
     if manager.max_capacity is not None:
         too_large = trace.path_tokens + 1 > manager.max_capacity
-    ceilings = infinite_cache(trace, config.ssm_reuse_interval if config.has_ssm else None)
     phase = phase_ceilings(recorded, config.ssm_reuse_interval if config.has_ssm else config.tokens_per_block)
-    return _account(trace, config, ceilings, phase, served, too_large, manager, bandwidths)
+    return _account(trace, config, ceilings, phase, served, too_large, manager, bandwidths, observer)
 
 
 _Commit = Callable[[KVCache, BlockKeys], None]
@@ -168,6 +191,7 @@ def _serve_all(
     commit: _Commit,
     progress: Callable[[int], None] | None,
     runner: Runner | None,
+    observer: BoundaryFates | None,
 ) -> _Served:
     served = _Served([], [], [[] for _ in manager.layer_grouping])
     matches, by_tier, used_slots = served
@@ -185,6 +209,8 @@ def _serve_all(
             prompt = path if path.stop == num_tokens else path[:num_tokens]
             kv = create(prompt[:-1], id=index)
             stream = None
+            if observer is not None:  # what it found stays as it is, since nobody else is served meanwhile
+                observer.look_up(index, path.keys, kv.reuse_match)
             if runner is not None:
                 runner.found(kv)
                 stream = runner.stream(index)
@@ -222,9 +248,10 @@ def _account(
     ceilings: Ceilings,
     phase: PhaseCeilings,
     served: _Served,
-    too_large: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    too_large: BoolArray,
     manager: KVCacheManager,
     bandwidths: BandwidthProfile,
+    observer: BoundaryFates | None,
 ) -> ReplayResult:
     """Splits every token below the KV ceiling into hit and lost, and sums up."""
     block = trace.tokens_per_block
@@ -240,6 +267,12 @@ def _account(
     for lost in (lost_evicted, lost_alignment, lost_snapshot):
         assert (lost >= 0).all(), f"request {int(np.argmin(lost))} hits more than it can: {int(lost.min())}"
     assert (usable + lost_evicted + lost_alignment + lost_snapshot == ceilings.kv_tokens).all()
+    too_large_lost = lost_to_size(trace, too_large, attention, ceilings.kv_tokens)
+    lost_snapshot_by: SnapshotLosses = np.zeros((len(SNAPSHOT_CAUSES), trace.num_requests), dtype=np.int64)
+    if observer is not None and config.has_ssm:
+        lost_snapshot_by = observer.losses(lost_snapshot)
+    last_block = last_block_tokens(trace, block)
+    never_seen = trace.prompt_tokens - last_block - ceilings.kv_tokens
     num_tiers = len(config.cache_tiers)
     by_tier = usable[np.newaxis] if num_tiers == 1 else tokens_by_tier(served.by_tier, num_tiers, usable)
     groups = manager.memory_usage().groups
@@ -256,6 +289,10 @@ def _account(
         lost_evicted_tokens=int(lost_evicted.sum()),
         lost_alignment_tokens=int(lost_alignment.sum()),
         lost_snapshot_tokens=int(lost_snapshot.sum()),
+        lost_evicted_too_large_tokens=int(too_large_lost.sum()),
+        **snapshot_columns(lost_snapshot_by.sum(axis=1).tolist()),
+        never_seen_tokens=int(never_seen.sum()),
+        last_block_tokens=int(last_block.sum()),
         snapshots=_snapshot_counts(manager),
         peaks=tuple(map(peak, groups)),
         tiers=tier_totals(manager, by_tier),
@@ -271,6 +308,10 @@ def _account(
         lost_evicted=lost_evicted,
         lost_alignment=lost_alignment,
         lost_snapshot=lost_snapshot,
+        lost_to_size=too_large_lost,
+        lost_snapshot_by=lost_snapshot_by,
+        never_seen=never_seen,
+        last_block=last_block,
         too_large=too_large,
         used_bytes=np.array(served.used_slots, dtype=np.int64) * slot_bytes[:, np.newaxis],
         usable_by_tier=by_tier,

@@ -1,5 +1,6 @@
 """What a report says of one replay."""
 
+from ssmcache_sim.causes import SNAPSHOT_CAUSE_WORDS
 from ssmcache_sim.page_parts import Markup, number, percent, section, table, term, text, warning
 from ssmcache_sim.phase import PhaseSummary
 from ssmcache_sim.results import ReplayRun
@@ -44,6 +45,8 @@ def phase_text(phase: PhaseSummary) -> Markup:
 
 
 def _tokens(totals: ReplayTotals) -> Markup:
+    by_cause = zip(SNAPSHOT_CAUSE_WORDS.values(), totals.lost_snapshot_by_cause, strict=True)
+    too_large = totals.lost_evicted_too_large_tokens
     rows = (
         (term("usable", "usable hit"), totals.usable_hit_tokens),
         *((text(f"of these, pages on: {tier.tier}"), tier.usable_hit_tokens) for tier in totals.tiers),
@@ -52,12 +55,17 @@ def _tokens(totals: ReplayTotals) -> Markup:
         (term("ceiling", "ceiling at this interval"), totals.ceiling_hit_tokens),
         (term("kv-ceiling", "KV ceiling"), totals.kv_ceiling_hit_tokens),
         (term("evicted", "lost: KV evicted"), totals.lost_evicted_tokens),
+        *([(text("of these, requests too large"), too_large)] if too_large else []),
         (term("alignment", "lost: alignment to the interval"), totals.lost_alignment_tokens),
         (term("snapshot", "lost: no snapshot"), totals.lost_snapshot_tokens),
+        *((text(f"of these, snapshot {words}"), tokens) for words, tokens in by_cause if tokens),
+        (term("never-seen", "never seen before"), totals.never_seen_tokens),
+        (term("last-block", "last block of each prompt"), totals.last_block_tokens),
         ("all prompt tokens", totals.prompt_tokens),
     )
     shown = [(name, f"{count:,}", percent(totals.rate(count))) for name, count in rows]
-    return table("Usable hit and the three losses sum up to the KV ceiling", ("", "tokens", "share"), shown)
+    caption = "Usable hit and the three losses sum up to the KV ceiling, with the last two to all prompt tokens"
+    return table(caption, ("", "tokens", "share"), shown)
 
 
 def _memory(totals: ReplayTotals) -> Markup:

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ssmcache_sim.picture_parts import (
-    FATES,
     GIB,
     FloatArray,
     Picture,
     figure_with_axes,
     floats,
+    lost_parts,
     phase_band,
     trace_and_model,
 )
@@ -27,7 +27,7 @@ _MS_PER_MINUTE = 60_000
 _TIME_BINS = 40
 _MAX_POINTS = 2_000  # of a curve over time: more than a screen can show
 _MAX_DOTS = 20_000  # more of them are a blot that takes seconds to draw
-_NEW_COLOUR = "#d9d9d9"
+_NEW_COLOUR, _LAST_COLOUR = "#d9d9d9", "#a0a0a0"
 _GROUP_COLOURS = {"attention": "#56b4e9", "ssm": "#0072b2"}
 
 
@@ -71,16 +71,18 @@ def memory_over_time(run: ReplayRun, title: str) -> Figure:
 
 
 def lost_tokens_over_time(run: ReplayRun, title: str) -> Figure:
-    """Prompt tokens by time of arrival: hit, lost by reason, and new (what even unlimited memory would not hit)."""
+    """Prompt tokens by time of arrival: hit, lost by cause, and what even unlimited memory would not hit."""
     figure, axes = figure_with_axes(title, 8.0, 5.4)
     minutes = _minutes(run.per_request)
     edges = np.linspace(0.0, max(float(minutes[-1]), 1e-3), _TIME_BINS + 1)
     base = np.zeros(_TIME_BINS)
     prompt_tokens = run.totals.prompt_tokens
-    new_tokens = floats(run.per_request, "prompt_tokens") - floats(run.per_request, "kv_ceiling_hit_tokens")
-    fates = [*hit_parts(run.per_request), *FATES[1:]]
-    parts = [(floats(run.per_request, column), name, colour) for column, name, colour in fates]
-    for tokens, name, colour in [*parts, (new_tokens, "new: above the KV ceiling", _NEW_COLOUR)]:
+    new = [
+        (floats(run.per_request, "never_seen_tokens"), "never seen before", _NEW_COLOUR),
+        (floats(run.per_request, "last_block_tokens"), "last block of each prompt", _LAST_COLOUR),
+    ]
+    hits = [(floats(run.per_request, column), name, colour) for column, name, colour in hit_parts(run.per_request)]
+    for tokens, name, colour in [*hits, *lost_parts(run.per_request, run.per_request), *new]:
         millions = np.histogram(minutes, edges, weights=tokens)[0] / 1e6
         label = f"{name} ({tokens.sum() / prompt_tokens:.2%})"
         axes.bar(edges[:-1], millions, width=np.diff(edges), align="edge", bottom=base, color=colour, label=label)

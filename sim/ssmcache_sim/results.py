@@ -15,6 +15,7 @@ import numpy as np
 
 from ssmcache import __version__
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
+from ssmcache_sim.causes import snapshot_columns
 from ssmcache_sim.directories import MANIFEST, TOOL, json_bytes, new_directory, read_manifest, write_file
 from ssmcache_sim.errors import OutputError
 from ssmcache_sim.payload_check import PayloadCheck
@@ -133,6 +134,10 @@ def per_request_columns(result: ReplayResult) -> dict[str, np.ndarray[Any, Any]]
         "lost_evicted_tokens": result.lost_evicted,
         "lost_alignment_tokens": result.lost_alignment,
         "lost_snapshot_tokens": result.lost_snapshot,
+        "lost_evicted_too_large_tokens": result.lost_to_size,
+        **snapshot_columns(result.lost_snapshot_by),
+        "never_seen_tokens": result.never_seen,
+        "last_block_tokens": result.last_block,
         "too_large": result.too_large,
         **used,
     }

@@ -120,24 +120,37 @@ def _best_of_each_memory(cells: Sequence[Row]) -> Markup:
     return table(caption, (*headings, term("ceiling", "ceiling")), rows)
 
 
+def _not_taken(cell: Row) -> int:
+    there = cell["lost_snapshot_evicted_tokens"] + cell["lost_snapshot_window_tokens"]
+    return int(cell["lost_snapshot_tokens"] - there)
+
+
 def _all_cells(cells: Sequence[Row]) -> Markup:
     if len(cells) > _MAX_ROWS:
         return f'<p class="soft">{len(cells):,} cells: too many for a page; they are in cells.parquet.</p>'
     rates = ("usable_token_hit_rate", "attention_token_hit_rate", "ceiling_token_hit_rate")
-    lost = ("lost_evicted_tokens", "lost_alignment_tokens", "lost_snapshot_tokens")
+    lost = ("lost_evicted_tokens", "lost_alignment_tokens", "lost_snapshot_evicted_tokens")
     rows = [
         (
             *_shape(cell),
             _memory(cell),
             *(percent(cell[name]) for name in rates),
             *(percent(cell[name] / cell["prompt_tokens"]) for name in lost),
+            percent(_not_taken(cell) / cell["prompt_tokens"]),
+            percent(cell["never_seen_tokens"] / cell["prompt_tokens"]),
             text(cell["engine"]),
         )
         for cell in cells
     ]
     words = (("block", "block"), ("interval", "interval"), ("usable", "usable"), ("attention", "KV present"))
-    more = (("ceiling", "ceiling"), ("evicted", "evicted"), ("alignment", "alignment"), ("snapshot", "no snapshot"))
-    named = [term(*word) for word in (*words, *more)]
+    more = (
+        ("ceiling", "ceiling"),
+        ("evicted", "evicted"),
+        ("alignment", "alignment"),
+        ("snapshot", "snapshot evicted"),
+    )
+    rest = (("snapshot", "snapshot not taken"), ("never-seen", "never seen"))
+    named = [term(*word) for word in (*words, *more, *rest)]
     headings = (*named[:2], "memory", *named[2:], term("engine", "engine"))
     shown = table("Every cell; shares of all prompt tokens, losses of the KV ceiling", headings, rows)
     return folded(f"All {len(cells):,} cells", shown)

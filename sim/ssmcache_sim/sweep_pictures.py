@@ -21,6 +21,7 @@ from ssmcache_sim.picture_parts import (
     groups,
     interval_name,
     largest_memory,
+    lost_parts,
     memory_axis,
     memory_bytes,
     memory_name,
@@ -146,7 +147,8 @@ def lost_tokens_by_memory(cells: pd.DataFrame, title: str) -> Figure:
     figure, places = panels(title, len(by_interval), width, 2.7)
     for axes, (interval, group) in zip(places, by_interval, strict=True):
         bars = np.arange(len(group))
-        stack_bars(axes, bars, 0.8, group, floats(group, "prompt_tokens"))
+        parts = [(floats(group, "usable_hit_tokens"), "usable hit", "#009e73"), *lost_parts(group, cells)]
+        stack_bars(axes, bars, 0.8, parts, floats(group, "prompt_tokens"))
         gib = memory_bytes(group) / GIB
         sizes = list(map(gib_name, gib))
         axes.set_xticks(bars, sizes, rotation=90 if len(sizes) > 6 or np.isinf(gib).any() else 0)

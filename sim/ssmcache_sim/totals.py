@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ssmcache.units import plural
+from ssmcache_sim.causes import SNAPSHOT_CAUSES, snapshot_columns
 
 SKIP_REASONS = ("crossed", "no_room", "not_admitted", "history")
 
@@ -71,6 +72,9 @@ class MovedSlots:
 class ReplayTotals:
     """Sums over all requests, also those too large to be served: every rate divides by all prompt tokens.
 
+    Usable hits, the three losses, never seen and last block sum up to the prompt tokens; `lost_evicted_too_large` is
+    part of `lost_evicted`, and `lost_snapshot_*` are all parts of `lost_snapshot`: see `causes.py`.
+
     `snapshots` is None and `peaks` is empty where tokens alone were counted, by the grid; `peaks` are those of the GPU.
     `tiers`, from the GPU down, and `moved`, by direction, are empty with the GPU alone; `moved` is None where nobody
     counted it.
@@ -87,6 +91,15 @@ class ReplayTotals:
     lost_evicted_tokens: int
     lost_alignment_tokens: int
     lost_snapshot_tokens: int
+    lost_evicted_too_large_tokens: int
+    lost_snapshot_evicted_tokens: int
+    lost_snapshot_crossed_tokens: int
+    lost_snapshot_no_room_tokens: int
+    lost_snapshot_not_admitted_tokens: int
+    lost_snapshot_history_tokens: int
+    lost_snapshot_window_tokens: int
+    never_seen_tokens: int
+    last_block_tokens: int
     snapshots: SnapshotCounts | None
     peaks: tuple[LayerGroupPeak, ...]
     tiers: tuple[TierTotals, ...] = ()
@@ -103,6 +116,11 @@ class ReplayTotals:
     def rate(self, tokens: int) -> float:
         """Share of all prompt tokens."""
         return tokens / self.prompt_tokens
+
+    @property
+    def lost_snapshot_by_cause(self) -> tuple[int, ...]:
+        """Parts of `lost_snapshot_tokens`, in the order of `SNAPSHOT_CAUSES`."""
+        return tuple(getattr(self, name) for name in snapshot_columns(SNAPSHOT_CAUSES))
 
     @property
     def usable_token_hit_rate(self) -> float:

@@ -29,6 +29,10 @@ def test_a_sweep_prints_the_best_of_each_memory_size_and_keeps_its_cells(
     )
     rows = [line.split() for line in out.splitlines()]
     assert ["unlimited", "512", "512", "21.55%", "21.55%"] in rows
+    assert ["unlimited", "0.00%", "0.00%", "0.00%", "0.00%"] in rows
+    best = load_sweep(tmp_path / "s").cells.sort_values("usable_hit_tokens").groupby("gpu_memory_bytes").last().iloc[0]
+    causes = ("lost_evicted_tokens", "lost_alignment_tokens", "lost_snapshot_evicted_tokens")
+    assert ["50", "GiB", *(f"{best[cause] / best['prompt_tokens']:.2%}" for cause in causes), "0.00%"] in rows
     assert "15 cells, 0 of them by the grid, 0 finished before" in out
     assert len(load_sweep(tmp_path / "s").cells) == 15
     assert "15 cells, 0 of them by the grid, 15 finished before" in run_here(*command)[1]
@@ -62,7 +66,8 @@ def test_sizes_of_host_memory_are_swept_and_shown(run_here: RunHere, sample: str
     rows = [line.split() for line in out.splitlines()]
     assert ["GPU", "host", "block", "interval", "usable", "hit", "rate", "ceiling"] in rows
     shown = [row[:4] for row in rows if row[:2] in (["20", "GiB"], ["40", "GiB"])]
-    assert shown == [
+    assert len(shown) == 8  # in the table of hit rates and in that of losses
+    assert shown[:4] == [
         ["20", "GiB", "-", "512"],
         ["20", "GiB", "100", "GiB"],
         ["40", "GiB", "-", "512"],
