@@ -37,9 +37,10 @@ from ssmcache_cli.console import (
 from ssmcache_cli.replay_inputs import SIMULATED, Asked, DiskPathOption, ReplayInputs, read_inputs
 from ssmcache_cli.tables import replay_table
 from ssmcache_cli.verify_table import payload_lines
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.payload_check import PayloadCheck
-from ssmcache_sim.replay import ReplayResult, replay
+from ssmcache_sim.replay import replay
 from ssmcache_sim.results import (
     DECISIONS,
     manifest_with_times,

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ssmcache.config import KVCacheManagerConfig
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.causes import SNAPSHOT_CAUSES
 from ssmcache_sim.errors import UserError
 from ssmcache_sim.fates import BoundaryFates
 from ssmcache_sim.history import NOBODY, History, Int32Array, PathHistory
 from ssmcache_sim.remedies import Remedies, Remedy
-from ssmcache_sim.replay import ReplayResult, replay
+from ssmcache_sim.replay import replay
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Int64Array, Trace
 

@@ -10,12 +10,13 @@ from ssmcache import HostMemory, KVCache, KVCacheManager, KVCacheManagerConfig
 from ssmcache.events import CacheObserver
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.memory.base import Memory
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.decisions import DecisionLog, log_file
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.payload import Kernels, Payload
 from ssmcache_sim.payload_check import PayloadCheck, WrongBytes
 from ssmcache_sim.payload_host import HostKernels
-from ssmcache_sim.replay import ReplayResult, replay
+from ssmcache_sim.replay import replay
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Int64Array, Trace
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from ssmcache import __version__
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.causes import snapshot_columns
 from ssmcache_sim.directories import MANIFEST, TOOL, json_bytes, new_directory, read_manifest, write_file
 from ssmcache_sim.errors import OutputError
 from ssmcache_sim.payload_check import PayloadCheck
 from ssmcache_sim.phase import PhaseCeilings
-from ssmcache_sim.replay import ReplayResult
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssmcache import KVCacheManagerConfig, SimulatedMemory
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.payload_check import PayloadCheck
 from ssmcache_sim.real_memory import MemoryRunner, RealMemory, replay_on
-from ssmcache_sim.replay import ReplayResult, replay
+from ssmcache_sim.replay import replay
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Trace
 

@@ -15,8 +15,8 @@ from ssmcache import (
     SimulatedMemory,
     SsmLayerConfig,
 )
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.causes import SNAPSHOT_CAUSES
-from ssmcache_sim.replay import ReplayResult
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Trace
 

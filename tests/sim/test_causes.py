@@ -21,11 +21,12 @@ from ssmcache import (
     SsmLayerConfig,
 )
 from ssmcache.admission import IntervalAdmission
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.causes import SNAPSHOT_CAUSES
 from ssmcache_sim.errors import MemoryTooSmallError
 from ssmcache_sim.fates import BoundaryFates
 from ssmcache_sim.grid_cells import GridCapacity, grid_capacity, grid_totals
-from ssmcache_sim.replay import ReplayResult, replay
+from ssmcache_sim.replay import replay
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Trace
 

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from ssmcache import GpuCacheTierConfig, KVCache, KVCacheManagerConfig
 from ssmcache.models import load_model
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.ceilings import infinite_cache
 from ssmcache_sim.errors import MemoryTooSmallError, SettingsError, TraceError
 from ssmcache_sim.formats import read_trace
-from ssmcache_sim.replay import ReplayResult, replay
+from ssmcache_sim.replay import replay
 from ssmcache_sim.settings import build_config, make_settings, parse_prefill
 from ssmcache_sim.trace import Trace
 

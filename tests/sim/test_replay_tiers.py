@@ -21,12 +21,13 @@ from ssmcache import (
 from ssmcache.config import CacheTierConfig
 from ssmcache.models import load_model
 from ssmcache_sim import replay as replay_module
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.ceilings import infinite_cache
 from ssmcache_sim.errors import MemoryTooSmallError, SettingsError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.grid import stack_distances
 from ssmcache_sim.grid_tiers import tier_hits
-from ssmcache_sim.replay import ReplayResult, replay
+from ssmcache_sim.replay import replay
 from ssmcache_sim.results import per_request_columns
 from ssmcache_sim.settings import build_config, make_settings
 from ssmcache_sim.totals import ReplayTotals

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from ssmcache.models import load_model
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.directories import write_file
 from ssmcache_sim.errors import OutputError
 from ssmcache_sim.formats import read_trace
-from ssmcache_sim.replay import ReplayResult, replay
+from ssmcache_sim.replay import replay
 from ssmcache_sim.results import RunTimes, load_run, replay_directory, replay_manifest, summary, write_replay
 from ssmcache_sim.settings import build_config, make_settings
 

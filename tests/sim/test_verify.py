@@ -21,11 +21,12 @@ from ssmcache import (
     SsmLayerConfig,
 )
 from ssmcache.memory.base import SlotMoves, TransferError
+from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.errors import SettingsError, TierFailedError
 from ssmcache_sim.formats import ReadOptions, read_trace
 from ssmcache_sim.payload_host import HostKernels
 from ssmcache_sim.real_memory import RealMemory, real_memory, replay_on
-from ssmcache_sim.replay import ReplayResult, replay
+from ssmcache_sim.replay import replay
 from ssmcache_sim.trace import Trace
 from ssmcache_sim.verify import Difference, verify
 
