@@ -7,7 +7,7 @@ from threading import RLock
 from typing import Any
 
 from ssmcache import sizing
-from ssmcache.admission import IntervalAdmission
+from ssmcache.admission import admission_of
 from ssmcache.config import KVCacheManagerConfig
 from ssmcache.events import CacheEvent, EventLog
 from ssmcache.invariants import check_manager
@@ -60,11 +60,12 @@ class KVCacheManager:
         self.pools = sizing.make_pools(self.groups, config, memory)
         self._token_ids = TokenIds()
         events = EventLog(config.event_buffer_size, self._token_ids) if config.event_buffer_size else None
-        self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, events)
+        self.admission = admission_of(config.admission, config.ssm_reuse_interval)
+        keeps_path = self.admission.keeps_path
+        self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, events, keeps_path)
         self.page_group = -1 if self.store.pages is None else self.store.pages.layer_group
         self.state_group = -1 if self.store.snapshots is None else self.store.snapshots.layer_group
         self.streams = StreamOrder(memory)
-        self.admission = IntervalAdmission(config.ssm_reuse_interval)
         self.counters = Counters(len(config.cache_tiers))
         self.traffic: deque[tuple[int, int]] = deque(maxlen=_TRAFFIC_SEQUENCES)  # (capacity, history) at the end
         self.num_active = 0
