@@ -238,13 +238,13 @@ class KVCache(SequencePages):
         """
         if self.states is None:
             return range(0)
-        return self.states.wanted(self.num_committed_tokens, end)
+        return self.states.admission.points(self.num_committed_tokens, end, self.states.prompt_tokens)
 
     def next_snapshot_point(self) -> int | None:
         """The next position at which a snapshot is wanted; None without SSM layers. For decoding."""
         if self.states is None:
             return None
-        return self.states.next_wanted(self.num_committed_tokens)
+        return self.states.admission.next_point(self.num_committed_tokens, self.states.prompt_tokens)
 
     def reserve_snapshots(self, points: Iterable[int]) -> dict[int, int]:
         """Slots for states that a kernel writes itself while it passes `points`: {position: slot}, with those of

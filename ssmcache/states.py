@@ -27,8 +27,8 @@ class SequenceStates:
     """
 
     __slots__ = (
-        "_admission", "_manager", "_points", "_priority", "_prompt_tokens", "_refused", "_slots", "_snapshots",
-        "_taken", "live_slot", "stream",
+        "_manager", "_points", "_priority", "_refused", "_slots", "_snapshots", "_taken", "admission", "live_slot",
+        "prompt_tokens", "stream",
     )  # fmt: skip
 
     def __init__(self, manager: KVCacheManager, priority: Priority | None, prompt_tokens: int) -> None:
@@ -37,21 +37,14 @@ class SequenceStates:
         self._manager = manager
         self._snapshots = snapshots
         self._priority = priority
-        self._admission = manager.admission
-        self._prompt_tokens = prompt_tokens
+        self.admission = manager.admission
+        self.prompt_tokens = prompt_tokens
         self._taken = _NOTHING  # block and stamp of the last snapshot that it took, where it keeps but one
         self.stream: Any = None
         self._refused: frozenset[int] = _NONE  # points that a reservation had no room for
         self.live_slot = -1
         self._points: Sequence[int] = ()  # that have a slot reserved, ascending unless reserved by several calls,
         self._slots: IntArray = _NO_SLOTS  # and the slots
-
-    def wanted(self, start: int, end: int) -> range:
-        """Where snapshots are wanted after the token `start`, up to `end`."""
-        return self._admission.points(start, end, self._prompt_tokens)
-
-    def next_wanted(self, start: int) -> int:
-        return self._admission.next_point(start, self._prompt_tokens)
 
     def shortage_of_live_state(self, source: Pin | None, softly_held: int) -> Shortage | None:
         """Whether a live state can be had without giving up the snapshot that it starts from, which this sequence
@@ -118,10 +111,10 @@ class SequenceStates:
     def _room_beside(self, cursor: Run, wanted: int) -> int:
         """Slots, up to `wanted`, that can be had without giving up a snapshot of one's own path that is to be kept."""
         snapshots = self._snapshots
-        if not self._admission.keeps_path:
+        if not self.admission.keeps_path:
             return min(wanted, snapshots.obtainable())
         # counting the own ones takes a walk; they are never more than the points of the path
-        num_points = len(self._admission.points(0, cursor.end * self._manager.tokens_per_block, self._prompt_tokens))
+        num_points = len(self.admission.points(0, cursor.end * self._manager.tokens_per_block, self.prompt_tokens))
         if snapshots.has_room_for(wanted + num_points):
             return wanted
         snapshots.protect(cursor)
@@ -135,7 +128,7 @@ class SequenceStates:
         pool = snapshots.gpu_pool
         if count <= pool.capacity - pool.used:
             return pool.take(count)
-        if self._admission.keeps_path:
+        if self.admission.keeps_path:
             snapshots.protect(cursor)
         try:
             return snapshots.take(count, self.stream)
@@ -167,9 +160,9 @@ class SequenceStates:
 
     def _worth_reserving(self, points: Sequence[int], cursor: Run) -> Sequence[int]:
         """The points that are admitted, and have neither a snapshot nor a reserved slot yet."""
-        admitted = self.wanted(points[0] - 1, points[-1])
+        admitted = self.admission.points(points[0] - 1, points[-1], self.prompt_tokens)
         if points != admitted:
-            interval = self._admission.interval  # what is not wanted of its multiples, the commit counts
+            interval = self.admission.interval  # what is not wanted of its multiples, the commit counts
             self._manager.counters.snapshots_skipped_not_admitted += sum(point % interval > 0 for point in points)
             points = [point for point in points if point in admitted]
         if self._slots:
@@ -190,10 +183,10 @@ class SequenceStates:
 
     def commit(self, cursor: Run, start: int, end: int, history_length: int) -> None:
         """Keep the snapshots of a commit of tokens `start`..`end - 1`; its blocks are in the tree already."""
-        points = self.wanted(start, end)
-        keeps_path = self._admission.keeps_path
+        points = self.admission.points(start, end, self.prompt_tokens)
+        keeps_path = self.admission.keeps_path
         if not keeps_path:
-            interval = self._admission.interval
+            interval = self.admission.interval
             passed_over = end // interval - start // interval - len(points)
             self._manager.counters.snapshots_skipped_not_admitted += passed_over
         if points:
@@ -237,9 +230,7 @@ class SequenceStates:
 
     def touch_own(self, cursor: Run, num_committed: int, stamp: int) -> int:
         """Stamp the snapshot at the last boundary of the committed tokens; returns its block, -1 if there is none."""
-        block = (
-            num_committed // self._admission.interval * self._admission.interval // self._manager.tokens_per_block - 1
-        )
+        block = num_committed // self.admission.interval * self.admission.interval // self._manager.tokens_per_block - 1
         found = self._snapshots.find(cursor, block, block + 1) if block >= 0 else {}
         if block not in found:
             return -1
