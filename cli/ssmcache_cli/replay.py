@@ -10,6 +10,7 @@ import typer
 
 from ssmcache.models import load_model
 from ssmcache_cli.console import (
+    AdmissionOption,
     DiskMemoryOption,
     FormatOption,
     KvDtypeOption,
@@ -35,7 +36,7 @@ from ssmcache_sim.errors import SizeError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.replay import replay
 from ssmcache_sim.results import manifest_with_times, replay_directory, replay_manifest, summary, write_replay
-from ssmcache_sim.settings import build_config, make_settings, parse_prefill
+from ssmcache_sim.settings import build_config, make_settings, parse_admission, parse_prefill
 from ssmcache_sim.sizes import parse_size, parse_tier_size
 
 
@@ -64,6 +65,7 @@ def replay_command(
     ssm_fraction: SsmFractionOption = None,
     kv_dtype: KvDtypeOption = None,
     state_dtype: StateDtypeOption = None,
+    admission: AdmissionOption = "every",
     prefill: PrefillOption = "reserved",
     trace_block: TraceBlockOption = None,
     format_name: FormatOption = None,
@@ -77,7 +79,7 @@ def replay_command(
 ) -> None:
     """Replay a trace through the cache: hit rates, where tokens were lost, and memory."""
     stopwatch = Stopwatch()
-    memory_bytes, how = parse_size(gpu_memory), parse_prefill(prefill)
+    memory_bytes, how, admitted = parse_size(gpu_memory), parse_prefill(prefill), parse_admission(admission)
     host_bytes, disk_bytes = (
         parse_tier_size(host_memory, "--host-memory"),
         parse_tier_size(disk_memory, "--disk-memory"),
@@ -101,6 +103,7 @@ def replay_command(
             host_memory_bytes=host_bytes,
             disk_memory_bytes=disk_bytes,
             disk_path=None if disk_path is None else str(disk_path),
+            admission=admitted,
         )
         config = build_config(spec, settings)
         if disk_path is not None:

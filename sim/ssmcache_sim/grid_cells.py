@@ -11,12 +11,14 @@ from ssmcache.pools import UNLIMITED_SLOTS
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.grid import UNLIMITED, StackDistances, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.grid_arena import arena_hits
+from ssmcache_sim.grid_last import last_boundaries, last_hits, snapshots_keep_their_kv
 from ssmcache_sim.grid_tiers import tier_hits
 from ssmcache_sim.replay_tiers import tier_names
 from ssmcache_sim.totals import ReplayTotals, TierTotals
 from ssmcache_sim.trace import Trace
 
 EXACT = "exact: default recency, every boundary, and the largest request fits"
+EXACT_LAST = "exact: default recency, last boundaries, and no snapshot outlives its KV"
 ARENA = "an arena: one budget of bytes that no memory of pools can be; exact for its own rules"
 
 
@@ -65,8 +67,18 @@ def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | 
     if len(config.cache_tiers) > 1:
         return "snapshots are read on the tier where they lie: no order of use over all tiers"
     snapshots = _stack(slots[LayerGroupKind.SSM])
+    if config.admission == "last":
+        return _last_capacity(trace, config.ssm_reuse_interval, blocks, snapshots)
     if longest // config.ssm_reuse_interval > snapshots:
         return f"the snapshots of the largest request ({longest} tokens) do not fit into the SSM pool"
+    return GridCapacity(blocks, snapshots)
+
+
+def _last_capacity(trace: Trace, ssm_reuse_interval: int, blocks: int, snapshots: int) -> GridCapacity | str:
+    if not snapshots:
+        return "no room for a snapshot beside the live state"
+    if not snapshots_keep_their_kv(trace, ssm_reuse_interval, blocks, snapshots):
+        return "last boundaries: a snapshot may lose its KV before its own turn, and goes with it"
     return GridCapacity(blocks, snapshots)
 
 
@@ -116,7 +128,7 @@ def grid_totals(
     totals: dict[int, ReplayTotals] = {}
     for indices in alike.values():
         config = cells[indices[0]][0]
-        *hits, unlimited = _hits_of_shape(distances, config, [cells[index][1] for index in indices])
+        *hits, unlimited = _hits_of_shape(trace, distances, config, [cells[index][1] for index in indices])
         for index, one in zip(indices, hits, strict=True):
             totals[index] = _totals(trace, cells[index][0], one, unlimited)
     return [totals[index] for index in range(len(cells))]
@@ -134,18 +146,21 @@ class _Hits:
 
 def _shape(config: KVCacheManagerConfig, capacity: GridCapacity | ArenaCapacity) -> tuple[object, ...]:
     """Cells of equal shape differ in their capacity alone."""
-    shape = (config.tokens_per_block, config.ssm_reuse_interval if config.has_ssm else None)
+    shape = (config.tokens_per_block, *((config.ssm_reuse_interval, config.admission) if config.has_ssm else ()))
     return (*shape, capacity.page_bytes, capacity.snapshot_bytes) if isinstance(capacity, ArenaCapacity) else shape
 
 
 def _hits_of_shape(
-    distances: StackDistances, config: KVCacheManagerConfig, capacities: Sequence[GridCapacity | ArenaCapacity]
+    trace: Trace,
+    distances: StackDistances,
+    config: KVCacheManagerConfig,
+    capacities: Sequence[GridCapacity | ArenaCapacity],
 ) -> list[_Hits]:
-    """Hits of cells of one shape, and in the end those of unlimited memory."""
+    """Hits of cells of one shape, and in the end those of unlimited memory with a snapshot at every boundary."""
     arenas = [capacity for capacity in capacities if isinstance(capacity, ArenaCapacity)]
     pools = [capacity for capacity in capacities if isinstance(capacity, GridCapacity)]
     assert not (arenas and pools), "an arena has another shape than pools"
-    return _arena_hits(distances, config, arenas) if arenas else _pool_hits(distances, config, pools)
+    return _arena_hits(distances, config, arenas) if arenas else _pool_hits(trace, distances, config, pools)
 
 
 def _arena_hits(
@@ -157,7 +172,9 @@ def _arena_hits(
     return list(map(_Hits, hits.attention.tolist(), hits.aligned.tolist(), hits.usable.tolist()))
 
 
-def _pool_hits(distances: StackDistances, config: KVCacheManagerConfig, pools: Sequence[GridCapacity]) -> list[_Hits]:
+def _pool_hits(
+    trace: Trace, distances: StackDistances, config: KVCacheManagerConfig, pools: Sequence[GridCapacity]
+) -> list[_Hits]:
     block = config.tokens_per_block
     blocks = sorted({pool.blocks for pool in pools} | {UNLIMITED})
     snapshots = sorted({pool.snapshots or 0 for pool in pools} | {UNLIMITED})
@@ -166,16 +183,20 @@ def _pool_hits(distances: StackDistances, config: KVCacheManagerConfig, pools: S
         plane = hybrid_hits(distances, block, config.ssm_reuse_interval, blocks, snapshots)
     else:
         plane = np.repeat(kv_hits[:, np.newaxis], len(snapshots), axis=1)
+    usable = plane
+    if config.has_ssm and config.admission == "last":
+        found = last_boundaries(trace, config.ssm_reuse_interval)
+        usable = last_hits(distances, found, block, blocks, snapshots)
     hits = []
-    for pool in (*pools, GridCapacity(UNLIMITED, UNLIMITED)):
+    for pool in pools:
         if pool.lower_blocks:
             by_tier = tier_hits(distances, block, (pool.blocks, *pool.lower_blocks)).hit_tokens
             hits.append(_Hits(*(sum(by_tier),) * 3, by_tier))
             continue
         row, column = blocks.index(pool.blocks), snapshots.index(pool.snapshots or 0)
         # with all snapshots, what is lost of the KV that is there is lost to the interval
-        hits.append(_Hits(int(kv_hits[row]), int(plane[row, -1]), int(plane[row, column])))
-    return hits
+        hits.append(_Hits(int(kv_hits[row]), int(plane[row, -1]), int(usable[row, column])))
+    return [*hits, _Hits(int(kv_hits[-1]), int(plane[-1, -1]), int(plane[-1, -1]))]
 
 
 def _totals(trace: Trace, config: KVCacheManagerConfig, hits: _Hits, unlimited: _Hits) -> ReplayTotals:

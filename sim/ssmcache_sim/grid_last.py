@@ -15,14 +15,19 @@ minimum.
 Exact under these rules where sizes are fixed, KV beyond the missing snapshot is adopted, requests come one at a time,
 the KV capacity holds the largest request and there is room for one snapshot. Capacities are stacks: a pool of N pages
 is N - 1 blocks, one of N states N - 1 snapshots.
+
+A manager differs in one rule: it gives a snapshot up together with its KV, since nobody could start from it. The slot
+that is free then may keep another one, so neither hits more in all cases. Where no snapshot loses its KV before its own
+turn, both are the same: `snapshots_keep_their_kv` says so for a pair of capacities.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ssmcache_sim.grid import StackDistances
+from ssmcache_sim.grid import PackedCounts, StackDistances, segments_of
 from ssmcache_sim.trace import Int64Array, Trace
 
 
@@ -114,6 +119,60 @@ def last_hits(
         gains = np.bincount(fits_from[fits], weights=gain, minlength=len(capacities) + 1)  # exact: below 2**53
         plane[:, column] = gains[:-1].astype(np.int64).cumsum()
     return plane * found.ssm_reuse_interval
+
+
+def last_usable(
+    distances: StackDistances,
+    found: LastBoundaries,
+    tokens_per_block: int,
+    num_blocks: int,
+    num_snapshots: int,
+    num_requests: int,
+) -> Int64Array:
+    """[num_requests] usable hit tokens at one capacity; their sum is that of `last_hits`.
+
+    Cost: O(boundaries found * log(segments)).
+    """
+    fits = (found.distance <= num_snapshots) & (_kv_distances(distances, found, tokens_per_block) <= num_blocks)
+    usable = np.zeros(num_requests, dtype=np.int64)
+    # of several values for one index the last one stays: the deepest
+    usable[found.request[fits]] = found.boundary[fits] * found.ssm_reuse_interval
+    return usable
+
+
+def snapshots_keep_their_kv(trace: Trace, ssm_reuse_interval: int, num_blocks: int, num_snapshots: int) -> bool:
+    """Whether `num_blocks` of KV certainly hold that of every snapshot as long as `num_snapshots` hold the snapshot.
+
+    Certain is what follows from counts: the KV below a snapshot is among the blocks touched since the oldest snapshot
+    was, the request under way included. (A later request may have touched the KV alone; then fewer would do.)
+
+    Args:
+        trace: in the blocks that are counted.
+
+    Cost: one pass over the trace, to the first place where it is not so.
+    """
+    factor = ssm_reuse_interval // trace.tokens_per_block
+    touched_by = np.full(trace.num_keys, -1, dtype=np.int32)
+    blocks = PackedCounts(trace.num_requests)  # by the request that touched them last
+    snapshots: OrderedDict[int, int] = OrderedDict()  # key of the block that ends there -> the last touch, oldest first
+    begin = 0
+    for request, stop in enumerate(trace.offsets[1:].tolist()):
+        path = trace.block_keys[begin:stop]
+        begin = stop
+        for start, end, touch in segments_of(touched_by[path]):
+            blocks.add(touch, start - end)
+        blocks.add(request, path.size)
+        touched_by[path] = request
+        if snapshots and blocks.total - blocks.up_to(next(iter(snapshots.values())) - 1) > num_blocks:
+            return False
+        last = path.size // factor * factor
+        if last:
+            key = int(path[last - 1])
+            snapshots[key] = request
+            snapshots.move_to_end(key)
+            if len(snapshots) > num_snapshots:
+                snapshots.popitem(last=False)
+    return True
 
 
 def _kv_distances(distances: StackDistances, found: LastBoundaries, tokens_per_block: int) -> Int64Array:
