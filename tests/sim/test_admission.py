@@ -220,13 +220,13 @@ def test_a_sweep_has_a_cell_for_each_admission_and_says_who_made_it_and_why(swep
 
 def test_every_cell_of_a_sweep_of_both_admissions_equals_its_replay(swept: Path, sample_path: Path) -> None:
     trace, model = read_trace(sample_path), load_model("nemotron-h-8b")
-    for row in load_sweep(swept).cells.to_dict("records"):
+    cells = load_sweep(swept).cells
+    sizes = [int(size) or None for size in cells["gpu_memory_bytes"].fillna(0)]
+    for row, size in zip(cells.to_dict("records"), sizes, strict=True):
         setting = make_settings(
             model,
             512,
-            gpu_memory_bytes=None
-            if row["gpu_memory_bytes"] is None or row["gpu_memory_bytes"] != row["gpu_memory_bytes"]
-            else int(row["gpu_memory_bytes"]),
+            gpu_memory_bytes=size,
             ssm_reuse_interval=int(row["ssm_reuse_interval"]),
             admission=row["admission"],
         )
