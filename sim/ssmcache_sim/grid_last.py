@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssmcache_sim.grid import PackedCounts, StackDistances, segments_of
+from ssmcache_sim.grid import UNLIMITED, PackedCounts, StackDistances, segments_of
 from ssmcache_sim.trace import Int64Array, Trace
 
 
@@ -40,12 +40,15 @@ class LastBoundaries:
         request: [num_found] whose path it is, ascending; the boundaries of a path from the top on.
         boundary: [num_found] which multiple of the interval it is.
         distance: [num_found] snapshot distance.
+        own_distance: [num_requests] that of a request's own last boundary before it came; 0 where its prompt has none,
+            `UNLIMITED` where that is nobody's yet.
     """
 
     ssm_reuse_interval: int
     request: Int64Array
     boundary: Int64Array
     distance: Int64Array
+    own_distance: Int64Array
 
 
 def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
@@ -62,6 +65,7 @@ def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
     num_usable = ((trace.prompt_tokens - 1) // ssm_reuse_interval).tolist()
     boundaries: list[Int64Array] = []
     distances: list[Int64Array] = []
+    own_distance = np.zeros(trace.num_requests, dtype=np.int64)
     begin = 0
     for request, stop in enumerate(trace.offsets[1:].tolist()):
         ends = trace.block_keys[begin + factor - 1 : stop : factor]
@@ -73,9 +77,11 @@ def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
         distances.append(num_snapshots - np.searchsorted(order[:num_snapshots], usable[found]))
         if ends.size:
             if touches[-1] >= 0:
-                place = np.searchsorted(order[:num_snapshots], touches[-1])
+                place = int(np.searchsorted(order[:num_snapshots], touches[-1]))
+                own_distance[request] = num_snapshots - place
                 order[place : num_snapshots - 1] = order[place + 1 : num_snapshots]
             else:
+                own_distance[request] = UNLIMITED
                 num_snapshots += 1
             order[num_snapshots - 1] = request
             touched_by[ends[-1]] = request
@@ -85,6 +91,7 @@ def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
         request=np.repeat(np.arange(trace.num_requests), counts),
         boundary=np.concatenate(boundaries),
         distance=np.concatenate(distances),
+        own_distance=own_distance,
     )
 
 
@@ -103,7 +110,7 @@ def last_hits(
     Cost: O(boundaries found * log(capacities)), and O(snapshot capacities) for each that a larger one in reach of the
     same KV capacity does not make useless.
     """
-    kv_distance = _kv_distances(distances, found, tokens_per_block)
+    kv_distance = kv_distances(distances, found, tokens_per_block)
     fits_from = np.searchsorted(capacities, kv_distance)
     snapshot_fits_from = np.searchsorted(snapshot_capacities, found.distance)
     kept = _useful(found.request, fits_from, snapshot_fits_from)
@@ -133,7 +140,7 @@ def last_usable(
 
     Cost: O(boundaries found * log(segments)).
     """
-    fits = (found.distance <= num_snapshots) & (_kv_distances(distances, found, tokens_per_block) <= num_blocks)
+    fits = (found.distance <= num_snapshots) & (kv_distances(distances, found, tokens_per_block) <= num_blocks)
     usable = np.zeros(num_requests, dtype=np.int64)
     # of several values for one index the last one stays: the deepest
     usable[found.request[fits]] = found.boundary[fits] * found.ssm_reuse_interval
@@ -175,7 +182,7 @@ def snapshots_keep_their_kv(trace: Trace, ssm_reuse_interval: int, num_blocks: i
     return True
 
 
-def _kv_distances(distances: StackDistances, found: LastBoundaries, tokens_per_block: int) -> Int64Array:
+def kv_distances(distances: StackDistances, found: LastBoundaries, tokens_per_block: int) -> Int64Array:
     """[num_found] KV distance of the block that ends at the boundary."""
     end = found.boundary * (found.ssm_reuse_interval // distances.tokens_per_block)
     path = int(distances.end.max(initial=0)) + 1
