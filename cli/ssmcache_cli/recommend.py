@@ -93,7 +93,10 @@ def recommend_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Find the interval, block size, admission and split of the memory that save most prefill time, and how sure it is."""
+    """Find the interval, block size, admission and split of the memory that save most prefill time.
+
+    It says how sure that is, what the runner-up costs, and what unlimited memory would give.
+    """
     stopwatch = Stopwatch()
     memory_bytes = parse_size(gpu_memory)
     if memory_bytes is None:

@@ -33,6 +33,7 @@ _COLUMNS = (
 _FULL_WIDTH = 60
 _ADMISSION_SUFFIX = {"every": "", "last": " last"}
 _TIERS = {"gpu": "on the GPU", "host": "in host memory", "disk": "on disk"}
+_NO_PHASE = "Phase: not judged, there is no room for longer prompts, or intervals are one block of the trace."
 _ONLY_ONE = "No runner-up: there was nothing else to choose from."
 
 
@@ -145,25 +146,22 @@ def _search_text(answer: Recommendation) -> str:
         return ""
     text = f"The grid cannot tell all of this exactly: {answer.num_replays} settings were replayed, best promise first."
     if not answer.num_promising:
-        return f"{text} No estimate that is left promises more."
-    return f"{text} {answer.num_promising} more promise more than the best: raise --replays to look at them."
+        return f"{text} By their estimates, no others come near."
+    return f"{text} By their estimates, {answer.num_promising} others might be better: raise --replays to look at them."
 
 
 def _phases_text(answer: Recommendation) -> str:
     cases = answer.certainty.phase_cases
     if not cases:
-        return "Phase: not judged, the interval is one block of the trace." if _has_no_phase(answer) else ""
+        return _NO_PHASE if answer.best.shape.ssm_reuse_interval is not None else ""
     saved = [case.best_saved_share for case in cases]
     ahead = sum(case.margin_share > 0 for case in cases)
     compared = f", and is ahead of the runner-up in {ahead}" if answer.runner_up is not None else ""
+    shifts = "1 shift" if len(cases) == 1 else f"{len(cases)} shifts"
     return (
-        f"Phase: with {len(cases)} shifts of all prompts against the interval, as by a longer system prompt, it saves "
+        f"Phase: with {shifts} of all prompts against the interval, as by a longer system prompt, it saves "
         f"{_share(min(saved))} to {_share(max(saved))}{compared}."
     )
-
-
-def _has_no_phase(answer: Recommendation) -> bool:
-    return answer.best.shape.ssm_reuse_interval is not None
 
 
 def _parts_text(answer: Recommendation) -> str:

@@ -204,7 +204,9 @@ def _runner_up(choices: Sequence[Choice]) -> int | None:
 
 
 def _cases(trace: Trace, distances: StackDistances, rater: Rater, compared: Sequence[Contender]) -> list[Case]:
-    """What the choice is repeated on. Shifts are those that leave room for the longer prompts."""
+    """What the choice is repeated on. Shifts are over the longer interval of both that are compared, as far as both
+    have room for the longer prompts.
+    """
     question, cost, longest = rater.question, rater.cost, int(trace.prompt_tokens.max())
 
     def fits(shift: int) -> bool:
@@ -214,7 +216,8 @@ def _cases(trace: Trace, distances: StackDistances, rater: Rater, compared: Sequ
                 return False
         return True
 
-    shifts = shifts_of(compared[0].shape.step, trace.tokens_per_block, question.num_phases + 1)[1:]
+    period = max(contender.shape.step for contender in compared)
+    shifts = shifts_of(period, trace.tokens_per_block, question.num_phases + 1)[1:]
     return [
         *piece_cases(trace, cost, question.num_pieces, question.seed),
         *phase_cases(trace, cost, [shift for shift in shifts if fits(shift)]),

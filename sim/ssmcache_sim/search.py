@@ -2,18 +2,23 @@
 
 Best first: whoever promises most is replayed next. What a replay says of one setting corrects the estimates of its
 likes: those of the same block, interval and admission by as much as it was off on the mean, until there is one those of
-the same admission. Around the best split found so far the splits halfway to its neighbours are looked at, too. The
-search ends when neither the best nor the runner-up can be overtaken by a promise that is left, or with the last replay
-that it may make: then the answer says how many promises were left. It is no proof: an estimate may be too low.
+the same admission. Splits are a few of each shape at first, and more of them around the most promising one before the
+first replay of its shape. The search ends when no promise that is left could overtake the best or the runner-up, even
+if its estimate is off by as much as the errors seen so far differ (those of its shape, if there are any); or with the last replay that it may make:
+then the answer says how many such promises were left. It is no proof: an estimate may be further off than any seen.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import mean
 
 from ssmcache_sim.candidates import Shape
 
 _NOTHING = float("-inf")
+_NEAR = 0.02  # of the SSM slots: no estimate is made of a split as near as that to another one,
+_ALIKE = 0.1  # and no replay as near as that
+_COARSE = 0.1  # of what is to be overtaken: what a few splits of a shape may miss
 
 Option = tuple[Shape, int]  # a shape, and the SSM slots on the GPU
 
@@ -26,7 +31,7 @@ class SearchResult:
         saved_ns: of each setting that was measured.
         estimates: of each setting that was looked at.
         num_replays: made.
-        num_promising: settings that still promise more than the best that was measured.
+        num_promising: settings that might still have overtaken the best or the runner-up.
     """
 
     saved_ns: Mapping[Option, int]
@@ -41,6 +46,7 @@ class _Search:
     measure: Callable[[Option], int]
     estimates: dict[Option, int] = field(default_factory=dict)
     measured: dict[Option, int] = field(default_factory=dict)
+    refined: set[Shape] = field(default_factory=set)
 
     def look_at(self, option: Option) -> None:
         if option not in self.estimates:
@@ -59,15 +65,33 @@ class _Search:
             if option not in self.measured
         }
 
-    def look_around(self, option: Option) -> None:
-        """The splits halfway to the neighbours of one, if it is the best of its shape."""
+    def slack(self, shape: Shape) -> int:
+        """By how much estimates were off differently: those of the shape, if any were compared, else all."""
+        errors = {option: saved_ns - self.estimates[option] for option, saved_ns in self.measured.items()}
+        compared = [error for option, error in errors.items() if option[0] == shape] or list(errors.values())
+        return max(compared, default=0) - min(compared, default=0)
+
+    def could_pass(self, option: Option, saved_ns: int, bar: float) -> bool:
+        """Whether a promise is above the bar, or near it while only a few splits of its shape were looked at."""
+        return saved_ns > bar or (option[0] not in self.refined and saved_ns + _COARSE * abs(bar) > bar)
+
+    def is_like_measured(self, option: Option) -> bool:
+        """Whether a split was measured that is hardly another one."""
         shape, slots = option
-        if any(other[0] == shape and saved > self.measured[option] for other, saved in self.measured.items()):
-            return
-        known = sorted(other for of_shape, other in self.estimates if of_shape == shape)
-        place = known.index(slots)
-        for neighbour in known[max(0, place - 1) : place] + known[place + 1 : place + 2]:
-            self.look_at((shape, (slots + neighbour) // 2))
+        return any(shape == other and abs(slots - measured) <= _ALIKE * measured for other, measured in self.measured)
+
+    def refine(self, shape: Shape) -> None:
+        """Looks at more splits around the most promising one of a shape, until its neighbours are near."""
+        self.refined.add(shape)
+        while True:
+            slots = sorted(count for of_shape, count in self.estimates if of_shape == shape)
+            place = max(range(len(slots)), key=lambda index: self.estimates[shape, slots[index]])
+            near = slots[max(0, place - 1) : place + 2]
+            between = {(low + high) // 2 for low, high in pairwise(near) if high - low > 1 + slots[place] * _NEAR}
+            if not between:
+                return
+            for count in between:
+                self.look_at((shape, count))
 
 
 def search(
@@ -93,18 +117,23 @@ def search(
     num_made = 0
     while promises := found.promises():
         best_of = _best_of_each_shape(known, found.measured)
-        ahead = {option: saved for option, saved in promises.items() if saved > _bar(option[0], best_of)}
+        bars = {shape: _bar(shape, best_of) - found.slack(shape) for shape, _ in promises}
+        ahead = {
+            option: saved
+            for option, saved in promises.items()
+            if found.could_pass(option, saved, bars[option[0]]) and not found.is_like_measured(option)
+        }
         if not ahead:
             break
         option = max(ahead, key=lambda each: ahead[each])
+        if option[0] not in found.refined:
+            found.refine(option[0])
+            continue
         if costs_replay(option):
             if num_made == num_replays:
-                best = max(best_of.values(), default=_NOTHING)
-                num_promising = sum(saved > best for saved in promises.values())
-                return SearchResult(found.measured, found.estimates, num_made, num_promising)
+                return SearchResult(found.measured, found.estimates, num_made, len(ahead))
             num_made += 1
         found.measured[option] = measure(option)
-        found.look_around(option)
         progress(num_made)
     return SearchResult(found.measured, found.estimates, num_made, 0)
 

@@ -14,7 +14,7 @@ from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.settings import Prefill
 
 # one operation and one byte take a nanosecond
-SLOW = DeviceProfile("slow", 2e9, 0.5, 1e9, launch_seconds=7e-9, pass_tokens=10, pass_seconds=1e-6)
+SLOW = DeviceProfile("slow", 2e9, 0.5, 1e9, 1e9, 1e8, launch_seconds=7e-9, pass_tokens=10, pass_seconds=1e-6)
 TINY = PrefillCost(SLOW, "chunked", 100, 10, attention_flops_per_pair=4, snapshot_bytes=50)
 
 

@@ -16,7 +16,7 @@ from ssmcache_sim.splits import Splits, possible_splits, split_totals, unlimited
 from ssmcache_sim.trace import Trace
 
 TraceOf = Callable[..., Trace]
-DEVICE = DeviceProfile("slow", 2e9, 0.5, 1e9, launch_seconds=7e-9, pass_tokens=5, pass_seconds=1e-6)
+DEVICE = DeviceProfile("slow", 2e9, 0.5, 1e9, 1e9, 1e8, launch_seconds=7e-9, pass_tokens=5, pass_seconds=1e-6)
 COST = PrefillCost(DEVICE, "chunked", 100, 10, attention_flops_per_pair=4, snapshot_bytes=50)
 KV_BYTES, SLOT_BYTES = 3, 13  # of a token, and of a state
 prompts_of_few_tokens = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=26), min_size=1, max_size=20)
