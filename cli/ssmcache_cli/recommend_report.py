@@ -171,10 +171,11 @@ def _parts_text(answer: Recommendation) -> str:
     saved = [case.best_saved_share for case in cases]
     ahead = sum(case.margin_share > 0 for case in cases)
     compared = f", is ahead of the runner-up on {ahead}" if answer.runner_up is not None else ""
+    among = ", of these two and all that need no replay" if answer.num_replays else ""
     return (
         f"How sure: on {len(cases)} parts of the trace (halves, and random pieces as long, each from an empty cache) "
         f"it saves {_share(min(saved))} to {_share(max(saved))}{compared}, and at most "
-        f"{_points(max(map(_regret, cases)))} less than what is best for that part."
+        f"{_points(max(map(_regret, cases)))} less than what is best for that part{among}."
     )
 
 
@@ -201,13 +202,17 @@ def _left_out_text(answer: Recommendation) -> str:
     steps = sorted({each.shape.step for each in answer.left_out})
     least = min(each.least_memory_bytes for each in answer.left_out)
     which = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
-    return f"Not judged: {which}, where the largest request alone needs {format_size(least)} or more."
+    judged = {choice.shape.admission for choice in answer.choices}
+    every = ", every boundary kept" if not judged <= {each.shape.admission for each in answer.left_out} else ""
+    return f"Not judged: {which}{every}, where the largest request alone needs {format_size(least)} or more."
 
 
 def _table(answer: Recommendation, width: int) -> Table:
     choices = list(_best_of_each_interval(answer))
     has_estimates = any(choice.by == "estimate" for choice in choices)
-    table = Table(caption=_CAPTION + _ESTIMATED * has_estimates, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        caption=_CAPTION + _ESTIMATED * has_estimates, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     columns = _COLUMNS if width >= _FULL_WIDTH else tuple(column for column in _COLUMNS if column[1])
     for heading, _ in columns:
         table.add_column(heading, justify="right")

@@ -4,8 +4,9 @@ Best first: whoever promises most is replayed next. What a replay says of one se
 likes: those of the same block, interval and admission by as much as it was off on the mean, until there is one those of
 the same admission. Splits are a few of each shape at first, and more of them around the most promising one before the
 first replay of its shape. The search ends when no promise that is left could overtake the best or the runner-up, even
-if its estimate is off by as much as the errors seen so far differ (those of its shape, if there are any); or with the last replay that it may make:
-then the answer says how many such promises were left. It is no proof: an estimate may be further off than any seen.
+if its estimate is off by as much as the errors seen so far differ (those of its shape, if there are any); or with the
+last replay that it may make: then the answer says how many such promises were left. It is no proof: an estimate may be
+further off than any seen.
 """
 
 from collections.abc import Callable, Mapping

@@ -95,7 +95,10 @@ def test_what_is_not_judged_is_said(run_here: RunHere, sample: str) -> None:
     _, out, _ = run_here("recommend", sample, "--model", "nemotron-h-8b", "--gpu-memory", "20GiB")
     # 121,924 tokens are 238 full blocks of 512 and a page more; 239 states of 102,137,856 bytes; KV of 16 KiB a token
     least = 239 * 102_137_856 + 239 * 512 * 16_384
-    assert f"Not judged: 512, where the largest request alone needs {least / 2**30:.4g} GiB or more." in words_of(out)
+    assert (
+        f"Not judged: 512, every boundary kept, where the largest request alone needs {least / 2**30:.4g} GiB or more."
+        in words_of(out)
+    )
 
 
 def test_a_choice_that_saves_nothing_is_not_praised(run_here: RunHere, tmp_path: Path) -> None:
