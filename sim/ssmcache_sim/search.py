@@ -4,11 +4,12 @@ Best first: whoever promises most is replayed next. What a replay says of one se
 likes: those of the same block, interval and admission by as much as it was off on the mean, until there is one those of
 the same admission. Splits are a few of each shape at first, and more of them around the most promising one before the
 first replay of its shape. The search ends when no promise that is left could overtake the best or the runner-up, even
-if its estimate is off by as much as the errors seen so far differ (those of its shape, if there are any); or with the
-last replay that it may make: then the answer says how many such promises were left. It is no proof: an estimate may be
-further off than any seen.
+if its estimate is off by as much as the errors seen so far differ (those of its shape, if there are any), and a few
+splits of these two were replayed; or with the last replay that it may make: then the answer says how many such promises
+were left. It is no proof: an estimate may be further off than any seen.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,7 @@ from ssmcache_sim.candidates import Shape
 _NOTHING = float("-inf")
 _NEAR = 0.02  # of the SSM slots: no estimate is made of a split as near as that to another one,
 _ALIKE = 0.1  # and no replay as near as that
+_LEAST = 3  # splits of the best and the runner-up that are replayed, if there are so many
 _COARSE = 0.1  # of what is to be overtaken: what a few splits of a shape may miss
 
 Option = tuple[Shape, int]  # a shape, and the SSM slots on the GPU
@@ -72,6 +74,20 @@ class _Search:
         compared = [error for option, error in errors.items() if option[0] == shape] or list(errors.values())
         return max(compared, default=0) - min(compared, default=0)
 
+    def to_compare(
+        self, promises: Mapping[Option, int], best_of: Mapping[Shape, int], costs_replay: Callable[[Option], bool]
+    ) -> dict[Option, int]:
+        """More splits of the best and the runner-up, where too few were replayed to know how far estimates are off."""
+        leader = max(best_of, key=lambda shape: best_of[shape])
+        others = [shape for shape in best_of if differs(shape, leader)]
+        chosen = {leader, max(others, key=lambda shape: best_of[shape])} if others else {leader}
+        counts = Counter(option[0] for option in self.measured if costs_replay(option))
+        return {
+            option: saved
+            for option, saved in promises.items()
+            if option[0] in chosen and 0 < counts[option[0]] < _LEAST and not self.is_like_measured(option)
+        }
+
     def could_pass(self, option: Option, saved_ns: int, bar: float) -> bool:
         """Whether a promise is above the bar, or near it while only a few splits of its shape were looked at."""
         return saved_ns > bar or (option[0] not in self.refined and saved_ns + _COARSE * abs(bar) > bar)
@@ -124,9 +140,10 @@ def search(
             for option, saved in promises.items()
             if found.could_pass(option, saved, bars[option[0]]) and not found.is_like_measured(option)
         }
-        if not ahead:
+        worth_it = ahead or found.to_compare(promises, best_of, costs_replay)
+        if not worth_it:
             break
-        option = max(ahead, key=lambda each: ahead[each])
+        option = max(worth_it, key=lambda each: worth_it[each])
         if option[0] not in found.refined:
             found.refine(option[0])
             continue

@@ -169,7 +169,8 @@ def test_what_is_searched_by_replays_saves_what_its_replay_saves(
         assert choice.hit_tokens == sum(choice.hit_tokens_by_tier)
 
 
-def test_the_search_finds_nearly_the_best_of_all_replays(trace_of: TraceOf) -> None:
+@pytest.mark.parametrize("host_bytes", [0, 80])
+def test_the_search_finds_nearly_the_best_of_all_replays(trace_of: TraceOf, host_bytes: int) -> None:
     random, regrets = np.random.default_rng(3), []
     for _ in range(12):
         stems = [random.integers(0, 2, 12).tolist() for _ in range(4)]
@@ -179,20 +180,26 @@ def test_the_search_finds_nearly_the_best_of_all_replays(trace_of: TraceOf) -> N
         ]
         trace, memory_bytes = trace_of(prompts, 2), 160
         question = Question(
-            memory_bytes, tokens_per_block=(2,), device=DEVICE, num_pieces=0, num_phases=0, admissions=("last",)
+            memory_bytes,
+            tokens_per_block=(2,),
+            device=DEVICE,
+            num_pieces=0,
+            num_phases=0,
+            admissions=("last",),
+            host_memory_bytes=host_bytes,
         )
         answer = recommend(trace, TINY, question)
         longest = max(map(len, prompts))
         best = max(
-            saved_by_replay(trace, Shape(2, interval, "last"), memory_bytes, num_slots)
+            saved_by_replay(trace, Shape(2, interval, "last"), memory_bytes, num_slots, host_bytes)
             for interval in {choice.shape.ssm_reuse_interval for choice in answer.choices}
             for num_slots in range(2, memory_bytes // 13)
             if (memory_bytes - num_slots * 13) // 4 > longest // 2
         )
         regrets.append((best - answer.best.saved_ns) / abs(best))
         assert answer.num_replays <= 24
-    assert np.mean(regrets) < 0.03
-    assert np.median(regrets) < 0.005
+    assert np.mean(regrets) < 0.01
+    assert np.median(regrets) == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize("disk_gib", [0, 100])

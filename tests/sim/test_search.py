@@ -32,17 +32,17 @@ def find(
     return search(OPTIONS, estimate, measure, known or {}, num_replays, lambda option: True, lambda done: None), made
 
 
-def test_true_estimates_need_a_replay_of_the_best_and_one_of_the_runner_up() -> None:
+def test_true_estimates_need_a_few_replays_of_the_best_and_the_runner_up() -> None:
     found, made = find(savings)
-    assert (found.num_replays, found.num_promising) == (2, 0)
-    assert [shape.ssm_reuse_interval for shape, _ in made] == [2, 1]
+    assert (found.num_replays, found.num_promising) == (6, 0)
+    assert [shape.ssm_reuse_interval for shape, _ in made] == [2, 1, 2, 2, 1, 1]
     assert max(found.saved_ns.values()) >= 10_000 - 2
 
 
 @pytest.mark.parametrize("error", [-4000, 4000])
 def test_an_error_that_all_estimates_share_is_corrected(error: int) -> None:
     found, made = find(lambda option: savings(option) + error)
-    assert len(made) == 2
+    assert len(made) == 6
     assert max(found.saved_ns.values()) >= 10_000 - 2
 
 
