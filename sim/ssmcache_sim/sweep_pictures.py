@@ -42,7 +42,7 @@ def sweep_figures(run: SweepRun) -> Iterator[tuple[str, Figure]]:
     """
     what = trace_and_model(run.manifest)
     is_last = run.cells["admission"] == "last"
-    for last, suffix, words in ((False, "", ""), (True, "_last", ", last boundary of each request only")):
+    for last, suffix, words in ((False, "", ""), (True, "_last", "\nlast boundary of each request only")):
         cells = run.cells[is_last.fillna(False) == last]
         if len(cells):
             part = replace(run, cells=cells, details=_at_admission(last, run.details))
@@ -125,7 +125,8 @@ def hit_rate_against_memory(cells: pd.DataFrame, title: str) -> Figure:
         axes.plot(gib[finite], rates, marker="o", markersize=4, color=colour, label=name)
         ceiling = floats(group, "ceiling_token_hit_rate")[0]
         axes.axhline(ceiling, color=colour, linestyle="--", linewidth=1)
-    axes.plot([], [], color="black", linestyle="--", linewidth=1, label="ceiling: unlimited memory")
+    every = ", every boundary" if (cells["admission"] == "last").any() else ""
+    axes.plot([], [], color="black", linestyle="--", linewidth=1, label=f"ceiling: unlimited memory{every}")
     memory_axis(axes, memory_bytes(cells) / GIB)
     axes.set_ylabel("usable token hit rate (% of prompt tokens)")
     percent_axis(axes)
