@@ -122,7 +122,9 @@ def _runner_up_text(answer: Recommendation) -> str:
     )
     if not certainty.within_noise:
         return text
-    return f"{text} Warning: that is within noise, {_points(certainty.noise_share)} on parts of the trace; take either."
+    return (
+        f"{text} Warning: that is within noise, {_points(certainty.noise_share)} on its parts and shifts; take either."
+    )
 
 
 def _ceiling_text(answer: Recommendation) -> str:
