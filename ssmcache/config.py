@@ -4,11 +4,13 @@ Sizes are in bytes, lengths in tokens. A wrong value raises `ValueError` that sa
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from ssmcache.units import format_size
 
 DEFAULT_SSM_REUSE_INTERVAL = 512
+# which multiples of the interval get a snapshot: every one, or a request's last one only
+Admission = Literal["every", "last"]
 
 
 def _require(condition: bool, what: str, expected: str, got: object) -> None:
@@ -180,6 +182,9 @@ class KVCacheManagerConfig:
     Attributes:
         cache_tiers: the GPU, then host memory and disk, as far as they are used.
         ssm_reuse_interval: tokens between snapshots; checked only where an SSM layer exists.
+        admission: which multiples of it get a snapshot. "every": each. "last": of a prompt the last one alone, and
+            while decoding the last one so far, which takes the place of the sequence's own one before unless others
+            have made use of that. A sequence touches that one snapshot; all others stay until it is their turn to go.
         enable_partial_reuse: whether a last block may match in part; None: on without SSM layers, off with them.
         max_util_for_resume: share of a pool that other sequences may lock for one more to be let in.
         constraints: batches that must always fit on the GPU; they are floors of its pools.
@@ -200,6 +205,7 @@ class KVCacheManagerConfig:
     typical_step: BatchDesc | None = None
     ssm_fraction: float | None = None
     event_buffer_size: int = 0
+    admission: Admission = "every"
 
     def __post_init__(self) -> None:
         for name in ("layers", "cache_tiers", "constraints"):
@@ -225,6 +231,7 @@ class KVCacheManagerConfig:
         _require(is_count, "event_buffer_size", "an integer >= 0", self.event_buffer_size)
 
     def _check_ssm(self) -> None:
+        _require(self.admission in get_args(Admission), "admission", "'every' or 'last'", self.admission)
         _require_positive_int("ssm_reuse_interval", self.ssm_reuse_interval)
         _require(
             self.ssm_reuse_interval % self.tokens_per_block == 0,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ssmcache.compaction import private_slots, segments_of
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pins import Pin
-from ssmcache.segments import Segment
+from ssmcache.segments import Segment, SparseSegment
 from ssmcache.sparse import SparseStore
 from ssmcache.tiers import Tiers
 from ssmcache.tree import Root, Run
@@ -43,6 +43,17 @@ def check_manager(manager: KVCacheManager) -> None:
     if store.snapshots is not None:
         cached = {(segment.tier, slot) for segment in segments_of(manager, store.snapshots) for slot in segment.slots}
         _expect(store.snapshots.reused_slots() <= cached, "a slot that is no snapshot counts as a reused one")
+        for segment in (segment for run in runs for segment in store.snapshots.on(run)):
+            _check_snapshots(manager, segment)
+
+
+def _check_snapshots(manager: KVCacheManager, segment: SparseSegment) -> None:
+    """They lie where the admission policy can want them, and are touched together only where it says so."""
+    admission, block = manager.admission, manager.tokens_per_block
+    ends = [(ordinal + 1) * block for ordinal in segment.ordinals]
+    _expect(not any(end % admission.interval for end in ends), f"snapshots at {ends}, interval {admission.interval}")
+    together = admission.keeps_path or len(ends) == 1
+    _expect(together, f"snapshots at {ends} were touched together, though each has a request of its own")
 
 
 def _check_slots(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> None:

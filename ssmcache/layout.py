@@ -92,10 +92,11 @@ def slots_of_sequence(group: LayerGroup, desc: KVCacheDesc, tokens_per_block: in
 
 
 def step_slots(group: LayerGroup, batch: BatchDesc, config: KVCacheManagerConfig) -> int:
-    """Slots that the sequences of a typical step use at once, with the snapshots of the interval."""
+    """Slots that the sequences of a typical step use at once, with the snapshots that they keep."""
     slots = sum(slots_of_sequence(group, desc, config.tokens_per_block) for desc in batch.kv_caches)
     if group.kind is LayerGroupKind.SSM:
-        slots += sum(desc.capacity // config.ssm_reuse_interval for desc in batch.kv_caches)
+        num_boundaries = [desc.capacity // config.ssm_reuse_interval for desc in batch.kv_caches]
+        slots += sum(num_boundaries if config.admission == "every" else map(bool, num_boundaries))
     return slots
 
 

@@ -7,7 +7,7 @@ from threading import RLock
 from typing import Any
 
 from ssmcache import sizing
-from ssmcache.admission import IntervalAdmission
+from ssmcache.admission import admission_of
 from ssmcache.config import KVCacheManagerConfig
 from ssmcache.events import CacheEvent, CacheObserver, EventLog
 from ssmcache.invariants import check_manager
@@ -66,11 +66,12 @@ class KVCacheManager:
         size = config.event_buffer_size
         self.event_log = EventLog(size, self._token_ids) if size else None
         told = self.event_log if observer is None else observer
-        self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, told)
+        self.admission = admission_of(config.admission, config.ssm_reuse_interval)
+        keeps_path = self.admission.keeps_path
+        self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, told, keeps_path)
         self.page_group = -1 if self.store.pages is None else self.store.pages.layer_group
         self.state_group = -1 if self.store.snapshots is None else self.store.snapshots.layer_group
         self.streams = StreamOrder(memory)
-        self.admission = IntervalAdmission(config.ssm_reuse_interval)
         self.counters = Counters(len(config.cache_tiers))
         self.traffic: deque[tuple[int, int]] = deque(maxlen=_TRAFFIC_SEQUENCES)  # (capacity, history) at the end
         self.num_active = 0

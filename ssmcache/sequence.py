@@ -71,7 +71,7 @@ class KVCache(SequencePages):
         self.usable_tokens_by_tier: tuple[int, ...] = ()  # where the match lay at the first resume, with several tiers
         self._stopped = False
         self._rows = None
-        self.states = None if store.snapshots is None else SequenceStates(manager, self.priority)
+        self.states = None if store.snapshots is None else SequenceStates(manager, self.priority, num_tokens + 1)
         self.windows: tuple[SequenceWindow, ...] = ()
         if store.windows:
             self.windows = tuple(SequenceWindow(window, self, self.priority) for window in store.windows)
@@ -246,13 +246,13 @@ class KVCache(SequencePages):
         """
         if self.states is None:
             return range(0)
-        return self.manager.admission.points(self.num_committed_tokens, end)
+        return self.states.admission.points(self.num_committed_tokens, end, self.states.prompt_tokens)
 
     def next_snapshot_point(self) -> int | None:
         """The next position at which a snapshot is wanted; None without SSM layers. For decoding."""
         if self.states is None:
             return None
-        return self.manager.admission.next_point(self.num_committed_tokens)
+        return self.states.admission.next_point(self.num_committed_tokens, self.states.prompt_tokens)
 
     def reserve_snapshots(self, points: Iterable[int]) -> dict[int, int]:
         """Slots for states that a kernel writes itself while it passes `points`: {position: slot}, with those of
@@ -375,6 +375,9 @@ class KVCache(SequencePages):
             if self.states.live_slot < 0:
                 raise StateError("ssm_slot: expected a resumed sequence")
             return self.states.live_slot
+
+    def touch_own_snapshot(self, stamp: int) -> int:
+        return -1 if self.states is None else self.states.touch_own(self.cursor, self.num_committed_tokens, stamp)
 
     def set_stream(self, stream: Any) -> None:
         """Go on computing on another stream, which waits for what the present one was given so far.

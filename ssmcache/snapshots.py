@@ -28,6 +28,10 @@ class SnapshotStore(SparseStore):
     def note_reuse(self, tier: int, slot: int) -> None:
         self._reused[tier].add(slot)
 
+    def is_of_use(self, tier: int, slot: int) -> bool:
+        """Whether somebody has started from the snapshot in a slot, or depends on it."""
+        return slot in self._reused[tier] or slot in self.pins.by_slot[tier]
+
     def reused_slots(self) -> set[tuple[int, int]]:
         """(tier, slot) of the snapshots that somebody has started from."""
         return {(tier, slot) for tier, slots in enumerate(self._reused) for slot in slots}

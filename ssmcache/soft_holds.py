@@ -35,6 +35,10 @@ class PathHolder:
     pins: Pins
     partial: Partial | None
 
+    def touch_own_snapshot(self, stamp: int) -> int:
+        """Stamp the snapshot at the last boundary of what was committed; returns its block, -1 if there is none."""
+        raise NotImplementedError
+
 
 SoftHold = tuple[Run, Pin | None, Pins, Partial | None]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _NONE: frozenset[int] = frozenset()
 _NO_SLOTS = int_array()
+_NOTHING = (-1, 0)
 
 
 class SequenceStates:
@@ -26,15 +27,19 @@ class SequenceStates:
     """
 
     __slots__ = (
-        "_manager", "_points", "_priority", "_refused", "_slots", "_snapshots", "live_slot", "stream",
+        "_manager", "_points", "_priority", "_refused", "_slots", "_snapshots", "_taken", "admission", "live_slot",
+        "prompt_tokens", "stream",
     )  # fmt: skip
 
-    def __init__(self, manager: KVCacheManager, priority: Priority | None) -> None:
+    def __init__(self, manager: KVCacheManager, priority: Priority | None, prompt_tokens: int) -> None:
         snapshots = manager.store.snapshots
         assert snapshots is not None
         self._manager = manager
         self._snapshots = snapshots
         self._priority = priority
+        self.admission = manager.admission
+        self.prompt_tokens = prompt_tokens
+        self._taken = _NOTHING  # block and stamp of the last snapshot that it took, where it keeps but one
         self.stream: Any = None
         self._refused: frozenset[int] = _NONE  # points that a reservation had no room for
         self.live_slot = -1
@@ -104,10 +109,12 @@ class SequenceStates:
             snapshots.pins.count(source, locked=-1)
 
     def _room_beside(self, cursor: Run, wanted: int) -> int:
-        """Slots, up to `wanted`, that can be had without giving up a snapshot of one's own path."""
-        snapshots, manager = self._snapshots, self._manager
+        """Slots, up to `wanted`, that can be had without giving up a snapshot of one's own path that is to be kept."""
+        snapshots = self._snapshots
+        if not self.admission.keeps_path:
+            return min(wanted, snapshots.obtainable())
         # counting the own ones takes a walk; they are never more than the points of the path
-        num_points = len(manager.admission.points(0, cursor.end * manager.tokens_per_block))
+        num_points = len(self.admission.points(0, cursor.end * self._manager.tokens_per_block, self.prompt_tokens))
         if snapshots.has_room_for(wanted + num_points):
             return wanted
         snapshots.protect(cursor)
@@ -121,7 +128,8 @@ class SequenceStates:
         pool = snapshots.gpu_pool
         if count <= pool.capacity - pool.used:
             return pool.take(count)
-        snapshots.protect(cursor)
+        if self.admission.keeps_path:
+            snapshots.protect(cursor)
         try:
             return snapshots.take(count, self.stream)
         except TransferError:
@@ -152,11 +160,11 @@ class SequenceStates:
 
     def _worth_reserving(self, points: Sequence[int], cursor: Run) -> Sequence[int]:
         """The points that are admitted, and have neither a snapshot nor a reserved slot yet."""
-        admitted = self._manager.admission.points(points[0] - 1, points[-1])
+        admitted = self.admission.points(points[0] - 1, points[-1], self.prompt_tokens)
         if points != admitted:
-            kept = [point for point in points if point in admitted]
-            self._manager.counters.snapshots_skipped_not_admitted += len(points) - len(kept)
-            points = kept
+            interval = self.admission.interval  # what is not wanted of its multiples, the commit counts
+            self._manager.counters.snapshots_skipped_not_admitted += sum(point % interval > 0 for point in points)
+            points = [point for point in points if point in admitted]
         if self._slots:
             points = [point for point in points if point not in self._points]
         # adopted blocks beyond the start may have snapshots already: a slot for them would push out another for nothing
@@ -175,7 +183,12 @@ class SequenceStates:
 
     def commit(self, cursor: Run, start: int, end: int, history_length: int) -> None:
         """Keep the snapshots of a commit of tokens `start`..`end - 1`; its blocks are in the tree already."""
-        points = self._manager.admission.points(start, end)
+        points = self.admission.points(start, end, self.prompt_tokens)
+        keeps_path = self.admission.keeps_path
+        if not keeps_path:
+            interval = self.admission.interval
+            passed_over = end // interval - start // interval - len(points)
+            self._manager.counters.snapshots_skipped_not_admitted += passed_over
         if points:
             block = self._manager.tokens_per_block
             first = points.start // block - 1
@@ -188,21 +201,55 @@ class SequenceStates:
                 self._points, self._slots = (), _NO_SLOTS
             else:
                 ordinals, slots = self._collect(points, present, cursor, end, history_length)
+            if not keeps_path and (slots or first in present):
+                self._give_up_taken(cursor)
             if slots:
-                self._add(cursor, ordinals, slots)
+                stamp = self._add(cursor, ordinals, slots)
                 self._manager.counters.snapshots_taken += len(slots)
+                if not keeps_path:
+                    self._taken = first, stamp
         if self._slots or self._refused:
             self.give_back_reserved()
 
-    def _add(self, cursor: Run, ordinals: IntArray, slots: IntArray) -> None:
-        """Attach the states to their blocks, each with the priority of its block."""
+    def _give_up_taken(self, cursor: Run) -> None:
+        """The snapshot that this sequence took before has a successor: it goes, unless others have touched it, started
+        from it, or are about to.
+        """
+        snapshots, (block, stamp) = self._snapshots, self._taken
+        self._taken = _NOTHING
+        found = snapshots.find(cursor, block, block + 1) if block >= 0 else {}
+        if block in found:
+            segment, index = found[block]
+            if segment.stamp == stamp and not snapshots.is_of_use(segment.tier, segment.slots[index]):
+                slot = int_array((segment.slots[index],))
+                tier = segment.tier
+                snapshots.take_over(cursor, tier, slot[0])
+                snapshots.pools[tier].give_back(slot)
+                self._manager.store.version += 1
+                self._manager.counters.snapshots_superseded += 1
+
+    def touch_own(self, cursor: Run, num_committed: int, stamp: int) -> int:
+        """Stamp the snapshot at the last boundary of the committed tokens; returns its block, -1 if there is none."""
+        block = num_committed // self.admission.interval * self.admission.interval // self._manager.tokens_per_block - 1
+        found = self._snapshots.find(cursor, block, block + 1) if block >= 0 else {}
+        if block not in found:
+            return -1
+        segment, _ = found[block]
+        if self._taken == (block, segment.stamp):
+            self._taken = block, stamp
+        segment.stamp = stamp
+        return block
+
+    def _add(self, cursor: Run, ordinals: IntArray, slots: IntArray) -> int:
+        """Attach the states to their blocks, each with the priority of its block; returns the last stamp."""
         store, priority = self._manager.store, self._priority
         if priority is None:
-            store.add_snapshots(cursor, ordinals, slots)
-            return
+            return store.add_snapshots(cursor, ordinals, slots)
+        stamp = 0
         for rank, indices in by_rank(priority, self._snapshots.layer_group, ordinals).items():
             chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
-            store.add_snapshots(cursor, *chosen, rank)
+            stamp = store.add_snapshots(cursor, *chosen, rank)
+        return stamp
 
     def _collect(
         self, points: range, present: set[int], cursor: Run, end: int, history_length: int
@@ -211,7 +258,7 @@ class SequenceStates:
         block = self._manager.tokens_per_block
         reserved = dict(zip(self._points, self._slots, strict=True))
         # what this commit does not need goes back first, so that a copy at its end can have the room
-        for point in [point for point in reserved if point > end or point // block - 1 in present]:
+        for point in [point for point in reserved if point not in points or point // block - 1 in present]:
             self._snapshots.gpu_pool.give_back_one(reserved.pop(point))
         ordinals, slots = int_array(), int_array()
         for point in points:

@@ -52,6 +52,7 @@ class CacheStats:
 
     `usable_tokens_by_tier` says where the pages of the usable tokens lay when they were asked for (without attention
     layers: the states). Evicted is what left the last tier; `transfers` tells of moves between tiers and of copies.
+    Superseded are snapshots that their own sequence gave up for a later one (admission `last`).
     """
 
     lookups: int
@@ -68,6 +69,7 @@ class CacheStats:
     snapshots_skipped_no_room: int
     snapshots_skipped_not_admitted: int
     snapshots_skipped_history: int
+    snapshots_superseded: int
     pages_evicted: int
     window_pages_evicted: int
     copied_states: int
@@ -146,7 +148,8 @@ class Counters:
     __slots__ = (
         "attention_tokens", "copied", "copied_states", "lookup_tokens", "lookups", "snapshots_reused",
         "snapshots_skipped_crossed", "snapshots_skipped_history", "snapshots_skipped_no_room",
-        "snapshots_skipped_not_admitted", "snapshots_taken", "tree_tokens", "usable_tokens", "usable_tokens_below",
+        "snapshots_skipped_not_admitted", "snapshots_superseded", "snapshots_taken", "tree_tokens", "usable_tokens",
+        "usable_tokens_below",
     )  # fmt: skip
 
     def __init__(self, num_tiers: int) -> None:
@@ -160,6 +163,7 @@ class Counters:
         self.snapshots_skipped_history = 0
         self.snapshots_skipped_no_room = 0
         self.snapshots_skipped_not_admitted = 0
+        self.snapshots_superseded = 0
         self.snapshots_taken = 0
         self.tree_tokens = 0
         self.usable_tokens = 0

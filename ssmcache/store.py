@@ -27,6 +27,7 @@ class BlockStore(SoftHolds):
     Args:
         groups: the layer groups, and `pools` their pools by tier, in the same order.
         tokens_per_block: for the windows among them.
+        keeps_path: whether a touch reaches all snapshots of a path, see `SnapshotAdmission`.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class BlockStore(SoftHolds):
         memory: Memory,
         tokens_per_block: int,
         events: CacheObserver | None,
+        keeps_path: bool,
     ) -> None:
         super().__init__(tokens_per_block, len(pools[0]) > 1, events)
+        self._keeps_path = keeps_path
         self.pages = None
         self.snapshots = None
         windows: list[WindowStore] = []
@@ -139,8 +142,8 @@ class BlockStore(SoftHolds):
     # -- touches -----------------------------------------------------------------------------------------------------
 
     def touch(self, holder: PathHolder, num_private: int) -> int:
-        """Stamp every page and snapshot of the path, the deepest as the oldest; returns the stamp, which has room for
-        so many private blocks below.
+        """Stamp every page of the path and the snapshots that are touched with it, the deepest as the oldest; returns
+        the stamp, which has room for so many private blocks below.
         """
         run = holder.cursor
         stamp = self.clock.touch(run.end + num_private + 1)
@@ -150,8 +153,9 @@ class BlockStore(SoftHolds):
             if run.items:
                 self._stamp_items(run, stamp)
             run = run.parent
+        own = -1 if self._keeps_path else holder.touch_own_snapshot(stamp)
         if self.windows:
-            self._touch_windows(holder.cursor, stamp)
+            self._touch_windows(holder.cursor, stamp, own)
         return stamp
 
     def touch_and_release(self, holder: PathHolder, leaf: Run | None = None) -> None:
@@ -188,33 +192,43 @@ class BlockStore(SoftHolds):
             assert leaf.pages is not None
             leaf.pages.stamp = stamp
             self.settle_leaf(leaf)
+        own = -1 if self._keeps_path else holder.touch_own_snapshot(stamp)
         if self.windows:
-            self._touch_windows(cursor if leaf is None else leaf, stamp)
+            self._touch_windows(cursor if leaf is None else leaf, stamp, own)
         self.settle_leaf(cursor)
 
     def _stamp_items(self, run: Run, stamp: int) -> None:
-        """Stamp the snapshots of a run."""
+        """Stamp the snapshots of a run, where a touch reaches all of them."""
         items, snapshots = run.items, self.snapshots
+        if not self._keeps_path:
+            return
         if len(items) == 1 and items[0].store is snapshots:
             items[0].stamp = stamp
         elif snapshots is not None:
             snapshots.stamp(run, stamp)
 
-    def _touch_windows(self, cursor: Run, stamp: int) -> None:
-        """Stamp what a sequence needs that goes on at the end of the path, in hybrids also at its snapshots."""
+    def _touch_windows(self, cursor: Run, stamp: int, own: int) -> None:
+        """Stamp what a sequence needs that goes on at the end of the path, in hybrids also at its snapshots: at all, or
+        only at that of the block `own`.
+        """
         block = self.tokens_per_block
         ends = [cursor.start * block + cursor.num_tokens if cursor.num_tokens else cursor.end * block]
         if self.snapshots is not None:
-            ends += [(ordinal + 1) * block for ordinal in self.snapshots.ordinals_on(cursor, 0)]
+            touched = self.snapshots.ordinals_on(cursor, 0) if self._keeps_path else {own} - {-1}
+            ends += [(ordinal + 1) * block for ordinal in touched]
         for store in self.windows:
             store.touch(cursor, stamp, ends)
 
     # -- taking ------------------------------------------------------------------------------------------------------
 
-    def add_snapshots(self, cursor: Run, ordinals: IntArray, slots: IntArray, rank: int = DEFAULT_RANK) -> None:
-        """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each."""
+    def add_snapshots(self, cursor: Run, ordinals: IntArray, slots: IntArray, rank: int = DEFAULT_RANK) -> int:
+        """Attach states to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each. Returns
+        their stamp.
+        """
         assert self.snapshots is not None
-        self.snapshots.add(cursor, ordinals, slots, self.clock.touch(cursor.end), rank)
+        stamp = self.clock.touch(cursor.end)
+        self.snapshots.add(cursor, ordinals, slots, stamp, rank)
+        return stamp
 
     def all_tiers(self) -> tuple[Tiers[Any, Any], ...]:
         """Every layer group, in order."""

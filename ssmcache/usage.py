@@ -61,6 +61,7 @@ def collect_stats(manager: KVCacheManager) -> CacheStats:
         snapshots_skipped_no_room=counters.snapshots_skipped_no_room,
         snapshots_skipped_not_admitted=counters.snapshots_skipped_not_admitted,
         snapshots_skipped_history=counters.snapshots_skipped_history,
+        snapshots_superseded=counters.snapshots_superseded,
         pages_evicted=0 if store.pages is None else store.pages.num_evicted,
         window_pages_evicted=sum(window.num_evicted for window in store.windows),
         copied_states=counters.copied_states,

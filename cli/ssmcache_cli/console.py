@@ -82,6 +82,12 @@ PrefillOption = Annotated[
         "an interval). Both hit the same."
     ),
 ]
+AdmissionOption = Annotated[
+    str,
+    typer.Option(
+        help="Where snapshots are kept: `every` multiple of the interval, or the `last` one within each prompt alone."
+    ),
+]
 BandwidthProfileOption = Annotated[
     Path | None,
     typer.Option(

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from ssmcache_cli.console import (
+    AdmissionOption,
     BlockOption,
     DiskMemoryOption,
     FormatOption,
@@ -54,6 +55,7 @@ def explain_command(
     kv_dtype: KvDtypeOption = None,
     state_dtype: StateDtypeOption = None,
     prefill: PrefillOption = "reserved",
+    admission: AdmissionOption = "every",
     num_requests: RequestsOption = None,
     trace_block: TraceBlockOption = None,
     format_name: FormatOption = None,
@@ -68,7 +70,7 @@ def explain_command(
         raise UserError("explain: expected one of --request, --worst and --session, got several")
     asked = Asked(
         model, tokens_per_block, ssm_reuse_interval, gpu_memory, host_memory, disk_memory, None, ssm_fraction,
-        kv_dtype, state_dtype, prefill,
+        kv_dtype, state_dtype, prefill, admission=admission,
     )  # fmt: skip
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"):

@@ -10,6 +10,7 @@ import typer
 from ssmcache.models import load_model
 from ssmcache_cli.console import (
     BandwidthProfileOption,
+    DiskMemoryOption,
     FormatOption,
     KvDtypeOption,
     ModelOption,
@@ -43,14 +44,16 @@ from ssmcache_sim.recommend_results import (
     write_recommendation,
 )
 from ssmcache_sim.results import manifest_with_times
-from ssmcache_sim.settings import parse_prefill
-from ssmcache_sim.sizes import parse_size
+from ssmcache_sim.settings import parse_admissions, parse_prefill
+from ssmcache_sim.sizes import parse_size, parse_tier_size
 
 
 def recommend_command(
     trace: TraceArgument,
     model: ModelOption,
     gpu_memory: Annotated[str, typer.Option(help="Memory of the cache, to be split: 40GiB, 1.5TB.")] = "40GiB",
+    host_memory: Annotated[str, typer.Option(help="Host memory below the GPU: 200GiB, or 0 for none.")] = "0",
+    disk_memory: DiskMemoryOption = "0",
     tokens_per_block: Annotated[
         str | None,
         typer.Option(help="Block sizes to choose from: 512,1024 or 16:1024:x2. Default: the trace's own, up to 1,024."),
@@ -59,6 +62,16 @@ def recommend_command(
         str | None,
         typer.Option(help="Intervals to choose from. Default: 1, 2, 3, 4, 6, 8, 12 .. blocks of the trace."),
     ] = None,
+    admission: Annotated[
+        str,
+        typer.Option(
+            help="Where snapshots may be kept: `every` multiple of the interval, the `last` one within each prompt "
+            "alone, or one of both: every,last."
+        ),
+    ] = "every,last",
+    replays: Annotated[
+        int, typer.Option(min=1, help="At most so many replays where the one-pass grid is not exact.")
+    ] = 24,
     kv_dtype: KvDtypeOption = None,
     state_dtype: StateDtypeOption = None,
     prefill: Annotated[
@@ -86,7 +99,10 @@ def recommend_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Find the interval, block size and split of the memory that save most prefill time, and say how sure that is."""
+    """Find the interval, block size, admission and split of the memory that save most prefill time.
+
+    It says how sure that is, what the runner-up costs, and what unlimited memory would give.
+    """
     stopwatch = Stopwatch()
     memory_bytes = parse_size(gpu_memory)
     if memory_bytes is None:
@@ -100,6 +116,10 @@ def recommend_command(
         prefill=parse_prefill(prefill),
         device=H100 if bandwidth_profile is None else with_copies_of(H100, read_machine(bandwidth_profile)),
         billion_parameters=billion_parameters,
+        host_memory_bytes=parse_tier_size(host_memory, "--host-memory"),
+        disk_memory_bytes=parse_tier_size(disk_memory, "--disk-memory"),
+        admissions=parse_admissions(admission),
+        num_replays=replays,
     )
     spec = load_model(model)
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
@@ -117,6 +137,8 @@ def recommend_command(
         given = {
             "--model": model,
             "--gpu-memory": gpu_memory,
+            "--host-memory": host_memory if question.host_memory_bytes else None,
+            "--disk-memory": disk_memory if question.disk_memory_bytes else None,
             "--kv-dtype": kv_dtype,
             "--state-dtype": state_dtype,
             "--trace-block": trace_block,

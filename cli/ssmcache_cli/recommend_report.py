@@ -7,15 +7,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ssmcache_sim.candidates import Shape
 from ssmcache_sim.certainty import CaseResult
 from ssmcache_sim.recommend import Choice, Recommendation
+from ssmcache_sim.recommend_results import tier_names_of
+from ssmcache_sim.search import differs
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.sizes import format_size
 
 _CAPTION = (
     "skipped: of the prompt tokens; saved: of the modelled prefill time without a prefix cache; ceiling: saved with "
-    "unlimited memory. The best block size and split for each interval, a snapshot at every boundary."
+    "unlimited memory. The best block size and split for each interval; `last`: of each request's last boundary alone."
 )
+_ESTIMATED = " ~: estimated, not replayed."
 
 # heading, and whether it is shown where there is little room
 _COLUMNS = (
@@ -27,17 +31,23 @@ _COLUMNS = (
     ("ceiling", False),
 )
 _FULL_WIDTH = 60
+_ADMISSION_SUFFIX = {"every": "", "last": " last"}
+_TIERS = {"gpu": "on the GPU", "host": "in host memory", "disk": "on disk"}
+_NO_PHASE = "Phase: not judged, there is no room for longer prompts, or intervals are one block of the trace."
+_ONLY_ONE = "No runner-up: there was nothing else to choose from."
 
 
 def print_report(trace_name: str, model_name: str, answer: Recommendation, replay_words: Sequence[str]) -> None:
     """Prints everything. `replay_words` are the trace and the options that a replay of it needs too."""
     console = Console(highlight=False, markup=False)
     for paragraph in (
-        f"{trace_name}, {model_name}",
+        f"{trace_name}, {model_name}{_memory_text(answer.best.settings)}",
         _best_text(answer),
         _runner_up_text(answer),
         _ceiling_text(answer),
+        _search_text(answer),
         _parts_text(answer),
+        _phases_text(answer),
         _costs_text(answer),
         _left_out_text(answer),
     ):
@@ -56,13 +66,33 @@ def _best_text(answer: Recommendation) -> str:
     return (
         f"{pays}Use {_shape_text(best.settings)}{_split_text(best)}: {_share(answer.hit_rate(best.hit_tokens))} of the "
         f"prompt tokens are skipped, and {_share(answer.saved_share(best.saved_ns))} of the prefill time is saved "
-        f"({hours}, prefill {cost.prefill})."
+        f"({hours}, prefill {cost.prefill}).{_tiers_text(answer)}"
     )
+
+
+def _memory_text(settings: ReplaySettings) -> str:
+    """The tiers, where there are several."""
+    sizes = {"GPU": settings.gpu_memory_bytes, "host": settings.host_memory_bytes, "disk": settings.disk_memory_bytes}
+    shown = [f"{name} {format_size(size)}" for name, size in sizes.items() if size]
+    return f"\n{', '.join(shown)}" if len(shown) > 1 else ""
+
+
+def _tiers_text(answer: Recommendation) -> str:
+    """Where the hits lay, with several tiers."""
+    best = answer.best
+    if len(best.hit_tokens_by_tier) == 1:
+        return ""
+    named = zip(tier_names_of(best.settings), best.hit_tokens_by_tier, strict=True)
+    shares = [f"{_share(answer.hit_rate(tokens))} {_TIERS[name]}" for name, tokens in named]
+    return f" They lay {', '.join(shares)}; what came up from there cost time, which is counted."
 
 
 def _shape_text(settings: ReplaySettings) -> str:
     block = f"block {settings.tokens_per_block:,}"
-    return block if settings.ssm_reuse_interval is None else f"interval {settings.ssm_reuse_interval:,}, {block}"
+    if settings.ssm_reuse_interval is None:
+        return block
+    kept = "" if settings.admission == "every" else ", the last boundary of each request alone"
+    return f"interval {settings.ssm_reuse_interval:,}, {block}{kept}"
 
 
 def _split_text(best: Choice) -> str:
@@ -70,18 +100,20 @@ def _split_text(best: Choice) -> str:
     pages = f"{best.num_pages:,} pages of {format_size(best.page_bytes)}"
     if not best.num_slots or memory is None:
         return f" ({pages})"
-    low, high = (slots * best.slot_bytes / memory for slots in best.near_best_slots)
+    near = ""
+    if best.near_best_slots is not None:
+        low, high = (slots * best.slot_bytes / memory for slots in best.near_best_slots)
+        near = f"; from {low:.1%} to {high:.1%} it saves at most a hundredth less"
     return (
         f", and {best.num_slots * best.slot_bytes / memory:.1%} of {format_size(memory)} for SSM states "
-        f"({best.num_slots:,} of {format_size(best.slot_bytes)}, {pages}; from {low:.1%} to {high:.1%} it saves at "
-        "most a hundredth less)"
+        f"({best.num_slots:,} of {format_size(best.slot_bytes)}, {pages}{near})"
     )
 
 
 def _runner_up_text(answer: Recommendation) -> str:
     best, runner_up, certainty = answer.best, answer.runner_up, answer.certainty
     if runner_up is None:
-        return "No runner-up: there was nothing else to choose from."
+        return "No runner-up: nothing else was measured." if answer.num_replays else _ONLY_ONE
     fewer = answer.hit_rate(best.hit_tokens - runner_up.hit_tokens)
     text = (
         f"Runner-up: {_shape_text(runner_up.settings)}, saves {_share(answer.saved_share(runner_up.saved_ns))} of the "
@@ -90,7 +122,9 @@ def _runner_up_text(answer: Recommendation) -> str:
     )
     if not certainty.within_noise:
         return text
-    return f"{text} Warning: that is within noise, {_points(certainty.noise_share)} on parts of the trace; take either."
+    return (
+        f"{text} Warning: that is within noise, {_points(certainty.noise_share)} on its parts and shifts; take either."
+    )
 
 
 def _ceiling_text(answer: Recommendation) -> str:
@@ -108,31 +142,60 @@ def _ceiling_text(answer: Recommendation) -> str:
     )
 
 
+def _search_text(answer: Recommendation) -> str:
+    """What was replayed, if anything was, and whether that was enough."""
+    if not answer.num_replays:
+        return ""
+    text = f"The grid cannot tell all of this exactly: {answer.num_replays} settings were replayed, best promise first."
+    if not answer.num_promising:
+        return f"{text} By their estimates, no others come near."
+    return f"{text} By their estimates, {answer.num_promising} others might be better: raise --replays to look at them."
+
+
+def _phases_text(answer: Recommendation) -> str:
+    cases = answer.certainty.phase_cases
+    if not cases:
+        return _NO_PHASE if answer.best.shape.ssm_reuse_interval is not None else ""
+    saved = [case.best_saved_share for case in cases]
+    ahead = sum(case.margin_share > 0 for case in cases)
+    compared = f", and is ahead of the runner-up in {ahead}" if answer.runner_up is not None else ""
+    shifts = "1 shift" if len(cases) == 1 else f"{len(cases)} shifts"
+    return (
+        f"Phase: with {shifts} of all prompts against the interval, as by a longer system prompt, it saves "
+        f"{_share(min(saved))} to {_share(max(saved))}{compared}."
+    )
+
+
 def _parts_text(answer: Recommendation) -> str:
-    cases = answer.certainty.traffic_cases
+    cases = answer.certainty.part_cases
     if not cases:
         return "How sure: the trace is too short to ask parts of it."
     saved = [case.best_saved_share for case in cases]
     ahead = sum(case.margin_share > 0 for case in cases)
     compared = f", is ahead of the runner-up on {ahead}" if answer.runner_up is not None else ""
+    among = ", of these two and all that need no replay" if answer.num_replays else ""
     return (
         f"How sure: on {len(cases)} parts of the trace (halves, and random pieces as long, each from an empty cache) "
         f"it saves {_share(min(saved))} to {_share(max(saved))}{compared}, and at most "
-        f"{_points(max(map(_regret, cases)))} less than what is best for that part."
+        f"{_points(max(map(_regret, cases)))} less than what is best for that part{among}."
     )
 
 
 def _costs_text(answer: Recommendation) -> str:
     cases = [case for case in answer.certainty.cases if case.kind == "cost"]
-    step = answer.best.ceiling.shape.step
-    others = [case for case in cases if case.own_shape.step != step]
+    others = [case for case in cases if differs(case.own_shape, answer.best.shape)]
     if not others:
         return f"The choice is the same with {len(cases)} other costs: {', '.join(case.label for case in cases)}."
     changes = "; ".join(
-        f"{case.label}: {case.own_shape.step:,} saves {_points(_regret(case))} more ({_share(case.own_saved_share)})"
+        f"{case.label}: {_step_text(case.own_shape)} saves {_points(_regret(case))} more "
+        f"({_share(case.own_saved_share)})"
         for case in others
     )
     return f"With {len(others)} of {len(cases)} other costs another choice is better. {changes}."
+
+
+def _step_text(shape: Shape) -> str:
+    return f"{shape.step:,}{_ADMISSION_SUFFIX[shape.admission]}"
 
 
 def _left_out_text(answer: Recommendation) -> str:
@@ -141,22 +204,28 @@ def _left_out_text(answer: Recommendation) -> str:
     steps = sorted({each.shape.step for each in answer.left_out})
     least = min(each.least_memory_bytes for each in answer.left_out)
     which = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
-    return f"Not judged: {which}, where the largest request alone needs {format_size(least)} or more."
+    judged = {choice.shape.admission for choice in answer.choices}
+    every = ", every boundary kept" if not judged <= {each.shape.admission for each in answer.left_out} else ""
+    return f"Not judged: {which}{every}, where the largest request alone needs {format_size(least)} or more."
 
 
 def _table(answer: Recommendation, width: int) -> Table:
-    table = Table(caption=_CAPTION, box=box.SIMPLE_HEAD, pad_edge=False)
+    choices = list(_best_of_each_interval(answer))
+    has_estimates = any(choice.by == "estimate" for choice in choices)
+    table = Table(
+        caption=_CAPTION + _ESTIMATED * has_estimates, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     columns = _COLUMNS if width >= _FULL_WIDTH else tuple(column for column in _COLUMNS if column[1])
     for heading, _ in columns:
         table.add_column(heading, justify="right")
-    for choice in _best_of_each_interval(answer):
-        interval, memory = choice.settings.ssm_reuse_interval, choice.settings.gpu_memory_bytes
+    for choice in choices:
+        memory, about = choice.settings.gpu_memory_bytes, "~" * (choice.by == "estimate")
         values = (
-            "-" if interval is None else f"{interval:,}",
+            "-" if choice.shape.ssm_reuse_interval is None else _step_text(choice.shape),
             f"{choice.settings.tokens_per_block:,}",
             f"{choice.num_slots * choice.slot_bytes / memory:.1%}" if choice.num_slots and memory else "-",
-            _share(answer.hit_rate(choice.hit_tokens)),
-            _share(answer.saved_share(choice.saved_ns)),
+            about + _share(answer.hit_rate(choice.hit_tokens)),
+            about + _share(answer.saved_share(choice.saved_ns)),
             _share(answer.saved_share(choice.ceiling.saved_ns)),
         )
         table.add_row(*(value for value, column in zip(values, _COLUMNS, strict=True) if column in columns))
@@ -166,8 +235,8 @@ def _table(answer: Recommendation, width: int) -> Table:
 def _best_of_each_interval(answer: Recommendation) -> Iterator[Choice]:
     seen = set()
     for choice in answer.choices:  # best first
-        if choice.ceiling.shape.step not in seen:
-            seen.add(choice.ceiling.shape.step)
+        if (choice.shape.step, choice.shape.admission) not in seen:
+            seen.add((choice.shape.step, choice.shape.admission))
             yield choice
 
 
@@ -178,6 +247,7 @@ def _replay_words(settings: ReplaySettings, replay_words: Sequence[str]) -> list
     words += _in_pairs([*options, "--tokens-per-block", str(settings.tokens_per_block)])
     if settings.ssm_reuse_interval is not None:
         words += _in_pairs(["--ssm-reuse-interval", str(settings.ssm_reuse_interval)])
+        words += _in_pairs(["--admission", "last"]) if settings.admission == "last" else []
         words += _in_pairs(["--ssm-fraction", str(settings.ssm_fraction), "--prefill", settings.prefill])
     return words
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ssmcache_cli.console import (
+    AdmissionOption,
     BandwidthProfileOption,
     BlockOption,
     DiskMemoryOption,
@@ -64,6 +65,7 @@ def replay_command(
     ssm_fraction: SsmFractionOption = None,
     kv_dtype: KvDtypeOption = None,
     state_dtype: StateDtypeOption = None,
+    admission: AdmissionOption = "every",
     prefill: PrefillOption = "reserved",
     memory: Annotated[
         str,
@@ -97,7 +99,7 @@ def replay_command(
         raise SettingsError("--verify: expected --memory host or cuda beside it, got simulated memory, without bytes")
     asked = Asked(
         model, tokens_per_block, ssm_reuse_interval, gpu_memory, host_memory, disk_memory, disk_path, ssm_fraction,
-        kv_dtype, state_dtype, prefill, memory, bandwidth_profile,
+        kv_dtype, state_dtype, prefill, memory, bandwidth_profile, admission,
     )  # fmt: skip
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:

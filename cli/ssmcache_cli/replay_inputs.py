@@ -13,7 +13,7 @@ from ssmcache.models import ModelSpec, load_model
 from ssmcache_cli.console import note_broken_rows, read_machine
 from ssmcache_sim.errors import SettingsError, SizeError, UserError
 from ssmcache_sim.formats import ReadOptions, read_trace
-from ssmcache_sim.settings import ReplaySettings, build_config, make_settings, parse_prefill
+from ssmcache_sim.settings import ReplaySettings, build_config, make_settings, parse_admission, parse_prefill
 from ssmcache_sim.sizes import parse_size, parse_tier_size
 from ssmcache_sim.trace import Trace
 
@@ -46,6 +46,7 @@ class Asked:
     prefill: str
     memory: str = SIMULATED
     bandwidth_profile: Path | None = None
+    admission: str = "every"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +65,7 @@ def read_inputs(
 ) -> ReplayInputs:
     """Checks the options, the cheap ones before the trace is read. Errors: UserError, ModelError."""
     gpu_bytes, how = parse_size(asked.gpu_memory), parse_prefill(asked.prefill)
+    admitted = parse_admission(asked.admission)
     host_bytes = parse_tier_size(asked.host_memory, "--host-memory")
     disk_bytes = parse_tier_size(asked.disk_memory, "--disk-memory")
     path = asked.disk_path
@@ -96,6 +98,7 @@ def read_inputs(
         host_memory_bytes=host_bytes,
         disk_memory_bytes=disk_bytes,
         disk_path=None if path is None else str(path),
+        admission=admitted,
     )
     return ReplayInputs(requests, spec, settings, build_config(spec, settings), bandwidths)
 

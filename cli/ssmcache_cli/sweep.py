@@ -38,7 +38,7 @@ from ssmcache_sim.errors import UserError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.phase_cells import MAX_SHIFTS, num_shifted
 from ssmcache_sim.ranges import parse_int_values, parse_size_values, parse_tier_size_values
-from ssmcache_sim.settings import parse_prefill
+from ssmcache_sim.settings import parse_admissions, parse_prefill
 from ssmcache_sim.sizes import parse_tier_size
 from ssmcache_sim.sweep import SkippedCell, SweepPlan, SweepSpec, plan_sweep, run_sweep
 from ssmcache_sim.sweep_details import SweepPhases, find_phases, write_details
@@ -68,6 +68,13 @@ def sweep_command(
         ),
     ] = "0",
     disk_memory: DiskMemoryOption = "0",
+    admission: Annotated[
+        str,
+        typer.Option(
+            help="Where snapshots are kept: `every` multiple of the interval, the `last` one within each prompt alone, "
+            "or both: every,last."
+        ),
+    ] = "every",
     ssm_fraction: SsmFractionOption = None,
     kv_dtype: KvDtypeOption = None,
     state_dtype: StateDtypeOption = None,
@@ -100,13 +107,14 @@ def sweep_command(
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a CPU.")] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Replay a trace for every combination of block size, snapshot interval and memory size of the tiers."""
+    """Replay a trace for every combination of block size, snapshot interval, admission and memory size of the tiers."""
     stopwatch = Stopwatch()
     blocks = None if tokens_per_block is None else parse_int_values(tokens_per_block, "--tokens-per-block")
     intervals = parse_int_values(ssm_reuse_interval, "--ssm-reuse-interval")
     sizes = parse_size_values(gpu_memory, "--gpu-memory")
     host_sizes = parse_tier_size_values(host_memory, "--host-memory")
     disk_bytes = parse_tier_size(disk_memory, "--disk-memory")
+    admissions = parse_admissions(admission)
     how, by, memory = parse_prefill(prefill), parse_engine(engine), parse_pools(pools)
     if phase and memory == "arena":
         raise UserError("phase: expected separate pools, got an arena, whose prompts are not shifted")
@@ -130,6 +138,7 @@ def sweep_command(
             pools=memory,
             host_memory_bytes=host_sizes,
             disk_memory_bytes=disk_bytes,
+            admissions=admissions,
         )
         plan = plan_sweep(sweep, requests, spec, out)
         manifest = begin_sweep(out, sweep, requests, spec)

@@ -33,6 +33,8 @@ def replay_table(trace_name: str, settings: ReplaySettings, totals: ReplayTotals
     """Prints everything that one replay counted, and a warning where the hit rate hangs on the phase."""
     interval = settings.ssm_reuse_interval
     shape = f"block {settings.tokens_per_block}" + (f", interval {interval}" if interval else ", no SSM layers")
+    if settings.admission == "last":
+        shape += ", last boundary only"
     title = f"{trace_name}, {settings.model}\n{shape}, {memory_words(settings)}"
     table = Table(title=escape(title), caption=_DEFINITION, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.add_column("")
@@ -100,7 +102,7 @@ def phase_table(phases: SweepPhases, cells: Sequence[SweptCell]) -> None:
     for sizes, best in best_of.items():
         shifts = of_cell[best.settings]
         worst, top = (pick(shifts, key=lambda cell: cell.own_hit_rate) for pick in (min, max))
-        shape = (str(best.settings.tokens_per_block), str(best.settings.ssm_reuse_interval or "-"))
+        shape = _shape(best.settings)
         shown = (f"{cell.own_hit_rate:.2%} ({cell.shift_tokens:,})" for cell in (worst, top))
         table.add_row(*_sizes(sizes, best_of), *shape, f"{shifts[0].own_hit_rate:.2%}", *shown)
     table.add_section()
@@ -165,10 +167,9 @@ def sweep_table(title: str, cells: Sequence[SweptCell]) -> None:
     for heading in (*_memory_headings(best), "block", "interval", "usable hit rate", "ceiling"):
         table.add_column(heading, justify="right")
     for sizes, cell in best.items():
-        totals, interval = cell.totals, cell.settings.ssm_reuse_interval
+        totals = cell.totals
         rates = (totals.usable_token_hit_rate, totals.rate(totals.ceiling_hit_tokens))
-        shape = (str(cell.settings.tokens_per_block), "-" if interval is None else str(interval))
-        table.add_row(*_sizes(sizes, best), *shape, *(f"{rate:.2%}" for rate in rates))
+        table.add_row(*_sizes(sizes, best), *_shape(cell.settings), *(f"{rate:.2%}" for rate in rates))
     console = Console()
     console.print(table)
     console.print(_losses_table(best))
@@ -208,6 +209,12 @@ def _sizes(sizes: _Sizes, best: dict[_Sizes, SweptCell]) -> tuple[str, ...]:
     """Under `_memory_headings`."""
     gpu_size, host_size = sizes
     return (format_size(gpu_size), format_size(host_size) if host_size else "-")[: len(_memory_headings(best))]
+
+
+def _shape(settings: ReplaySettings) -> tuple[str, str]:
+    """Block and interval; with the admission, unless it is every boundary."""
+    interval = str(settings.ssm_reuse_interval or "-")
+    return str(settings.tokens_per_block), f"{interval} last" if settings.admission == "last" else interval
 
 
 def _tokens(totals: ReplayTotals, tokens: int, bold: bool = False) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ssmcache_cli.console import (
+    AdmissionOption,
     BlockOption,
     DiskMemoryOption,
     FormatOption,
@@ -55,6 +56,7 @@ def verify_command(
     kv_dtype: KvDtypeOption = None,
     state_dtype: StateDtypeOption = None,
     prefill: PrefillOption = "reserved",
+    admission: AdmissionOption = "every",
     num_requests: RequestsOption = None,
     trace_block: TraceBlockOption = None,
     format_name: FormatOption = None,
@@ -75,7 +77,7 @@ def verify_command(
     """
     asked = Asked(
         model, tokens_per_block, ssm_reuse_interval, gpu_memory, host_memory, disk_memory, disk_path, ssm_fraction,
-        kv_dtype, state_dtype, prefill, memory,
+        kv_dtype, state_dtype, prefill, memory, admission=admission,
     )  # fmt: skip
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     from ssmcache_sim.real_memory import real_memory

@@ -1,10 +1,11 @@
 """What `recommend` chooses from: block sizes with intervals, each with every split of the memory, and their order."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ssmcache.config import Admission
 from ssmcache.models import ModelSpec
 from ssmcache_sim.cost import H100, DeviceProfile, PrefillCost
 from ssmcache_sim.errors import MemoryTooSmallError, SettingsError
@@ -27,7 +28,11 @@ class Question:
         ssm_reuse_intervals: to choose from; None: 1, 2, 3, 4, 6, 8, 12 .. blocks of the trace, up to its longest
             prompt.
         billion_parameters: that a token passes through; None: what the vendor says.
+        host_memory_bytes, disk_memory_bytes: below the GPU; 0: no such tier.
+        admissions: to choose from.
+        num_replays: at most so many settings are replayed where the grid cannot tell what they save; at least 1.
         num_pieces, seed: contiguous pieces of half the trace that the choice is repeated on, and of where they begin.
+        num_phases: shifts of all prompts that it is repeated with.
     """
 
     gpu_memory_bytes: int
@@ -40,14 +45,24 @@ class Question:
     billion_parameters: float | None = None
     num_pieces: int = 8
     seed: int = 0
+    host_memory_bytes: int = 0
+    disk_memory_bytes: int = 0
+    admissions: tuple[Admission, ...] = ("every", "last")
+    num_replays: int = 24
+    num_phases: int = 3
+
+    @property
+    def has_tiers(self) -> bool:
+        return self.host_memory_bytes > 0 or self.disk_memory_bytes > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A block size and an interval (None: no SSM layers)."""
+    """A block size, an interval (None: no SSM layers), and which of its multiples get a snapshot."""
 
     tokens_per_block: int
     ssm_reuse_interval: int | None
+    admission: Admission = "every"
 
     @property
     def step(self) -> int:
@@ -82,20 +97,15 @@ class Place:
 def find_candidates(
     trace: Trace, model: ModelSpec, question: Question, longest_path: int
 ) -> tuple[tuple[Candidate, ...], tuple[LeftOut, ...]]:
-    """All shapes, in order of interval and block: those that hold the longest prompt, and the others.
+    """All shapes, in order of interval, block and admission: those that hold the longest prompt, and the others.
 
     Errors: SettingsError for a block size or an interval that cannot be; MemoryTooSmallError where nothing fits.
     """
     candidates, left_out = [], []
     for shape in _shapes(trace, bool(model.num_ssm_layers), question, longest_path):
-        splits = possible_splits(
-            longest_path,
-            shape.step,
-            question.gpu_memory_bytes,
-            tokens_per_block=shape.tokens_per_block,
-            page_bytes=shape.tokens_per_block * model.kv_bytes_per_token(question.kv_dtype),
-            slot_bytes=model.snapshot_bytes(question.state_dtype),
-        )
+        page_bytes = shape.tokens_per_block * model.kv_bytes_per_token(question.kv_dtype)
+        slot_bytes = model.snapshot_bytes(question.state_dtype)
+        splits = _splits_of(shape, longest_path, question.gpu_memory_bytes, page_bytes, slot_bytes)
         if isinstance(splits, int):
             left_out.append(LeftOut(shape, splits))
         else:
@@ -107,6 +117,25 @@ def find_candidates(
             f"({format_size(least)}), got {question.gpu_memory_bytes} bytes ({format_size(question.gpu_memory_bytes)})"
         )
     return tuple(candidates), tuple(left_out)
+
+
+def _splits_of(shape: Shape, longest_path: int, memory_bytes: int, page_bytes: int, slot_bytes: int) -> Splits | int:
+    return possible_splits(
+        longest_path,
+        shape.step,
+        memory_bytes,
+        tokens_per_block=shape.tokens_per_block,
+        page_bytes=page_bytes,
+        slot_bytes=slot_bytes,
+        admission=shape.admission,
+    )
+
+
+def narrowed(candidate: Candidate, longest_path: int) -> Candidate | None:
+    """The splits of a candidate that hold a longer prompt too; None if there is none."""
+    old = candidate.splits
+    splits = _splits_of(candidate.shape, longest_path, old.memory_bytes, old.page_bytes, old.slot_bytes)
+    return None if isinstance(splits, int) else replace(candidate, splits=splits)
 
 
 def _shapes(trace: Trace, has_ssm: bool, question: Question, longest_path: int) -> Iterator[Shape]:
@@ -124,7 +153,7 @@ def _shapes(trace: Trace, has_ssm: bool, question: Question, longest_path: int) 
         if not fitting and question.ssm_reuse_intervals is not None:
             expected = " or ".join(map(str, blocks))
             raise SettingsError(f"ssm_reuse_interval: expected a multiple of a block size ({expected}), got {interval}")
-        yield from (Shape(block, interval) for block in fitting)
+        yield from (Shape(block, interval, admission) for block in fitting for admission in question.admissions)
 
 
 def _doubled(first: int, last: int) -> list[int]:
@@ -142,11 +171,15 @@ def sizes_of(candidates: Sequence[Candidate]) -> set[int]:
 
 
 def measure(
-    trace: Trace, distances: StackDistances, candidates: Sequence[Candidate], cost: PrefillCost
+    trace: Trace,
+    distances: StackDistances,
+    candidates: Sequence[Candidate],
+    cost: PrefillCost,
+    front_tokens: int = 0,
 ) -> list[SplitTotals]:
-    """Totals of every split of every candidate."""
+    """Totals of every split of every candidate, on the GPU alone and with a snapshot at every boundary."""
     return [
-        split_totals(trace, distances, each.shape.tokens_per_block, each.shape.step, each.splits, cost)
+        split_totals(trace, distances, each.shape.tokens_per_block, each.shape.step, each.splits, cost, front_tokens)
         for each in candidates
     ]
 
@@ -161,8 +194,7 @@ def rank(candidates: Sequence[Candidate], totals: Sequence[SplitTotals]) -> list
 
     def key(place: Place) -> tuple[int, int, int, int]:
         shape, sums = candidates[place.candidate].shape, totals[place.candidate]
-        hits, saved = int(sums.hit_tokens[place.split]), int(sums.saved_ns[place.split])
-        return -saved, -hits, -(shape.ssm_reuse_interval or 0), shape.tokens_per_block
+        return order_of(shape, int(sums.saved_ns[place.split]), int(sums.hit_tokens[place.split]))
 
     return sorted(places, key=key)
 
@@ -170,6 +202,11 @@ def rank(candidates: Sequence[Candidate], totals: Sequence[SplitTotals]) -> list
 def _best_split(totals: SplitTotals) -> int:
     best = np.flatnonzero(totals.saved_ns == totals.saved_ns.max())
     return int(best[best.size // 2])
+
+
+def order_of(shape: Shape, saved_ns: int, hit_tokens: int) -> tuple[int, int, int, int]:
+    """Sorts the best first: time, then hits, then the longer interval, then the smaller block."""
+    return -saved_ns, -hit_tokens, -(shape.ssm_reuse_interval or 0), shape.tokens_per_block
 
 
 def near_best(totals: SplitTotals, split: int, tolerance: float) -> tuple[int, int]:

@@ -6,10 +6,13 @@ from typing import Literal
 
 import numpy as np
 
-from ssmcache_sim.candidates import Candidate, Place, Shape, measure, rank, sizes_of
+from ssmcache_sim.candidates import Candidate, Place, Shape, measure, narrowed, rank, sizes_of
 from ssmcache_sim.cost import PrefillCost
 from ssmcache_sim.grid import StackDistances, stack_distances
+from ssmcache_sim.measured import Measured
+from ssmcache_sim.phase import shifted
 from ssmcache_sim.settings import Prefill
+from ssmcache_sim.splits import SplitTotals
 from ssmcache_sim.trace import Trace
 
 CaseKind = Literal["half", "piece", "phase", "cost"]
@@ -17,13 +20,28 @@ CaseKind = Literal["half", "piece", "phase", "cost"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """One repetition of the choice: other requests, or other costs. `distances`: of the trace; None: not made yet."""
+    """One repetition of the choice: other requests, the same ones shifted, or other costs.
+
+    Attributes:
+        distances: of the trace; None: not made yet.
+        front_tokens: of each prompt, that are not the trace's own.
+    """
 
     kind: CaseKind
     label: str
     trace: Trace
     cost: PrefillCost
     distances: StackDistances | None = None
+    front_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A setting that is compared: its shape and SSM slots; `place` in the grid's candidates if it is one of them."""
+
+    shape: Shape
+    num_slots: int
+    place: Place | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +50,8 @@ class CaseResult:
 
     Attributes:
         best_saved_share, runner_up_saved_share: by the recommended setting and by the runner-up, as they are.
-        own_shape, own_saved_share: what would be chosen for this case alone, with the split that suits it.
+        own_shape, own_saved_share: what would be chosen for this case alone, with the split that suits it, of all that
+            the grid can tell and these two; with other costs, of all that was replayed, too.
     """
 
     kind: CaseKind
@@ -64,8 +83,16 @@ class Certainty:
 
     @property
     def traffic_cases(self) -> tuple[CaseResult, ...]:
-        """The cases of other requests."""
+        """The cases of other requests, or of shifted ones."""
         return tuple(case for case in self.cases if case.kind != "cost")
+
+    @property
+    def part_cases(self) -> tuple[CaseResult, ...]:
+        return tuple(case for case in self.cases if case.kind in ("half", "piece"))
+
+    @property
+    def phase_cases(self) -> tuple[CaseResult, ...]:
+        return tuple(case for case in self.cases if case.kind == "phase")
 
     @property
     def within_noise(self) -> bool:
@@ -87,7 +114,7 @@ def piece_cases(trace: Trace, cost: PrefillCost, num_pieces: int, seed: int) -> 
         yield Case("piece", f"requests {start} to {start + half - 1}", trace.part(start, start + half), cost)
 
 
-def cost_cases(trace: Trace, distances: StackDistances, cost: PrefillCost) -> Iterator[Case]:
+def cost_cases(trace: Trace, distances: StackDistances, cost: PrefillCost, has_tiers: bool) -> Iterator[Case]:
     """The whole trace with what the cost model estimates changed, one thing at a time."""
     device = cost.device
 
@@ -104,41 +131,111 @@ def cost_cases(trace: Trace, distances: StackDistances, cost: PrefillCost) -> It
             yield case(f"{changed.pass_seconds * 1e3:g} ms a pass", replace(cost, device=changed))
         other: Prefill = "reserved" if cost.prefill == "chunked" else "chunked"
         yield case(f"prefill {other}", replace(cost, prefill=other))
+    if has_tiers:
+        slower = replace(
+            device.bandwidths,
+            host_to_gpu_bytes_per_second=device.bandwidths.host_to_gpu_bytes_per_second / 2,
+            from_disk_bytes_per_second=device.bandwidths.from_disk_bytes_per_second / 2,
+        )
+        changed = replace(device, bandwidths=slower)
+        yield case("half the bandwidth of host and disk", replace(cost, device=changed))
+
+
+def phase_cases(trace: Trace, cost: PrefillCost, shifts: Sequence[int]) -> Iterator[Case]:
+    """The whole trace with the same tokens in front of every prompt (see `phase.py`), which do not count as saved."""
+    for shift in shifts:
+        yield Case("phase", f"{shift:,} tokens in front", shifted(trace, shift), cost, front_tokens=shift)
+
+
+MeasureOn = Callable[[Trace, Contender], Measured]
 
 
 def judge(
     cases: Sequence[Case],
     candidates: Sequence[Candidate],
-    best: Place,
-    runner_up: Place | None,
+    best: Contender,
+    runner_up: Contender | None,
     margin_share: float,
+    measure_on: MeasureOn,
+    replayed: Sequence[Contender],
     progress: Callable[[int], None],
 ) -> Certainty:
-    """Repeats the choice on each case; says the percentage done after each. Cost: one pass over the trace of each."""
+    """Repeats the choice on each case.
+
+    Args:
+        candidates: those of the grid, which it is repeated with.
+        measure_on: of a contender that is none of them, on a trace.
+        replayed: all such contenders that `measure_on` knows for the whole trace.
+        progress: called with the number of cases done.
+
+    Cost: one pass over the trace of each case, and replays of the contenders that the grid has not.
+    """
     results: list[CaseResult] = []
     for case in cases:
-        results.append(_judge_case(case, candidates, best, runner_up))
-        progress(100 * len(results) // len(cases))
+        results.append(_judge_case(case, candidates, best, runner_up, measure_on, replayed))
+        progress(len(results))
     margins = [result.margin_share for result in results if result.kind != "cost"]
     noise = float(np.std(margins, ddof=1)) if len(margins) > 1 else 0.0
     return Certainty(tuple(results), margin_share, noise)
 
 
-def _judge_case(case: Case, candidates: Sequence[Candidate], best: Place, runner_up: Place | None) -> CaseResult:
-    distances = case.distances or stack_distances(case.trace, sizes_of(candidates))
-    totals = measure(case.trace, distances, candidates, case.cost)
-    plain_ns = int(case.cost.plain_ns(case.trace.prompt_tokens).sum())
-    own = rank(candidates, totals)[0]
+def _judge_case(
+    case: Case,
+    candidates: Sequence[Candidate],
+    best: Contender,
+    runner_up: Contender | None,
+    measure_on: MeasureOn,
+    replayed: Sequence[Contender],
+) -> CaseResult:
+    grid = _GridOfCase(case, candidates)
+    front = np.full_like(case.trace.prompt_tokens, case.front_tokens)
+    plain_ns = int((case.cost.plain_ns(case.trace.prompt_tokens) - case.cost.front_ns(front)).sum())
 
-    def share(place: Place) -> float:
-        return int(totals[place.candidate].saved_ns[place.split]) / plain_ns
+    def saved(contender: Contender) -> int:
+        if contender.place is not None:
+            return grid.saved_ns(contender.place.candidate, contender.num_slots)
+        return measure_on(case.trace, contender).saved_ns(case.trace, case.cost, case.front_tokens)
 
+    chosen = [best] if runner_up is None else [best, runner_up]
+    others = [contender for contender in replayed if case.kind == "cost" and contender not in chosen]
+    own = [(saved(contender), contender.shape) for contender in (*chosen, *others)]
+    own += grid.best()
+    own_ns, own_shape = max(own, key=lambda pair: pair[0])
     return CaseResult(
         kind=case.kind,
         label=case.label,
         num_requests=case.trace.num_requests,
-        best_saved_share=share(best),
-        runner_up_saved_share=None if runner_up is None else share(runner_up),
-        own_shape=candidates[own.candidate].shape,
-        own_saved_share=share(own),
+        best_saved_share=own[0][0] / plain_ns,
+        runner_up_saved_share=None if runner_up is None else own[1][0] / plain_ns,
+        own_shape=own_shape,
+        own_saved_share=own_ns / plain_ns,
     )
+
+
+class _GridOfCase:
+    """What the grid says of its candidates in one case: those of their splits that hold its largest request."""
+
+    def __init__(self, case: Case, candidates: Sequence[Candidate]) -> None:
+        self._candidates: list[Candidate] = []
+        self._index: dict[int, int] = {}
+        longest = case.trace.longest_path
+        for index, candidate in enumerate(candidates):
+            fitting = narrowed(candidate, longest) if case.front_tokens else candidate
+            if fitting is not None:
+                self._index[index] = len(self._candidates)
+                self._candidates.append(fitting)
+        self._totals: list[SplitTotals] = []
+        if self._candidates:
+            distances = case.distances or stack_distances(case.trace, sizes_of(self._candidates))
+            self._totals = measure(case.trace, distances, self._candidates, case.cost, case.front_tokens)
+
+    def saved_ns(self, candidate: int, num_slots: int) -> int:
+        index = self._index[candidate]
+        return int(self._totals[index].saved_ns[num_slots - self._candidates[index].splits.first])
+
+    def best(self) -> list[tuple[int, Shape]]:
+        """The best candidate with its time, if there are any."""
+        if not self._candidates:
+            return []
+        place = rank(self._candidates, self._totals)[0]
+        return [(int(self._totals[place.candidate].saved_ns[place.split]), self._candidates[place.candidate].shape)]

@@ -10,18 +10,20 @@ A prefill of n new tokens behind c cached ones does, in floating-point operation
 which is the forward pass of Kaplan et al. (2001.08361, section 2.1: 2 N + 2 n_layer n_ctx d_attn a token, the mean over
 a causal prompt) with a cached prefix. It takes
 
-    seconds = FLOPs / (peak FLOP/s * utilisation) + passes * pass_seconds + copies of snapshots
+    seconds = FLOPs / (peak FLOP/s * utilisation) + passes * pass_seconds + copies of snapshots + lifts
 
-What the last two terms count depends on how snapshots inside a prompt are made:
+What passes and copies count depends on how snapshots inside a prompt are made:
 
-- `chunked`, which every engine can do: a pass ends at each boundary of the interval, and at `pass_tokens`; each new
-  snapshot is a copy of the live state.
+- `chunked`, which every engine can do: a pass ends at each boundary of the interval that may get a snapshot (all, or
+  with admission `last` that of the prompt alone), and at `pass_tokens`; each new snapshot is a copy of the live state.
 - `reserved`: the kernel writes the states while it passes, so a pass ends at `pass_tokens` alone, as it does without a
   prefix cache; and a snapshot is written, not copied.
 
 Both copy one snapshot into the live state where a request starts from one. A copy reads and writes its bytes:
 launch_seconds + bytes / gpu_bytes_per_second; writing alone takes half as long, without a launch. Pages of KV are read
-where they lie: nothing is gathered.
+where they lie: nothing is gathered. What lies in host memory or on disk is lifted to the GPU first, bytes / bandwidth
+of that tier, and nothing is computed meanwhile; what moves down does so in the other direction, beside the
+computation, and is not counted.
 
 What this leaves out: other requests in the same pass (each request is served alone), decoding (also the copies of
 snapshots of outputs: one in an interval of decode steps, each of which takes longer than a copy), the embedding and the
@@ -34,6 +36,7 @@ from math import prod
 
 import numpy as np
 
+from ssmcache.config import Admission
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.models import ModelSpec, SsmSpec
 from ssmcache_sim.errors import SettingsError
@@ -54,7 +57,7 @@ class DeviceProfile:
     Attributes:
         peak_flops_per_second: of dense matrix products in the model's dtype.
         utilisation: share of the peak that a whole prefill sustains, 0..1.
-        bandwidths: of copies; a prefill copies within the GPU alone.
+        bandwidths: of copies within the GPU, and up to it.
         launch_seconds: before a copy of one snapshot moves a byte.
         pass_tokens: the most tokens of one prompt in one pass over the layers, a setting of the engine.
         pass_seconds: what one pass costs beyond its operations.
@@ -127,19 +130,56 @@ class PrefillCost:
         """
         last_start = np.maximum(prompt_tokens - 1, 0) // step * step
         start = np.minimum(known_tokens, last_start)
+        seconds = self._prefill_seconds(prompt_tokens, start, step, "every")
+        if self.snapshot_bytes:
+            new_snapshots = prompt_tokens // step - known_tokens // step
+            seconds += new_snapshots * self.new_snapshot_seconds + (start > 0) * self.copy_seconds
+        return _whole_ns(seconds)
+
+    def prefill_ns(
+        self, prompt_tokens: Int64Array, start_tokens: Int64Array, step: int, admission: Admission
+    ) -> Int64Array:
+        """With a prefix cache, what snapshots cost left out: operations and passes alone.
+
+        Args:
+            start_tokens: that a request skips, multiples of `step` below the prompt.
+        """
+        return _whole_ns(self._prefill_seconds(prompt_tokens, start_tokens, step, admission))
+
+    def _prefill_seconds(
+        self, prompt_tokens: Int64Array, start: Int64Array, step: int, admission: Admission
+    ) -> Float64Array:
         new_tokens = prompt_tokens - start
-        if not self.snapshot_bytes:
-            return _whole_ns(self._compute_seconds(new_tokens, start, self._num_passes(new_tokens)))
-        new_snapshots = prompt_tokens // step - known_tokens // step
-        if self.prefill == "chunked":
+        if not self.snapshot_bytes or self.prefill != "chunked":
+            num_passes = self._num_passes(new_tokens)
+        elif admission == "every":
+            last_start = np.maximum(prompt_tokens - 1, 0) // step * step
             passes_of_step = -(-step // self.device.pass_tokens)
             num_passes = (last_start - start) // step * passes_of_step + self._num_passes(prompt_tokens - last_start)
-            copies = new_snapshots * self.copy_seconds
         else:
-            num_passes = self._num_passes(new_tokens)
-            copies = new_snapshots * self.write_seconds
-        copies += (start > 0) * self.copy_seconds
-        return _whole_ns(self._compute_seconds(new_tokens, start, num_passes) + copies)
+            cut = np.maximum(prompt_tokens // step * step, start)
+            num_passes = self._num_passes(cut - start) + self._num_passes(prompt_tokens - cut)
+        return self._compute_seconds(new_tokens, start, num_passes)
+
+    def front_ns(self, tokens: Int64Array) -> Int64Array:
+        """Operations of the first `tokens` of a prompt."""
+        return _whole_ns(self._compute_seconds(tokens, np.zeros_like(tokens), np.zeros_like(tokens)))
+
+    def snapshots_ns(self, taken: int, started_from: int) -> int:
+        """So many snapshots taken, and copied to start from."""
+        return round((taken * self.new_snapshot_seconds + started_from * self.copy_seconds) * _NS_PER_SECOND)
+
+    def lifts_ns(self, host_bytes: int, disk_bytes: int) -> int:
+        """Bytes that come up to the GPU from each tier."""
+        bandwidths = self.device.bandwidths
+        seconds = host_bytes / bandwidths.host_to_gpu_bytes_per_second
+        seconds += disk_bytes / bandwidths.from_disk_bytes_per_second
+        return round(seconds * _NS_PER_SECOND)
+
+    @property
+    def new_snapshot_seconds(self) -> float:
+        """Of one new snapshot: a copy of the live state, or what the kernel writes."""
+        return self.copy_seconds if self.prefill == "chunked" else self.write_seconds
 
     @property
     def copy_seconds(self) -> float:

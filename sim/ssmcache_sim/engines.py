@@ -2,9 +2,9 @@
 
 from typing import Literal, cast, get_args
 
-from ssmcache.config import KVCacheManagerConfig
+from ssmcache.config import Admission, KVCacheManagerConfig
 from ssmcache_sim.errors import UserError
-from ssmcache_sim.grid_cells import ARENA, EXACT, ArenaCapacity, GridCapacity, arena_capacity, grid_capacity
+from ssmcache_sim.grid_cells import ARENA, EXACT, EXACT_LAST, ArenaCapacity, GridCapacity, arena_capacity, grid_capacity
 from ssmcache_sim.memory_needed import check_memory
 from ssmcache_sim.trace import Trace
 
@@ -28,7 +28,13 @@ def parse_pools(text: str) -> Pools:
     return cast(Pools, text)
 
 
-def check_pools(pools: Pools, engine: Engine, ssm_fraction: float | None, has_lower_tiers: bool = False) -> None:
+def check_pools(
+    pools: Pools,
+    engine: Engine,
+    ssm_fraction: float | None,
+    has_lower_tiers: bool = False,
+    admissions: tuple[Admission, ...] = ("every",),
+) -> None:
     """Errors: UserError for an arena with what only pools have."""
     if pools != "arena":
         return
@@ -38,6 +44,8 @@ def check_pools(pools: Pools, engine: Engine, ssm_fraction: float | None, has_lo
         raise UserError(f"ssm_fraction: expected none for an arena, which has no shares, got {ssm_fraction:g}")
     if has_lower_tiers:
         raise UserError("host and disk memory: expected none for an arena, which is one tier, got some")
+    if admissions != ("every",):
+        raise UserError(f"admission: expected every for an arena, got {', '.join(admissions)}")
 
 
 def choose_engine(
@@ -56,4 +64,6 @@ def choose_engine(
     if engine == "replay":
         return None, "asked for"
     capacity = grid_capacity(trace, config)
-    return (None, capacity) if isinstance(capacity, str) else (capacity, EXACT)
+    if isinstance(capacity, str):
+        return None, capacity
+    return capacity, EXACT_LAST if config.has_ssm and config.admission == "last" else EXACT

@@ -24,7 +24,7 @@ class BoundaryFates:
     A mark for each key of the trace says what happened last to the boundary at the end of that block. The default
     admission wants each boundary of whoever passes it first: one without a snapshot that was not skipped was evicted.
     Then only what is skipped has to be marked, and a replay pays nothing for the rest. With windows a snapshot may be
-    there and of no use, so all is marked.
+    there and of no use, and where last boundaries alone are admitted most never had one: then all is marked.
 
     Args:
         trace: in blocks of the config.
@@ -40,7 +40,7 @@ class BoundaryFates:
         self.request = -1
         self.keys: Int64Array = trace.block_keys[:0]  # of the request that is served
         self.marks = bytearray(trace.num_keys)
-        self._marks_all = marks_all or config.has_windows
+        self._marks_all = marks_all or config.has_windows or config.admission == "last"
         self._marked = self._marks_all  # there may be marks
         self._interval = config.ssm_reuse_interval
         self._factor = config.ssm_reuse_interval // config.tokens_per_block

@@ -106,7 +106,7 @@ def boundary_runs(distances: StackDistances, tokens_per_block: int, ssm_reuse_in
     return BoundaryRuns(runs.count, runs.later, blocks_before, blocks_each)
 
 
-class _PackedCounts:
+class PackedCounts:
     """Sums over the touches up to a given one (a Fenwick tree), for all sizes in one integer of 64-bit lanes.
 
     Adding such integers adds all lanes at once; no lane ever becomes negative, so none borrows from the next.
@@ -143,7 +143,7 @@ def stack_distances(trace: Trace, sizes: Iterable[int]) -> StackDistances:
     wanted = tuple(sorted(set(sizes)))
     assert all(size % block == 0 for size in wanted), f"sizes {wanted} of blocks of {block}"
     packer = _Packer([size // block for size in wanted])
-    counts = _PackedCounts(trace.num_requests)
+    counts = PackedCounts(trace.num_requests)
     touched_by = np.full(trace.num_keys, -1, dtype=np.int32)
     segments: list[tuple[int, int, int]] = []  # request, start, end
     later: list[bytes] = []
@@ -152,7 +152,7 @@ def stack_distances(trace: Trace, sizes: Iterable[int]) -> StackDistances:
     for request, stop in enumerate(trace.offsets[1:].tolist()):
         path = trace.block_keys[begin:stop]
         begin = stop
-        found = _segments(touched_by[path])
+        found = segments_of(touched_by[path])
         for start, end, touch in found:
             segments.append((request, start, end))
             later.append((counts.total - counts.up_to(touch)).to_bytes(num_bytes, "little"))
@@ -191,7 +191,7 @@ class _Packer:
         return packed
 
 
-def _segments(touches: np.ndarray[tuple[int], np.dtype[np.int32]]) -> list[tuple[int, int, int]]:
+def segments_of(touches: np.ndarray[tuple[int], np.dtype[np.int32]]) -> list[tuple[int, int, int]]:
     """(start, end, touch) of the stretches of a path that were last touched together; untouched blocks left out."""
     if touches.size == 0 or touches[0] < 0:
         return []

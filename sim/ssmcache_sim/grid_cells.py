@@ -1,7 +1,7 @@
 """Cells of a sweep by the one-pass grid: which of them it can do exactly, and their totals."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,11 +12,13 @@ from ssmcache_sim.causes import SNAPSHOT_CAUSES, last_block_tokens, snapshot_col
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.grid import UNLIMITED, StackDistances, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.grid_arena import arena_hits
+from ssmcache_sim.grid_last import last_boundaries, last_evicted, last_hits, snapshots_keep_their_kv
 from ssmcache_sim.grid_tiers import tier_hits
 from ssmcache_sim.totals import ReplayTotals, TierTotals
 from ssmcache_sim.trace import Trace
 
 EXACT = "exact: default recency, every boundary, and the largest request fits"
+EXACT_LAST = "exact: default recency, last boundaries, and no snapshot outlives its KV"
 ARENA = "an arena: one budget of bytes that no memory of pools can be; exact for its own rules"
 
 
@@ -67,8 +69,20 @@ def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | 
     if len(config.cache_tiers) > 1:
         return "snapshots are read on the tier where they lie: no order of use over all tiers"
     snapshots = _stack(slots[LayerGroupKind.SSM])
+    if config.admission == "last":
+        return _last_capacity(trace, config.ssm_reuse_interval, blocks, snapshots)
     if longest // config.ssm_reuse_interval > snapshots:
         return f"the snapshots of the largest request ({longest} tokens) do not fit into the SSM pool"
+    return GridCapacity(blocks, snapshots)
+
+
+def _last_capacity(trace: Trace, ssm_reuse_interval: int, blocks: int, snapshots: int) -> GridCapacity | str:
+    if not snapshots:
+        return "no room for a snapshot beside the live state"
+    if trace.has_outputs:
+        return "last boundaries with outputs: a prompt's snapshot is there until that of its output takes its place"
+    if not snapshots_keep_their_kv(trace, ssm_reuse_interval, blocks, snapshots):
+        return "last boundaries: a snapshot may lose its KV before its own turn, and goes with it"
     return GridCapacity(blocks, snapshots)
 
 
@@ -118,7 +132,7 @@ def grid_totals(
     totals: dict[int, ReplayTotals] = {}
     for indices in alike.values():
         config = cells[indices[0]][0]
-        *hits, unlimited = _hits_of_shape(distances, config, [cells[index][1] for index in indices])
+        *hits, unlimited = _hits_of_shape(trace, distances, config, [cells[index][1] for index in indices])
         for index, one in zip(indices, hits, strict=True):
             totals[index] = _totals(trace, cells[index][0], one, unlimited)
     return [totals[index] for index in range(len(cells))]
@@ -126,28 +140,34 @@ def grid_totals(
 
 @dataclass(frozen=True, slots=True)
 class _Hits:
-    """Tokens: KV there; KV there down to a boundary in each request; KV and snapshot there, and by tier if several."""
+    """Tokens: KV there; KV there down to a boundary in each request; KV and snapshot there, and by tier if several; of
+    those that lack a snapshot, those whose boundary never had one.
+    """
 
     attention: int
     aligned: int
     usable: int
     by_tier: tuple[int, ...] = ()
+    not_admitted: int = 0
 
 
 def _shape(config: KVCacheManagerConfig, capacity: GridCapacity | ArenaCapacity) -> tuple[object, ...]:
     """Cells of equal shape differ in their capacity alone."""
-    shape = (config.tokens_per_block, config.ssm_reuse_interval if config.has_ssm else None)
+    shape = (config.tokens_per_block, *((config.ssm_reuse_interval, config.admission) if config.has_ssm else ()))
     return (*shape, capacity.page_bytes, capacity.snapshot_bytes) if isinstance(capacity, ArenaCapacity) else shape
 
 
 def _hits_of_shape(
-    distances: StackDistances, config: KVCacheManagerConfig, capacities: Sequence[GridCapacity | ArenaCapacity]
+    trace: Trace,
+    distances: StackDistances,
+    config: KVCacheManagerConfig,
+    capacities: Sequence[GridCapacity | ArenaCapacity],
 ) -> list[_Hits]:
-    """Hits of cells of one shape, and in the end those of unlimited memory."""
+    """Hits of cells of one shape, and in the end those of unlimited memory with a snapshot at every boundary."""
     arenas = [capacity for capacity in capacities if isinstance(capacity, ArenaCapacity)]
     pools = [capacity for capacity in capacities if isinstance(capacity, GridCapacity)]
     assert not (arenas and pools), "an arena has another shape than pools"
-    return _arena_hits(distances, config, arenas) if arenas else _pool_hits(distances, config, pools)
+    return _arena_hits(distances, config, arenas) if arenas else _pool_hits(trace, distances, config, pools)
 
 
 def _arena_hits(
@@ -159,7 +179,9 @@ def _arena_hits(
     return list(map(_Hits, hits.attention.tolist(), hits.aligned.tolist(), hits.usable.tolist()))
 
 
-def _pool_hits(distances: StackDistances, config: KVCacheManagerConfig, pools: Sequence[GridCapacity]) -> list[_Hits]:
+def _pool_hits(
+    trace: Trace, distances: StackDistances, config: KVCacheManagerConfig, pools: Sequence[GridCapacity]
+) -> list[_Hits]:
     block = config.tokens_per_block
     blocks = sorted({pool.blocks for pool in pools} | {UNLIMITED})
     snapshots = sorted({pool.snapshots or 0 for pool in pools} | {UNLIMITED})
@@ -168,22 +190,33 @@ def _pool_hits(distances: StackDistances, config: KVCacheManagerConfig, pools: S
         plane = hybrid_hits(distances, block, config.ssm_reuse_interval, blocks, snapshots)
     else:
         plane = np.repeat(kv_hits[:, np.newaxis], len(snapshots), axis=1)
+    usable, found = plane, None
+    if config.has_ssm and config.admission == "last":
+        found = last_boundaries(trace, config.ssm_reuse_interval)
+        usable = last_hits(distances, found, block, blocks, snapshots)
     hits = []
-    for pool in (*pools, GridCapacity(UNLIMITED, UNLIMITED)):
+    for pool in pools:
         if pool.lower_blocks:
             by_tier = tier_hits(distances, block, (pool.blocks, *pool.lower_blocks)).hit_tokens
             hits.append(_Hits(*(sum(by_tier),) * 3, by_tier))
             continue
         row, column = blocks.index(pool.blocks), snapshots.index(pool.snapshots or 0)
         # with all snapshots, what is lost of the KV that is there is lost to the interval
-        hits.append(_Hits(int(kv_hits[row]), int(plane[row, -1]), int(plane[row, column])))
-    return hits
+        one = _Hits(int(kv_hits[row]), int(plane[row, -1]), int(usable[row, column]))
+        if found is not None:
+            evicted = last_evicted(distances, found, block, pool.blocks, pool.snapshots or 0, trace.num_requests)
+            one = replace(one, not_admitted=one.aligned - one.usable - evicted)
+        hits.append(one)
+    return [*hits, _Hits(int(kv_hits[-1]), int(plane[-1, -1]), int(plane[-1, -1]))]
 
 
 def _totals(trace: Trace, config: KVCacheManagerConfig, hits: _Hits, unlimited: _Hits) -> ReplayTotals:
     names = config.tier_names if hits.by_tier else ()
     prompt_tokens = int(trace.prompt_tokens.sum())
     last_block = int(last_block_tokens(trace, config.tokens_per_block).sum())
+    # a boundary that had a snapshot once and lacks it has lost it
+    evicted = hits.aligned - hits.usable - hits.not_admitted
+    lacking = {"evicted": evicted, "not_admitted": hits.not_admitted}
     return ReplayTotals(
         requests=trace.num_requests,
         too_large_requests=0,
@@ -197,8 +230,7 @@ def _totals(trace: Trace, config: KVCacheManagerConfig, hits: _Hits, unlimited: 
         lost_alignment_tokens=hits.attention - hits.aligned,
         lost_snapshot_tokens=hits.aligned - hits.usable,
         lost_evicted_too_large_tokens=0,
-        # each boundary had a snapshot once: what lacks one was evicted
-        **snapshot_columns(hits.aligned - hits.usable if cause == "evicted" else 0 for cause in SNAPSHOT_CAUSES),
+        **snapshot_columns(lacking.get(cause, 0) for cause in SNAPSHOT_CAUSES),
         never_seen_tokens=prompt_tokens - last_block - unlimited.attention,
         last_block_tokens=last_block,
         snapshots=None,

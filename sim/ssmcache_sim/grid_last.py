@@ -15,14 +15,19 @@ minimum.
 Exact under these rules where sizes are fixed, KV beyond the missing snapshot is adopted, requests come one at a time,
 the KV capacity holds the largest request and there is room for one snapshot. Capacities are stacks: a pool of N pages
 is N - 1 blocks, one of N states N - 1 snapshots.
+
+A manager differs in one rule: it gives a snapshot up together with its KV, since nobody could start from it. The slot
+that is free then may keep another one, so neither hits more in all cases. Where no snapshot loses its KV before its own
+turn, both are the same: `snapshots_keep_their_kv` says so for a pair of capacities.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ssmcache_sim.grid import StackDistances
+from ssmcache_sim.grid import UNLIMITED, PackedCounts, StackDistances, segments_of
 from ssmcache_sim.trace import Int64Array, Trace
 
 
@@ -35,12 +40,15 @@ class LastBoundaries:
         request: [num_found] whose path it is, ascending; the boundaries of a path from the top on.
         boundary: [num_found] which multiple of the interval it is.
         distance: [num_found] snapshot distance.
+        own_distance: [num_requests] that of a request's own last boundary before it came; 0 where its prompt has none,
+            `UNLIMITED` where that is nobody's yet.
     """
 
     ssm_reuse_interval: int
     request: Int64Array
     boundary: Int64Array
     distance: Int64Array
+    own_distance: Int64Array
 
 
 def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
@@ -57,6 +65,7 @@ def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
     num_usable = ((trace.prompt_tokens - 1) // ssm_reuse_interval).tolist()
     boundaries: list[Int64Array] = []
     distances: list[Int64Array] = []
+    own_distance = np.zeros(trace.num_requests, dtype=np.int64)
     begin = 0
     for request, stop in enumerate(trace.offsets[1:].tolist()):
         ends = trace.block_keys[begin + factor - 1 : stop : factor]
@@ -68,9 +77,11 @@ def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
         distances.append(num_snapshots - np.searchsorted(order[:num_snapshots], usable[found]))
         if ends.size:
             if touches[-1] >= 0:
-                place = np.searchsorted(order[:num_snapshots], touches[-1])
+                place = int(np.searchsorted(order[:num_snapshots], touches[-1]))
+                own_distance[request] = num_snapshots - place
                 order[place : num_snapshots - 1] = order[place + 1 : num_snapshots]
             else:
+                own_distance[request] = UNLIMITED
                 num_snapshots += 1
             order[num_snapshots - 1] = request
             touched_by[ends[-1]] = request
@@ -80,6 +91,7 @@ def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
         request=np.repeat(np.arange(trace.num_requests), counts),
         boundary=np.concatenate(boundaries),
         distance=np.concatenate(distances),
+        own_distance=own_distance,
     )
 
 
@@ -98,7 +110,7 @@ def last_hits(
     Cost: O(boundaries found * log(capacities)), and O(snapshot capacities) for each that a larger one in reach of the
     same KV capacity does not make useless.
     """
-    kv_distance = _kv_distances(distances, found, tokens_per_block)
+    kv_distance = kv_distances(distances, found, tokens_per_block)
     fits_from = np.searchsorted(capacities, kv_distance)
     snapshot_fits_from = np.searchsorted(snapshot_capacities, found.distance)
     kept = _useful(found.request, fits_from, snapshot_fits_from)
@@ -116,7 +128,80 @@ def last_hits(
     return plane * found.ssm_reuse_interval
 
 
-def _kv_distances(distances: StackDistances, found: LastBoundaries, tokens_per_block: int) -> Int64Array:
+def last_usable(
+    distances: StackDistances,
+    found: LastBoundaries,
+    tokens_per_block: int,
+    num_blocks: int,
+    num_snapshots: int,
+    num_requests: int,
+) -> Int64Array:
+    """[num_requests] usable hit tokens at one capacity; their sum is that of `last_hits`.
+
+    Cost: O(boundaries found * log(segments)).
+    """
+    fits = (found.distance <= num_snapshots) & (kv_distances(distances, found, tokens_per_block) <= num_blocks)
+    usable = np.zeros(num_requests, dtype=np.int64)
+    # of several values for one index the last one stays: the deepest
+    usable[found.request[fits]] = found.boundary[fits] * found.ssm_reuse_interval
+    return usable
+
+
+def last_evicted(
+    distances: StackDistances,
+    found: LastBoundaries,
+    tokens_per_block: int,
+    num_blocks: int,
+    num_snapshots: int,
+    num_requests: int,
+) -> int:
+    """Tokens of intervals that are lost because the snapshot at their end, which some request once kept, was evicted:
+    the KV is there, and no deeper boundary is usable.
+
+    Cost: as that of `last_usable`.
+    """
+    usable = last_usable(distances, found, tokens_per_block, num_blocks, num_snapshots, num_requests)
+    has_kv = kv_distances(distances, found, tokens_per_block) <= num_blocks
+    lost = has_kv & (found.boundary * found.ssm_reuse_interval > usable[found.request])
+    return int(np.count_nonzero(lost)) * found.ssm_reuse_interval
+
+
+def snapshots_keep_their_kv(trace: Trace, ssm_reuse_interval: int, num_blocks: int, num_snapshots: int) -> bool:
+    """Whether `num_blocks` of KV certainly hold that of every snapshot as long as `num_snapshots` hold the snapshot.
+
+    Certain is what follows from counts: the KV below a snapshot is among the blocks touched since the oldest snapshot
+    was, the request under way included. (A later request may have touched the KV alone; then fewer would do.)
+
+    Args:
+        trace: in the blocks that are counted.
+
+    Cost: one pass over the trace, to the first place where it is not so.
+    """
+    factor = ssm_reuse_interval // trace.tokens_per_block
+    touched_by = np.full(trace.num_keys, -1, dtype=np.int32)
+    blocks = PackedCounts(trace.num_requests)  # by the request that touched them last
+    snapshots: OrderedDict[int, int] = OrderedDict()  # key of the block that ends there -> the last touch, oldest first
+    begin = 0
+    for request, stop in enumerate(trace.offsets[1:].tolist()):
+        path = trace.block_keys[begin:stop]
+        begin = stop
+        for start, end, touch in segments_of(touched_by[path]):
+            blocks.add(touch, start - end)
+        blocks.add(request, path.size)
+        touched_by[path] = request
+        if snapshots and blocks.total - blocks.up_to(next(iter(snapshots.values())) - 1) > num_blocks:
+            return False
+        last = path.size // factor * factor
+        if last:
+            key = int(path[last - 1])
+            snapshots[key] = request
+            snapshots.move_to_end(key)
+            if len(snapshots) > num_snapshots:
+                snapshots.popitem(last=False)
+    return True
+
+
+def kv_distances(distances: StackDistances, found: LastBoundaries, tokens_per_block: int) -> Int64Array:
     """[num_found] KV distance of the block that ends at the boundary."""
     end = found.boundary * (found.ssm_reuse_interval // distances.tokens_per_block)
     path = int(distances.end.max(initial=0)) + 1

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ssmcache import KVCacheManagerConfig
 from ssmcache_sim.grid import StackDistances
 from ssmcache_sim.grid_cells import GridCapacity
-from ssmcache_sim.trace import Float64Array, Int64Array
+from ssmcache_sim.grid_last import last_boundaries, last_usable
+from ssmcache_sim.trace import Float64Array, Int64Array, Trace
 
 PERCENTS = tuple(range(0, 101, 2))
 
@@ -58,3 +60,13 @@ def hit_depths(
         return HitDepths(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     hits = np.add.reduceat(np.clip(fits, 0, np.maximum(count, 0)), begins) * period
     return HitDepths(hits, distances.limit[begins] + 1)
+
+
+def last_hit_depths(
+    trace: Trace, distances: StackDistances, config: KVCacheManagerConfig, capacity: GridCapacity
+) -> HitDepths:
+    """The same, of all requests, where each keeps its own last boundary only. Cost: one pass over the trace."""
+    assert capacity.snapshots is not None
+    found = last_boundaries(trace, config.ssm_reuse_interval)
+    shape = (config.tokens_per_block, capacity.blocks, capacity.snapshots, trace.num_requests)
+    return HitDepths(last_usable(distances, found, *shape), trace.prompt_tokens)

@@ -9,6 +9,7 @@ import numpy as np
 from ssmcache_sim.errors import MemoryTooSmallError
 from ssmcache_sim.grid import StackDistances, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.grid_cells import GridCapacity, grid_capacity
+from ssmcache_sim.grid_last import last_boundaries, last_usable
 from ssmcache_sim.phase import shifted, shifts_of
 from ssmcache_sim.replay import replay
 from ssmcache_sim.settings import ReplaySettings
@@ -104,13 +105,20 @@ def _by_grid(
     distances = stack_distances(moved, sizes)
     hits = []
     for config, (_, capacity) in zip(configs, by_grid, strict=True):
+        if config.has_ssm and config.admission == "last":
+            assert capacity.snapshots is not None
+            found = last_boundaries(moved, config.ssm_reuse_interval)
+            shape = (config.tokens_per_block, capacity.blocks, capacity.snapshots, moved.num_requests)
+            hits.append(int(np.maximum(last_usable(distances, found, *shape) - shift, 0).sum()))
+            continue
         interval = config.ssm_reuse_interval if config.has_ssm else None
         hits.append(_own_hits(distances, config.tokens_per_block, interval, capacity, shift))
     return hits
 
 
 def _own_hits(distances: StackDistances, block: int, interval: int | None, capacity: GridCapacity, shift: int) -> int:
-    """Hits of a request grow from its start on: one that hits at all hits the tokens in front, which are not its own.
+    """With a snapshot at every boundary, hits of a request grow from its start on: one that hits at all hits the tokens
+    in front, which are not its own.
 
     A request hits at all where its first boundary is usable; the shift is shorter than that.
     """

@@ -1,46 +1,48 @@
-"""The best interval, block size and split of a memory for a trace and a model, by the time that prefill saves.
+"""The best interval, block size, admission and split of a memory for a trace and a model, by prefill time saved.
 
 Every split of the memory (`splits.py`), for every block size and interval that the trace records exactly
-(`candidates.py`), is ranked by the modelled time (`cost.py`) that the cache saves over the whole trace. How sure the
-choice is, is asked of parts of the trace, of its phases and of other costs (`certainty.py`). Hits are exact: what is
-recommended is a cell of the grid, and a replay of it hits the same tokens.
+(`candidates.py`), is ranked by the modelled time (`cost.py`) that the cache saves over the whole trace. What the grid
+cannot tell exactly is searched by replays (`rating.py`, `search.py`). How sure the choice is, is asked of parts of the
+trace, of its phases and of other costs (`certainty.py`). Hits are exact: a replay of what is recommended hits the same
+tokens.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ssmcache.models import ModelSpec
 from ssmcache_sim.candidates import (
     Candidate,
     LeftOut,
+    Place,
     Question,
     Shape,
     find_candidates,
     measure,
+    narrowed,
     near_best,
+    order_of,
     rank,
     sizes_of,
 )
 from ssmcache_sim.ceilings import infinite_cache
-from ssmcache_sim.certainty import Case, Certainty, cost_cases, judge, piece_cases
+from ssmcache_sim.certainty import Case, Certainty, Contender, cost_cases, judge, phase_cases, piece_cases
 from ssmcache_sim.cost import PrefillCost, prefill_cost
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.grid import StackDistances, stack_distances
-from ssmcache_sim.grid_cells import GridCapacity, grid_capacity
-from ssmcache_sim.settings import ReplaySettings, build_config, make_settings
+from ssmcache_sim.phase import shifts_of
+from ssmcache_sim.rating import By, Rater
+from ssmcache_sim.search import SearchResult, differs
+from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.splits import SplitTotals, unlimited_totals
 from ssmcache_sim.trace import Trace
 
-# A snapshot at every multiple of the interval. Another admission that the grid can do would be one more member of
-# `Shape`, with distances of its own in `splits.py`.
-ADMISSION = "every"
 _NEAR_BEST = 0.01  # of the time that the best split saves
 
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """What unlimited memory would give at one interval."""
+    """What unlimited memory would give at one interval and admission."""
 
     shape: Shape
     hit_tokens: int
@@ -49,23 +51,29 @@ class Ceiling:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The best split of one block size and interval, and what it gives over the whole trace.
+    """The best split found of one block size, interval and admission, and what it gives over the whole trace.
 
     Attributes:
         settings: to replay it.
-        num_slots: SSM slots, that of the live state included; 0 without SSM layers.
-        near_best_slots: from, to: SSM slots around `num_slots` that save at least 99 % as much time.
+        by: how it is known: exactly, by the grid or a replay, or by an estimate alone.
+        num_slots: SSM slots on the GPU, that of the live state included; 0 without SSM layers.
+        near_best_slots: from, to: SSM slots around `num_slots` that save at least 99 % as much time; None where not all
+            splits were looked at.
+        hit_tokens_by_tier: from the GPU down; one entry for the GPU alone.
         saved_ns: modelled prefill time without a prefix cache less that with it; negative where the cache costs more.
-        ceiling: the same interval with unlimited memory.
+        ceiling: the same interval and admission with unlimited memory.
     """
 
     settings: ReplaySettings
+    by: By
+    shape: Shape
     num_pages: int
     page_bytes: int
     num_slots: int
     slot_bytes: int
-    near_best_slots: tuple[int, int]
+    near_best_slots: tuple[int, int] | None
     hit_tokens: int
+    hit_tokens_by_tier: tuple[int, ...]
     saved_ns: int
     snapshots_taken: int
     ceiling: Ceiling
@@ -77,11 +85,13 @@ class Recommendation:
 
     Attributes:
         plain_ns: modelled prefill time of the trace without a prefix cache.
-        choices: the best split of each interval and block size, best first.
-        runner_up: the best one of another interval; without SSM layers, of another block size.
+        choices: the best split of each interval, block size and admission, best first; estimates come last.
+        runner_up: the best one of another interval or admission; without SSM layers, of another block size.
         ceiling: of all intervals, also those left out, the one that would save most with unlimited memory.
         kv_ceiling_hit_tokens: by attention alone, with unlimited memory.
         left_out: what was not judged because its largest request does not fit.
+        num_replays: that the search made.
+        num_promising: settings that still promised more than the best when it might make no more.
     """
 
     num_requests: int
@@ -94,6 +104,8 @@ class Recommendation:
     kv_ceiling_hit_tokens: int
     left_out: tuple[LeftOut, ...]
     certainty: Certainty
+    num_replays: int
+    num_promising: int
 
     def __repr__(self) -> str:
         lines = [f"Recommendation({self.best.settings.in_words()})", f"  {self._gains(self.best)}"]
@@ -127,21 +139,18 @@ def recommend(
     trace: Trace,
     model: ModelSpec,
     question: Question,
-    phases: Sequence[Trace] = (),
     progress: Callable[[int], None] = lambda percentage: None,
 ) -> Recommendation:
     """The best settings for this trace.
 
     Args:
-        phases: the same traffic with its prompts shifted against the interval, in blocks of the same size as `trace`;
-            the choice is repeated on each.
         progress: called now and then with the percentage done.
 
-    Cost: one pass over each trace and each piece of it, and O(boundaries found) for each interval and block size.
+    Cost: one pass over the trace, and each piece and shift of it, and O(boundaries found) for each interval and block
+    size; where replays are needed, up to `num_replays` of the trace, and up to two of each piece and shift.
     Errors: SettingsError for a model that cannot be judged, or settings that cannot be; MemoryTooSmallError where
     nothing holds the largest request; TraceError for blocks that the trace does not record; ModelError for a dtype.
     """
-    assert all(phase.tokens_per_block == trace.tokens_per_block for phase in phases), "phases in other blocks"
     if not model.num_attention_layers:
         raise SettingsError(f"{model.name}: expected a model with attention layers, got none: replay it instead")
     cost = prefill_cost(
@@ -151,25 +160,36 @@ def recommend(
         state_dtype=question.state_dtype,
         billion_parameters=question.billion_parameters,
     )
-    longest = max(each.longest_path for each in (trace, *phases))
+    longest = trace.longest_path
     candidates, left_out = find_candidates(trace, model, question, longest)
     distances = stack_distances(trace, sizes_of(candidates))
-    totals = measure(trace, distances, candidates, cost)
-    places = rank(candidates, totals)
-    unlimited = _unlimited(trace, distances, [*candidates, *left_out], cost)
-    choices = []
-    for place in places:
-        candidate, sums = candidates[place.candidate], totals[place.candidate]
-        choices.append(_choice(trace, model, question, candidate, sums, place.split, unlimited[candidate.shape.step]))
+    rater = Rater(trace, model, question, cost, distances, {each.shape: each for each in candidates})
+    by_grid = [each for each in candidates if not question.has_tiers and each.shape.admission == "every"]
+    totals = measure(trace, distances, by_grid, cost)
+    places = rank(by_grid, totals) if by_grid else []
+    known = {by_grid[place.candidate].shape: int(totals[place.candidate].saved_ns[place.split]) for place in places}
+    found = rater.search(known, lambda done: progress(50 * done // question.num_replays))
+    ceilings = _ceilings(trace, distances, rater, [*candidates, *left_out], cost)
+    rated = [_of_place(by_grid, totals, rater, place, ceilings) for place in places]
+    rated += _searched(rater, found, ceilings)
+    rated.sort(key=lambda one: (one[0].by == "estimate", order_of(one[0].shape, one[0].saved_ns, one[0].hit_tokens)))
+    choices = [choice for choice, _ in rated]
     plain_ns = int(cost.plain_ns(trace.prompt_tokens).sum())
-    second = _runner_up([candidates[place.candidate].shape for place in places])
+    second = _runner_up(choices)
+    contenders = [contender for _, contender in rated]
     margin_ns = 0 if second is None else choices[0].saved_ns - choices[second].saved_ns
-    cases = [
-        *piece_cases(trace, cost, question.num_pieces, question.seed),
-        *(Case("phase", phase.name, phase, cost) for phase in phases),
-        *cost_cases(trace, distances, cost),
-    ]
-    second_place = None if second is None else places[second]
+    compared = [contenders[index] for index in (0, second) if index is not None]
+    cases = _cases(trace, distances, rater, compared)
+    certainty = judge(
+        cases,
+        by_grid,
+        contenders[0],
+        None if second is None else contenders[second],
+        margin_ns / plain_ns,
+        rater.measure_contender,
+        [Contender(*option, None) for option in found.saved_ns],
+        lambda done: progress(50 + 50 * done // len(cases)),
+    )
     return Recommendation(
         num_requests=trace.num_requests,
         prompt_tokens=int(trace.prompt_tokens.sum()),
@@ -177,78 +197,130 @@ def recommend(
         cost=cost,
         choices=tuple(choices),
         runner_up=None if second is None else choices[second],
-        ceiling=max(unlimited.values(), key=lambda ceiling: ceiling.saved_ns),
+        ceiling=max(ceilings.values(), key=lambda ceiling: ceiling.saved_ns),
         kv_ceiling_hit_tokens=int(infinite_cache(trace, None).kv_tokens.sum()),
         left_out=left_out,
-        certainty=judge(cases, candidates, places[0], second_place, margin_ns / plain_ns, progress),
+        certainty=certainty,
+        num_replays=found.num_replays,
+        num_promising=found.num_promising,
     )
 
 
-def _runner_up(shapes: Sequence[Shape]) -> int | None:
-    """The first shape of another interval than the best one; without SSM layers, of another block size."""
-    return next((index for index, shape in enumerate(shapes) if shape.step != shapes[0].step), None)
+def _runner_up(choices: Sequence[Choice]) -> int | None:
+    """The first exact choice of another interval or admission; without SSM layers, of another block size."""
+    return next(
+        (
+            index
+            for index, choice in enumerate(choices)
+            if choice.by != "estimate" and differs(choice.shape, choices[0].shape)
+        ),
+        None,
+    )
 
 
-def _unlimited(
-    trace: Trace, distances: StackDistances, shapes: Sequence[Candidate | LeftOut], cost: PrefillCost
-) -> dict[int, Ceiling]:
-    """By step: of all blocks that divide it the smallest stands for all, since unlimited memory wastes none."""
-    ceilings: dict[int, Ceiling] = {}
+def _cases(trace: Trace, distances: StackDistances, rater: Rater, compared: Sequence[Contender]) -> list[Case]:
+    """What the choice is repeated on. Shifts are over the longer interval of both that are compared, as far as both
+    have room for the longer prompts.
+    """
+    question, cost, longest = rater.question, rater.cost, trace.longest_path
+
+    def fits(shift: int) -> bool:
+        for contender in compared:
+            candidate = narrowed(rater.candidates[contender.shape], longest + shift)
+            if candidate is None or not candidate.splits.first <= contender.num_slots <= candidate.splits.last:
+                return False
+        return True
+
+    period = max(contender.shape.step for contender in compared)
+    shifts = shifts_of(period, trace.tokens_per_block, question.num_phases + 1)[1:]
+    return [
+        *piece_cases(trace, cost, question.num_pieces, question.seed),
+        *phase_cases(trace, cost, [shift for shift in shifts if fits(shift)]),
+        *cost_cases(trace, distances, cost, question.has_tiers),
+    ]
+
+
+_CeilingKey = tuple[int, str]  # step and admission
+
+
+def _ceilings(
+    trace: Trace, distances: StackDistances, rater: Rater, shapes: Sequence[Candidate | LeftOut], cost: PrefillCost
+) -> dict[_CeilingKey, Ceiling]:
+    """Of all blocks that divide an interval the smallest stands for all, since unlimited memory wastes none."""
+    ceilings: dict[_CeilingKey, Ceiling] = {}
     for shape in sorted((each.shape for each in shapes), key=lambda shape: (shape.step, shape.tokens_per_block)):
-        if shape.step not in ceilings:
-            ceilings[shape.step] = Ceiling(shape, *unlimited_totals(trace, distances, shape.step, cost))
+        if (shape.step, shape.admission) in ceilings:
+            continue
+        if shape.admission == "every":
+            ceiling = Ceiling(shape, *unlimited_totals(trace, distances, shape.step, cost))
+        elif shape in rater.candidates:
+            measured = rater.unlimited(shape)
+            ceiling = Ceiling(shape, measured.hit_tokens, measured.saved_ns(trace, cost))
+        else:
+            continue
+        ceilings[shape.step, shape.admission] = ceiling
     return ceilings
 
 
-def _choice(
-    trace: Trace,
-    model: ModelSpec,
-    question: Question,
-    candidate: Candidate,
-    totals: SplitTotals,
-    split: int,
-    ceiling: Ceiling,
-) -> Choice:
-    splits = candidate.splits
+_Rated = tuple[Choice, Contender]
+
+
+def _of_place(
+    candidates: Sequence[Candidate],
+    totals: Sequence[SplitTotals],
+    rater: Rater,
+    place: Place,
+    ceilings: dict[_CeilingKey, Ceiling],
+) -> _Rated:
+    """The best split of a candidate whose splits the grid has done all."""
+    candidate, sums, split = candidates[place.candidate], totals[place.candidate], place.split
+    shape, splits = candidate.shape, candidate.splits
     num_slots = splits.first + split
-    first, last = near_best(totals, split, _NEAR_BEST)
-    return Choice(
-        settings=_settings(trace, model, question, candidate, num_slots),
+    first, last = near_best(sums, split, _NEAR_BEST)
+    choice = Choice(
+        settings=rater.settings(shape, num_slots),
+        by="grid",
+        shape=shape,
         num_pages=splits.num_pages(num_slots),
         page_bytes=splits.page_bytes,
         num_slots=num_slots,
         slot_bytes=splits.slot_bytes,
         near_best_slots=(splits.first + first, splits.first + last),
-        hit_tokens=int(totals.hit_tokens[split]),
-        saved_ns=int(totals.saved_ns[split]),
-        snapshots_taken=int(totals.snapshots_taken[split]),
-        ceiling=ceiling,
+        hit_tokens=int(sums.hit_tokens[split]),
+        hit_tokens_by_tier=(int(sums.hit_tokens[split]),),
+        saved_ns=int(sums.saved_ns[split]),
+        snapshots_taken=int(sums.snapshots_taken[split]),
+        ceiling=ceilings[shape.step, shape.admission],
     )
+    return choice, Contender(shape, num_slots, place)
 
 
-def _settings(
-    trace: Trace, model: ModelSpec, question: Question, candidate: Candidate, num_slots: int
-) -> ReplaySettings:
-    """Settings from which a manager makes exactly this split: the fraction with the fewest digits that does."""
-    settings = make_settings(
-        model,
-        candidate.shape.tokens_per_block,
-        gpu_memory_bytes=question.gpu_memory_bytes,
-        ssm_reuse_interval=candidate.shape.ssm_reuse_interval,
-        kv_dtype=question.kv_dtype,
-        state_dtype=question.state_dtype,
-        prefill=question.prefill,
-    )
-    splits = candidate.splits
-    num_pages = splits.num_pages(num_slots)
-    wanted = GridCapacity(num_pages - 1, num_slots - 1 if num_slots else None)
-    if not num_slots:
-        assert grid_capacity(trace, build_config(model, settings)) == wanted
-        return settings
-    least = num_slots * splits.slot_bytes / splits.memory_bytes
-    for digits in range(2, 18):
-        fraction = math.ceil(least * 10**digits) / 10**digits
-        exact = replace(settings, ssm_fraction=fraction)
-        if fraction < 1 and grid_capacity(trace, build_config(model, exact)) == wanted:
-            return exact
-    raise AssertionError(f"no share of {splits.memory_bytes} bytes gives {num_slots} slots and {num_pages} pages")
+def _searched(rater: Rater, found: SearchResult, ceilings: dict[_CeilingKey, Ceiling]) -> list[_Rated]:
+    """The best split of each shape that was searched: of those that were measured, else of those estimated."""
+    best: dict[Shape, tuple[bool, int, int]] = {}
+    for (shape, num_slots), saved_ns in found.estimates.items():
+        is_exact = (shape, num_slots) in found.saved_ns
+        rated = is_exact, found.saved_ns.get((shape, num_slots), saved_ns), num_slots
+        best[shape] = max(rated, best.get(shape, rated), key=lambda one: one[:2])
+    rated_choices = []
+    for shape, (is_exact, saved_ns, num_slots) in best.items():
+        option, splits = (shape, num_slots), rater.candidates[shape].splits
+        is_exact = is_exact or rater.is_by_grid(option)
+        measured = rater.measure(option) if is_exact else rater.estimate(option)
+        choice = Choice(
+            settings=rater.settings(shape, num_slots),
+            by=("grid" if rater.is_by_grid(option) else "replay") if is_exact else "estimate",
+            shape=shape,
+            num_pages=splits.num_pages(num_slots),
+            page_bytes=splits.page_bytes,
+            num_slots=num_slots,
+            slot_bytes=splits.slot_bytes,
+            near_best_slots=None,
+            hit_tokens=measured.hit_tokens,
+            hit_tokens_by_tier=measured.hit_tokens_by_tier,
+            saved_ns=saved_ns,
+            snapshots_taken=measured.snapshots_taken,
+            ceiling=ceilings[shape.step, shape.admission],
+        )
+        rated_choices.append((choice, Contender(shape, num_slots, None)))
+    return rated_choices

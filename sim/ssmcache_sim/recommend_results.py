@@ -8,20 +8,21 @@ from typing import Any
 from ssmcache_sim.candidates import Question
 from ssmcache_sim.certainty import CaseResult
 from ssmcache_sim.directories import MANIFEST, json_bytes, new_directory, write_file
-from ssmcache_sim.recommend import ADMISSION, Choice, Recommendation
+from ssmcache_sim.recommend import Choice, Recommendation
 from ssmcache_sim.results import RunTimes, manifest_head, manifest_with_times, write_parquet
+from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.trace import Trace
 
 RECOMMENDATION = "recommendation.json"
 SETTINGS = "settings.parquet"
 RECOMMEND_COMMAND = "recommend"
 _NS_PER_SECOND = 1e9
+_TIER_NAMES = ("gpu", "host", "disk")
 
 
 def recommend_manifest(trace: Trace, model_name: str, question: Question) -> dict[str, Any]:
     """What a recommendation was made of; the same for the same input on the same machine."""
-    settings = {"model": model_name, **asdict(question), "admission": ADMISSION}
-    return {**manifest_head(RECOMMEND_COMMAND, trace), "settings": settings}
+    return {**manifest_head(RECOMMEND_COMMAND, trace), "settings": {"model": model_name, **asdict(question)}}
 
 
 def recommendation_json(answer: Recommendation, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def recommendation_json(answer: Recommendation, manifest: dict[str, Any]) -> dic
         "ceiling": {
             "tokens_per_block": answer.ceiling.shape.tokens_per_block,
             "ssm_reuse_interval": answer.ceiling.shape.ssm_reuse_interval,
+            "admission": answer.ceiling.shape.admission,
             "usable_hit_tokens": answer.ceiling.hit_tokens,
             "usable_token_hit_rate": answer.hit_rate(answer.ceiling.hit_tokens),
             "saved_share": answer.saved_share(answer.ceiling.saved_ns),
@@ -49,6 +51,7 @@ def recommendation_json(answer: Recommendation, manifest: dict[str, Any]) -> dic
             "within_noise": certainty.within_noise,
             "cases": [_case_row(case) for case in certainty.cases],
         },
+        "search": {"replays": answer.num_replays, "more_promising": answer.num_promising},
         "settings": [choice_row(answer, choice) for choice in answer.choices],
         "left_out": [
             {**asdict(left_out.shape), "least_memory_bytes": left_out.least_memory_bytes}
@@ -62,12 +65,16 @@ def recommendation_json(answer: Recommendation, manifest: dict[str, Any]) -> dic
 def choice_row(answer: Recommendation, choice: Choice) -> dict[str, Any]:
     """One block size and interval with its best split, as one flat row."""
     settings = choice.settings
-    first, last = choice.near_best_slots
+    first, last = choice.near_best_slots or (None, None)
+    by_tier = dict(zip(tier_names_of(settings), choice.hit_tokens_by_tier, strict=True))
     return {
         "tokens_per_block": settings.tokens_per_block,
         "ssm_reuse_interval": settings.ssm_reuse_interval,
-        "admission": ADMISSION,
+        "admission": settings.admission,
+        "known_by": choice.by,
         "gpu_memory_bytes": settings.gpu_memory_bytes,
+        "host_memory_bytes": settings.host_memory_bytes,
+        "disk_memory_bytes": settings.disk_memory_bytes,
         "ssm_fraction": settings.ssm_fraction,
         "kv_pages": choice.num_pages,
         "kv_bytes": choice.num_pages * choice.page_bytes,
@@ -77,6 +84,7 @@ def choice_row(answer: Recommendation, choice: Choice) -> dict[str, Any]:
         "ssm_slots_near_best_to": last,
         "usable_hit_tokens": choice.hit_tokens,
         "usable_token_hit_rate": answer.hit_rate(choice.hit_tokens),
+        **{f"usable_hit_tokens_{tier}": by_tier.get(tier, 0) for tier in _TIER_NAMES},
         "saved_seconds": choice.saved_ns / _NS_PER_SECOND,
         "saved_share": answer.saved_share(choice.saved_ns),
         "snapshots_taken": choice.snapshots_taken,
@@ -84,6 +92,12 @@ def choice_row(answer: Recommendation, choice: Choice) -> dict[str, Any]:
         "ceiling_token_hit_rate": answer.hit_rate(choice.ceiling.hit_tokens),
         "ceiling_saved_share": answer.saved_share(choice.ceiling.saved_ns),
     }
+
+
+def tier_names_of(settings: ReplaySettings) -> list[str]:
+    """The tiers that there are, from the GPU down."""
+    sizes = (1, settings.host_memory_bytes, settings.disk_memory_bytes)
+    return [name for name, size in zip(_TIER_NAMES, sizes, strict=True) if size]
 
 
 def settings_columns(answer: Recommendation) -> dict[str, list[Any]]:

@@ -5,6 +5,7 @@ from typing import Literal, cast, get_args
 
 from ssmcache.config import (
     DEFAULT_SSM_REUSE_INTERVAL,
+    Admission,
     CacheTierConfig,
     DiskCacheTierConfig,
     GpuCacheTierConfig,
@@ -33,6 +34,8 @@ class ReplaySettings:
         kv_dtype, state_dtype: of KV and of SSM states.
         prefill: how snapshots inside a prompt are made: slots reserved ahead and one commit, or one commit a chunk.
         disk_path: directory for the files of the disk tier; None where none was named. A simulated disk has no files.
+        admission: whether every multiple of the interval gets a snapshot, or the last one of a request; None for a
+            model without SSM layers.
     """
 
     model: str
@@ -46,15 +49,31 @@ class ReplaySettings:
     host_memory_bytes: int = 0
     disk_memory_bytes: int = 0
     disk_path: str | None = None
+    admission: Admission | None = "every"
 
     def in_words(self) -> str:
         """Block, interval and memory, for people."""
         interval = self.ssm_reuse_interval
         snapshots = "no SSM layers" if interval is None else f"interval {interval:,}"
+        if self.admission == "last":
+            snapshots += ", last boundary only"
         below = (("host", self.host_memory_bytes), ("disk", self.disk_memory_bytes))
         tiers = "".join(f", {name} {format_size(size)}" for name, size in below if size)
         memory = f"{'GPU' if tiers else 'memory'} {format_size(self.gpu_memory_bytes)}{tiers}"
         return f"{self.model}, block {self.tokens_per_block:,}, {snapshots}, {memory}"
+
+
+def parse_admission(text: str) -> Admission:
+    """Errors: SettingsError."""
+    if text not in get_args(Admission):
+        raise SettingsError(f"admission: expected {' or '.join(get_args(Admission))}, got {text!r}")
+    return cast(Admission, text)
+
+
+def parse_admissions(text: str) -> tuple[Admission, ...]:
+    """A list with commas, `every` first, each once. Errors: SettingsError."""
+    given = {parse_admission(part.strip()) for part in text.split(",")}
+    return tuple(name for name in get_args(Admission) if name in given)
 
 
 def parse_prefill(text: str) -> Prefill:
@@ -77,8 +96,10 @@ def make_settings(
     host_memory_bytes: int = 0,
     disk_memory_bytes: int = 0,
     disk_path: str | None = None,
+    admission: Admission = "every",
 ) -> ReplaySettings:
-    """Settings with the defaults of the model filled in, and without an interval where the model has no SSM layers.
+    """Settings with the defaults of the model filled in, and without interval and admission where the model has no SSM
+    layers.
 
     Args:
         ssm_reuse_interval: None: the smallest multiple of the block that is not below the manager's default.
@@ -102,6 +123,7 @@ def make_settings(
         host_memory_bytes=host_memory_bytes,
         disk_memory_bytes=disk_memory_bytes,
         disk_path=disk_path,
+        admission=admission if model.num_ssm_layers else None,
     )
 
 
@@ -118,6 +140,7 @@ def build_config(model: ModelSpec, settings: ReplaySettings) -> KVCacheManagerCo
             cache_tiers=_tiers(settings),
             ssm_reuse_interval=interval,
             ssm_fraction=settings.ssm_fraction,
+            admission=settings.admission or "every",
         )
     except ValueError as error:
         raise SettingsError(str(error)) from error

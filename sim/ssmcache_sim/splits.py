@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ssmcache.config import Admission
 from ssmcache_sim.cost import PrefillCost
 from ssmcache_sim.grid import StackDistances
 from ssmcache_sim.trace import Int64Array, Trace
@@ -50,15 +51,23 @@ class Splits:
 
 
 def possible_splits(
-    longest_path: int, step: int, memory_bytes: int, *, tokens_per_block: int, page_bytes: int, slot_bytes: int
+    longest_path: int,
+    step: int,
+    memory_bytes: int,
+    *,
+    tokens_per_block: int,
+    page_bytes: int,
+    slot_bytes: int,
+    admission: Admission = "every",
 ) -> Splits | int:
     """All splits that the grid is exact for, or the least memory that has one.
 
-    Exact is a split that holds the largest request: its full blocks and one page more, and, every `step` tokens, its
-    snapshots and one live state more.
+    Exact is a split that holds the largest request: its full blocks and one page more, and its snapshots, one every
+    `step` tokens or (admission `last`) one at all, and one live state more.
     """
     pages = longest_path // tokens_per_block + 1
-    first = longest_path // step + 1 if slot_bytes else 0
+    snapshots = longest_path // step if admission == "every" else 1
+    first = snapshots + 1 if slot_bytes else 0
     least = pages * page_bytes + first * slot_bytes
     if memory_bytes < least:
         return least
@@ -78,13 +87,20 @@ class SplitTotals:
 
 
 def split_totals(
-    trace: Trace, distances: StackDistances, tokens_per_block: int, step: int, splits: Splits, cost: PrefillCost
+    trace: Trace,
+    distances: StackDistances,
+    tokens_per_block: int,
+    step: int,
+    splits: Splits,
+    cost: PrefillCost,
+    front_tokens: int = 0,
 ) -> SplitTotals:
     """Totals of every split. Cost: O(boundaries found + splits), in bounded memory.
 
     Args:
         distances: of the trace, with `tokens_per_block` and `step` among its sizes.
         step: tokens between snapshots, a multiple of the block; without SSM layers, the block.
+        front_tokens: of each prompt, whose operations are neither time saved nor time spent.
     """
     prompts = trace.prompt_tokens
     nothing = np.zeros_like(prompts)
@@ -98,6 +114,12 @@ def split_totals(
         after = high[fits] + 1 - splits.first
         prompt, end = boundary.prompt_tokens[fits], boundary.ends[fits]
         gain = cost.reuse_ns(prompt, end - step, step) - cost.reuse_ns(prompt, end, step)
+        if front_tokens:  # as far as the request skips them, which it cannot beyond its last token
+            skipped = np.minimum(end, np.maximum(prompt - 1, 0) // step * step)
+            before = np.minimum(end - step, skipped)
+            fronts = (np.minimum(tokens, front_tokens) for tokens in (before, skipped))
+            before_ns, skipped_ns = map(cost.front_ns, fronts)
+            gain = gain - (skipped_ns - before_ns)
         gain[end > prompt] = 0  # a snapshot of the output: no prefill makes or uses it here
         for sums, worth in ((hits, (end < prompt) * step), (saved, gain), (found, np.ones_like(gain))):
             np.add.at(sums, low, worth)

@@ -19,7 +19,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from ssmcache import __version__
-from ssmcache.config import KVCacheManagerConfig
+from ssmcache.config import Admission, KVCacheManagerConfig
 from ssmcache.models import ModelSpec
 from ssmcache_sim.directories import json_bytes, write_file
 from ssmcache_sim.engines import Engine, Pools, check_pools, choose_engine
@@ -56,6 +56,7 @@ class SweepSpec:
     pools: Pools = "separate"
     host_memory_bytes: tuple[int, ...] = (0,)
     disk_memory_bytes: int = 0
+    admissions: tuple[Admission, ...] = ("every",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,8 @@ class PlannedCell:
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """All cells in order of block, interval, GPU memory (unlimited last), host memory; those finished already are
-    marked.
+    """All cells in order of block, interval, admission, GPU memory (unlimited last), host memory; those finished
+    already are marked.
     """
 
     cells: tuple[PlannedCell, ...]
@@ -111,7 +112,7 @@ def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path)
     Errors: UserError for an arena with what only pools have, and with the first reason when no combination is possible.
     """
     has_lower_tiers = any(spec.host_memory_bytes) or spec.disk_memory_bytes > 0
-    check_pools(spec.pools, spec.engine, spec.ssm_fraction, has_lower_tiers)
+    check_pools(spec.pools, spec.engine, spec.ssm_fraction, has_lower_tiers, spec.admissions)
     cells: list[PlannedCell] = []
     skipped: list[SkippedCell] = []
     in_block = cache(trace.with_block)  # many cells share a block size
@@ -172,10 +173,12 @@ def run_sweep(
 
 def _combinations(spec: SweepSpec, model: ModelSpec) -> Iterator[ReplaySettings]:
     blocks = sorted(spec.tokens_per_block)
-    # without SSM layers the interval changes nothing: one cell for all of them
+    # without SSM layers interval and admission change nothing: one cell for all of them
     intervals = sorted(spec.ssm_reuse_intervals) if model.num_ssm_layers else [None]
+    admissions = spec.admissions if model.num_ssm_layers else spec.admissions[:1]
     sizes = sorted(spec.gpu_memory_bytes, key=lambda size: (size is None, size or 0))
-    for block, interval, size, host_size in product(blocks, intervals, sizes, sorted(spec.host_memory_bytes)):
+    host_sizes = sorted(spec.host_memory_bytes)
+    for block, interval, admission, size, host_size in product(blocks, intervals, admissions, sizes, host_sizes):
         yield make_settings(
             model,
             block,
@@ -187,6 +190,7 @@ def _combinations(spec: SweepSpec, model: ModelSpec) -> Iterator[ReplaySettings]
             prefill=spec.prefill,
             host_memory_bytes=host_size,
             disk_memory_bytes=spec.disk_memory_bytes,
+            admission=admission,
         )
 
 

@@ -9,7 +9,8 @@
 | `phases.parquet` | a cell at one shift of all prompts | unless `sweep --phase` |
 | `phase_ceilings.parquet` | a period and a shift: bounds of the hits of unlimited memory | unless `sweep --phase` |
 
-A file without rows is not written. All are made from the trace alone: the same input gives the same bytes.
+A file without rows is not written. Planes, splits and explorer are of admission `every` alone. All are made from the
+trace alone: the same input gives the same bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from ssmcache.models import ModelSpec
 from ssmcache_sim.explorer import explorer_cells
 from ssmcache_sim.grid import StackDistances, stack_distances
 from ssmcache_sim.grid_cells import GridCapacity
-from ssmcache_sim.hit_depth import PERCENTS, hit_depths
+from ssmcache_sim.hit_depth import PERCENTS, hit_depths, last_hit_depths
 from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
 from ssmcache_sim.phase_cells import PhaseCell, period_of, phase_cells
 from ssmcache_sim.plane import memory_steps, split_plane, splits, used_bytes
@@ -100,7 +101,8 @@ def detail_columns(
         periods = {planned.settings.ssm_reuse_interval or 0 for planned, _ in by_grid} - {0}
         distances = stack_distances(trace, periods | {planned.settings.tokens_per_block for planned, _ in by_grid})
         rows[HIT_DEPTHS] = [row for planned, _ in by_grid for row in _depth_rows(trace, distances, planned)]
-        for shape in _by_shape(by_grid):
+    if every := [cell for cell in by_grid if cell[0].settings.admission != "last"]:
+        for shape in _by_shape(every):
             planes, divided = _plane_rows(trace, distances, shape)
             rows[PLANES] += planes
             rows[SPLITS] += divided
@@ -209,7 +211,10 @@ def _plane_rows(
 def _depth_rows(trace: Trace, distances: StackDistances, planned: PlannedCell) -> list[Row]:
     assert isinstance(planned.grid, GridCapacity)
     settings = planned.settings
-    depths = hit_depths(distances, settings.tokens_per_block, settings.ssm_reuse_interval, planned.grid)
+    if settings.admission == "last":
+        depths = last_hit_depths(trace, distances, planned.config, planned.grid)
+    else:
+        depths = hit_depths(distances, settings.tokens_per_block, settings.ssm_reuse_interval, planned.grid)
     tokens, shares = depths.quantiles(trace.num_requests)
     return [
         {**_varied(settings), "percent_of_requests": percent, "usable_hit_tokens": depth, "share_of_prompt": share}
@@ -218,8 +223,9 @@ def _depth_rows(trace: Trace, distances: StackDistances, planned: PlannedCell) -
 
 
 def _varied(settings: ReplaySettings) -> Row:
-    names = ("tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes", "host_memory_bytes", "disk_memory_bytes")
-    return {name: getattr(settings, name) for name in names}
+    names = ("tokens_per_block", "ssm_reuse_interval", "admission")
+    sizes = ("gpu_memory_bytes", "host_memory_bytes", "disk_memory_bytes")
+    return {name: getattr(settings, name) for name in (*names, *sizes)}
 
 
 def _explorer_row(settings: ReplaySettings, totals: ReplayTotals) -> Row:

@@ -34,7 +34,7 @@ def sweep_body(run: SweepRun) -> Markup:
     cells = _records(run.cells)
     best = max(cells, key=_usable)
     size = _memory(best)
-    interval = f"interval {best['ssm_reuse_interval']}" if best["ssm_reuse_interval"] else "no SSM layers"
+    interval = f"interval {_interval(best)}" if best["ssm_reuse_interval"] else "no SSM layers"
     usable = number(
         term("usable", "best usable token hit rate"),
         percent(best["usable_token_hit_rate"]),
@@ -47,21 +47,23 @@ def sweep_body(run: SweepRun) -> Markup:
     counted = number("cells", f"{len(cells):,}", note)
     return (
         f'<div class="numbers">{usable}{ceiling}{kv_ceiling}{counted}</div>'
-        + section("Explorer", _explorer(run, best))
+        + section("Explorer", _explorer(run))
         + section("Best of each memory size", _best_of_each_memory(cells) + _all_cells(cells))
         + _phases(run)
     )
 
 
-def _explorer(run: SweepRun, best: Row) -> Markup:
-    """Controls, an empty chart, and the cells that the script draws from."""
+def _explorer(run: SweepRun) -> Markup:
+    """Controls, an empty chart, and the cells that the script draws from: those of the GPU alone, every boundary."""
     wider = run.details.explorer
     swept = _records(run.cells)
-    alone = [cell for cell in swept if not (cell["host_memory_bytes"] or cell["disk_memory_bytes"])]
+    every = [cell for cell in swept if cell["admission"] != "last"]
+    alone = [cell for cell in every if not (cell["host_memory_bytes"] or cell["disk_memory_bytes"])]
     replayed = [cell for cell in alone if cell["engine"] == "replay"]
     explored = alone if wider is None else _records(wider) + replayed
     if not explored:
-        return '<p class="soft">No cells of the GPU alone: see the tables and pictures.</p>'
+        return '<p class="soft">No cells of the GPU alone, every boundary: see the tables and pictures.</p>'
+    best = max(every, key=_usable)
     start = {
         "model": str(best["model"]),
         "block": str(best["tokens_per_block"]),
@@ -81,7 +83,9 @@ def _explorer(run: SweepRun, best: Row) -> Markup:
         else "All presets, at the memory sizes of the sweep and sizes in between, where the one-pass grid is exact; "
         "and the cells of the sweep that were replayed."
     )
-    if len(alone) < len(swept):
+    if len(every) < len(swept):
+        scope = f"With a snapshot at every boundary. {scope}"
+    if len(alone) < len(every):
         scope = f"With the GPU alone, without host memory and disk. {scope}"
     rows = "".join(
         f'<tr><th scope="row">{swatch}{name}</th><td data-tokens="{part}"></td><td data-rate="{part}"></td></tr>'
@@ -223,7 +227,13 @@ def _memory(cell: Row) -> Markup:
 
 def _shape(cell: Row) -> tuple[Markup, Markup]:
     """Block and interval."""
-    return text(cell["tokens_per_block"]), text(cell["ssm_reuse_interval"] or "-")
+    return text(cell["tokens_per_block"]), text(_interval(cell))
+
+
+def _interval(cell: Row) -> str:
+    """With the admission, unless it is every boundary."""
+    interval = str(cell["ssm_reuse_interval"] or "-")
+    return f"{interval}, last boundary only" if cell["admission"] == "last" else interval
 
 
 _EXPLORER = """

@@ -37,11 +37,32 @@ from ssmcache_sim.tier_pictures import at_largest_host, has_tiers, hit_rate_by_t
 
 
 def sweep_figures(run: SweepRun) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) pairs: some for each block size, and those of all block sizes together.
+    """(name, figure) pairs: some for each block size, and those of all block sizes together; for each admission anew.
 
     With other tiers than the GPU there are hits by tier against host memory; all others show the most host memory.
     """
     what = trace_and_model(run.manifest)
+    is_last = run.cells["admission"] == "last"
+    for last, suffix, words in ((False, "", ""), (True, "_last", "\nlast boundary of each request only")):
+        cells = run.cells[is_last.fillna(False) == last]
+        if len(cells):
+            part = replace(run, cells=cells, details=_at_admission(last, run.details))
+            for name, figure in _figures_of_one_admission(part, f"{what}{words}"):
+                yield f"{name}{suffix}", figure
+
+
+def _at_admission(last: bool, details: SweepDetails) -> SweepDetails:
+    """The details of one admission; how to divide a memory is told for every boundary alone."""
+    depths, phases = (
+        None if frame is None else frame[(frame["admission"] == "last").fillna(False) == last]
+        for frame in (details.hit_depths, details.phases)
+    )
+    if last:
+        details = replace(details, planes=None, splits=None)
+    return replace(details, hit_depths=depths, phases=phases)
+
+
+def _figures_of_one_admission(run: SweepRun, what: str) -> Iterator[tuple[str, Figure]]:
     if has_tiers(run.cells):
         for block, cells in groups(run.cells, "tokens_per_block"):
             title = f"Usable token hit rate by tier against host memory\n{what}, blocks of {block} tokens"
@@ -105,7 +126,8 @@ def hit_rate_against_memory(cells: pd.DataFrame, title: str) -> Figure:
         axes.plot(gib[finite], rates, marker="o", markersize=4, color=colour, label=name)
         ceiling = floats(group, "ceiling_token_hit_rate")[0]
         axes.axhline(ceiling, color=colour, linestyle="--", linewidth=1)
-    axes.plot([], [], color="black", linestyle="--", linewidth=1, label="ceiling: unlimited memory")
+    every = ", every boundary" if (cells["admission"] == "last").any() else ""
+    axes.plot([], [], color="black", linestyle="--", linewidth=1, label=f"ceiling: unlimited memory{every}")
     memory_axis(axes, memory_bytes(cells) / GIB)
     axes.set_ylabel("usable token hit rate (% of prompt tokens)")
     percent_axis(axes)

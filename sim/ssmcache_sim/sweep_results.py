@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CELLS = "cells.parquet"
 SWEEP_COMMAND = "sweep"
-_VARIED = ("tokens_per_block", "ssm_reuse_interval", "gpu_memory_bytes", "host_memory_bytes")
+_VARIED = ("tokens_per_block", "ssm_reuse_interval", "admission", "gpu_memory_bytes", "host_memory_bytes")
 
 
 def begin_sweep(directory: Path, spec: SweepSpec, trace: Trace, model: ModelSpec) -> dict[str, Any]:
@@ -43,6 +43,7 @@ def sweep_manifest(spec: SweepSpec, trace: Trace, model: ModelSpec) -> dict[str,
             "model": model.name,
             "tokens_per_block": sorted(spec.tokens_per_block),
             "ssm_reuse_interval": sorted(spec.ssm_reuse_intervals),
+            "admission": list(spec.admissions),
             "gpu_memory_bytes": list(spec.gpu_memory_bytes),
             "host_memory_bytes": sorted(spec.host_memory_bytes),
             "disk_memory_bytes": spec.disk_memory_bytes,

@@ -117,6 +117,7 @@ def test_json_is_one_object_and_nothing_else(ssmcache: Run, sample: str) -> None
         "host_memory_bytes": 0,
         "disk_memory_bytes": 0,
         "disk_path": None,
+        "admission": "every",
     }
     assert published["manifest"]["run"]["wall_seconds"] > 0
 
@@ -261,3 +262,22 @@ def test_a_warning_where_the_hit_rate_hangs_on_the_phase(run_here: RunHere, tmp_
     steady = run_here(*command, "10")[1]
     assert "ceiling if all prompts began later" in steady
     assert "warning" not in steady
+
+
+def test_last_boundaries_are_named_and_take_fewer_snapshots(run_here: RunHere, sample: str) -> None:
+    taken = {}
+    for admission in ("every", "last"):
+        code, out, _ = run_here(
+            "replay", sample, *MODEL, "--gpu-memory", "unlimited", "--admission", admission, "--json"
+        )
+        assert code == 0
+        published = json.loads(out)
+        assert published["manifest"]["settings"]["admission"] == admission
+        taken[admission] = published["snapshots"]["taken"]
+        passed_over = published["snapshots"]["skipped"]["not_admitted"]
+        assert (passed_over > 0) == (admission == "last")
+    assert 0 < taken["last"] <= 1000 < taken["every"]
+    _, out, _ = run_here("replay", sample, *MODEL, "--admission", "last")
+    assert "last boundary only" in out
+    code, out, err = run_here("replay", sample, *MODEL, "--admission", "frist")
+    assert (code, out, err) == (1, "", "error: admission: expected every or last, got 'frist'\n")

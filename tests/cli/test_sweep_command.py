@@ -179,3 +179,13 @@ def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(sample: str, tmp_path
     assert err == "interrupted: finished cells are kept; run the same command again to go on\n"
     assert 0 < len(list(cells.glob("*.json"))) < 1000
     assert not (tmp_path / "s" / "cells.parquet").exists()
+
+
+def test_both_admissions_are_swept_and_the_better_one_is_named(run_here: RunHere, sample: str, tmp_path: Path) -> None:
+    command = ("sweep", sample, "--model", "nemotron-h-8b", "--ssm-reuse-interval", "512", "--gpu-memory", "320GiB")
+    code, out, _ = run_here(*command, "--ssm-fraction", "0.4", "--admission", "every,last", "--out", tmp_path / "s")
+    assert code == 0
+    assert "512 last" in out
+    assert "2 cells" in out
+    cells = pd.read_parquet(tmp_path / "s" / "cells.parquet")
+    assert cells["admission"].tolist() == ["every", "last"]

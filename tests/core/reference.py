@@ -23,6 +23,7 @@ class Setup:
     states: int = 0
     interval: int = 0
     max_util: float = 0.97
+    admission: str = "every"
 
 
 @dataclass(eq=False)
@@ -53,6 +54,7 @@ class Snapshot:
 
     time: int = 0
     used: bool = False
+    taken_by: ReferenceSequence | None = None  # unless another one has touched it since
 
 
 class ReferenceCache:
@@ -78,6 +80,8 @@ class ReferenceCache:
             "snapshots_skipped_crossed": 0,
             "snapshots_skipped_no_room": 0,
             "snapshots_skipped_history": 0,
+            "snapshots_skipped_not_admitted": 0,
+            "snapshots_superseded": 0,
             "pages_evicted": 0,
             "copied_states": 0,
         }
@@ -105,12 +109,19 @@ class ReferenceCache:
 
     # -- recency and eviction ----------------------------------------------------------------------------------------
 
-    def touch(self, path: list[Prefix]) -> None:
-        for prefix in reversed(path):
+    def touch(self, sequence: ReferenceSequence) -> None:
+        own = sequence.committed // self.setup.interval * self.setup.interval if self.setup.states else 0
+        for depth, prefix in reversed(list(enumerate(sequence.path, start=1))):
             self.clock += 1
             self.blocks[prefix] = self.clock
-            if prefix in self.snapshots:
-                self.snapshots[prefix].time = self.clock
+            if prefix in self.snapshots and (self.setup.admission == "every" or depth * self.setup.block == own):
+                snapshot = self.snapshots[prefix]
+                snapshot.time = self.clock
+                snapshot.taken_by = sequence if snapshot.taken_by is sequence else None
+
+    def protected(self, sequence: ReferenceSequence) -> set[Prefix]:
+        """Whose snapshots are not given up for one more of a sequence."""
+        return set(sequence.path) if self.setup.admission == "every" else set()
 
     def drop_newest_hold(self) -> None:
         self.holders()[-1].holding = False
@@ -242,8 +253,10 @@ class ReferenceCache:
 
     def reserve(self, sequence: ReferenceSequence, points: list[int]) -> set[int]:
         """All points that the sequence has a slot for now."""
-        own = set(sequence.path)
-        for point in sorted(points):
+        own = self.protected(sequence)
+        wanted = self.points(sequence, min(points, default=1) - 1, max(points, default=0))
+        self.counts["snapshots_skipped_not_admitted"] += sum(point % self.setup.interval > 0 for point in points)
+        for point in sorted(set(points) & set(wanted)):
             depth = point // self.setup.block
             if point in sequence.reserved or (
                 depth <= len(sequence.path) and sequence.path[depth - 1] in self.snapshots
@@ -270,7 +283,10 @@ class ReferenceCache:
 
     def take_snapshots(self, sequence: ReferenceSequence, old: int, new: int) -> None:
         added = []
-        wanted = {point: sequence.path[point // self.setup.block - 1] for point in self.points(old, new)}
+        points = self.points(sequence, old, new)
+        num_boundaries = sum(position % self.setup.interval == 0 for position in range(old + 1, new + 1))
+        self.counts["snapshots_skipped_not_admitted"] += num_boundaries - len(points)
+        wanted = {point: sequence.path[point // self.setup.block - 1] for point in points}
         missing = {point: prefix for point, prefix in wanted.items() if prefix not in self.snapshots}
         sequence.reserved &= missing.keys()  # the other slots are free already when a copy looks for room
         for point, prefix in missing.items():
@@ -283,15 +299,28 @@ class ReferenceCache:
                 reason = "no_room" if point in sequence.refused else "crossed"
                 self.counts[f"snapshots_skipped_{reason}"] += 1
         self.give_back_reserved(sequence)
+        if any(prefix in self.snapshots for prefix in wanted.values()):
+            self.supersede(sequence)
         for prefix in reversed(added):
             self.clock += 1
             self.snapshots[prefix].time = self.clock
+            if self.setup.admission == "last":
+                self.snapshots[prefix].taken_by = sequence
+
+    def supersede(self, sequence: ReferenceSequence) -> None:
+        """A sequence that keeps but one snapshot has its next: the one before goes unless it is of use to others."""
+        for prefix, snapshot in list(self.snapshots.items()):
+            if snapshot.taken_by is sequence:
+                snapshot.taken_by = None
+                if not snapshot.used and all(holder.source != prefix for holder in self.holders()):
+                    del self.snapshots[prefix]
+                    self.counts["snapshots_superseded"] += 1
 
     def copy_live_state(self, sequence: ReferenceSequence, point: int) -> bool:
         if sequence.history > point:
             self.counts["snapshots_skipped_history"] += 1
             return False
-        own = set(sequence.path)
+        own = self.protected(sequence)
         if self.free_states() < 1 and not set(self.snapshots) - own:
             self.counts["snapshots_skipped_no_room"] += 1
             return False
@@ -299,20 +328,28 @@ class ReferenceCache:
         self.counts["copied_states"] += 1
         return True
 
-    def points(self, old: int, new: int) -> list[int]:
-        return [point for point in range(old + 1, new + 1) if self.setup.states and point % self.setup.interval == 0]
+    def points(self, sequence: ReferenceSequence, old: int, new: int) -> list[int]:
+        if not self.setup.states:
+            return []
+        boundaries = [point for point in range(new + 1) if point and point % self.setup.interval == 0]
+        if self.setup.admission == "last":
+            prompt_tokens = sequence.known_tokens + 1
+            if new < prompt_tokens:  # those to come count, too
+                boundaries = [point for point in range(1, prompt_tokens + 1) if point % self.setup.interval == 0]
+            boundaries = boundaries[-1:]
+        return [point for point in boundaries if old < point <= new]
 
     def give_back_reserved(self, sequence: ReferenceSequence) -> None:
         sequence.reserved, sequence.refused = set(), set()
 
     def suspend(self, sequence: ReferenceSequence) -> None:
         self.give_back_reserved(sequence)
-        self.touch(sequence.path)
+        self.touch(sequence)
         sequence.status = "suspended"
 
     def close(self, sequence: ReferenceSequence) -> None:
         if sequence.status != "created":
-            self.touch(sequence.path)
+            self.touch(sequence)
         self.open.remove(sequence)
         self.prune()
 

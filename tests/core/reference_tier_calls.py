@@ -182,8 +182,10 @@ class ReferenceTierCache(ReferenceTiers):
     def reserve(self, sequence: TierSequence, points: list[int]) -> set[int]:
         """All points that the sequence has a slot for now."""
         states, path = self.states.entries, sequence.path
+        wanted = self.points(sequence, min(points, default=1) - 1, max(points, default=0))
+        self.counts["snapshots_skipped_not_admitted"] += sum(point % self.setup.interval > 0 for point in points)
         missing = []
-        for point in sorted(points):
+        for point in sorted(set(points) & set(wanted)):
             depth = point // self.setup.block
             has_snapshot = depth <= len(path) and path[depth - 1] in states
             if point not in sequence.reserved and not has_snapshot:
@@ -196,7 +198,7 @@ class ReferenceTierCache(ReferenceTiers):
 
     def take_beside(self, path: list[Prefix], wanted: int) -> int:
         """Make as many states free as can be had while the snapshots of a path stay where they are."""
-        with self.guarding(self.states, path):
+        with self.guarding(self.states, path if self.setup.admission == "every" else []):
             count = min(wanted, self.room(self.states, GPU))
             self.bring(self.states, set(), GPU, beside=count)
         return count
@@ -216,7 +218,9 @@ class ReferenceTierCache(ReferenceTiers):
 
     def take_snapshots(self, sequence: TierSequence, old: int, new: int) -> None:
         block, added = self.setup.block, []
-        points = [point for point in range(old + 1, new + 1) if point % self.setup.interval == 0]
+        points = self.points(sequence, old, new)
+        num_boundaries = sum(position % self.setup.interval == 0 for position in range(old + 1, new + 1))
+        self.counts["snapshots_skipped_not_admitted"] += num_boundaries - len(points)
         missing = [point for point in points if sequence.path[point // block - 1] not in self.states.entries]
         sequence.reserved &= set(missing)  # the other slots are free already when a copy looks for room
         for point in missing:
@@ -229,9 +233,34 @@ class ReferenceTierCache(ReferenceTiers):
                 reason = "no_room" if point in sequence.refused else "crossed"
                 self.counts[f"snapshots_skipped_{reason}"] += 1
         sequence.reserved, sequence.refused = set(), set()
+        if any(sequence.path[point // block - 1] in self.states.entries for point in points):
+            self.supersede(sequence)
         for prefix in reversed(added):
             self.clock += 1
             self.states.entries[prefix].time = self.clock
+            if self.setup.admission == "last":
+                self.states.entries[prefix].taken_by = sequence
+
+    def points(self, sequence: TierSequence, old: int, new: int) -> list[int]:
+        if not self.setup.states:
+            return []
+        boundaries = [point for point in range(1, new + 1) if point % self.setup.interval == 0]
+        if self.setup.admission == "last":
+            prompt_tokens = sequence.known_tokens + 1
+            if new < prompt_tokens:  # those to come count, too
+                boundaries = [point for point in range(1, prompt_tokens + 1) if point % self.setup.interval == 0]
+            boundaries = boundaries[-1:]
+        return [point for point in boundaries if old < point <= new]
+
+    def supersede(self, sequence: TierSequence) -> None:
+        """A sequence that keeps but one snapshot has its next: the one before goes unless it is of use to others."""
+        for prefix, entry in list(self.states.entries.items()):
+            if entry.taken_by is sequence:
+                entry.taken_by = None
+                if not entry.used and all(holder.source != prefix for holder in self.holders()):
+                    del self.states.entries[prefix]
+                    self.counts["snapshots_superseded"] += 1
+                    self.reached["superseded"] += 1
 
     def copy_live_state(self, sequence: TierSequence, point: int) -> bool:
         if sequence.history > point:
@@ -254,13 +283,13 @@ class ReferenceTierCache(ReferenceTiers):
             self.pages.entries[item] = Entry(GPU)
         if self.setup.states:
             self.states.entries[sequence.parked_state()] = Entry(GPU)
-        self.touch([*sequence.path, *parked, sequence.parked_state()])
+        self.touch(sequence, [*parked, sequence.parked_state()])
 
     def close(self, sequence: TierSequence) -> None:
         for kind in self.kinds:
             for item in [item for item in kind.entries if item[:2] == sequence.parked_state()]:
                 del kind.entries[item]
         if sequence.status != "created":
-            self.touch(sequence.path)
+            self.touch(sequence, [])
         self.open.remove(sequence)
         self.prune()

@@ -35,6 +35,7 @@ class TierSetup:
     states: tuple[int, ...] = ()
     interval: int = 0
     max_util: float = 0.97
+    admission: str = "every"
 
     @property
     def num_tiers(self) -> int:
@@ -85,6 +86,7 @@ class Entry:
     tier: int
     time: int = 0
     used: bool = False
+    taken_by: TierSequence | None = None  # unless another one has touched it since
 
 
 @dataclass(eq=False)
@@ -227,13 +229,19 @@ class ReferenceTiers:
             return Refusal("slots", kind.name, tier, needed)
         return None
 
-    def touch(self, path: list[Prefix]) -> None:
-        """The deepest is the oldest."""
-        for item in reversed(path):
+    def touch(self, sequence: TierSequence, parked: list[Prefix]) -> None:
+        """The deepest is the oldest. Of the snapshots all, or only that at the last boundary of the sequence."""
+        own = sequence.committed // self.setup.interval * self.setup.interval if self.setup.states else 0
+        for depth, item in reversed(list(enumerate([*sequence.path, *parked], start=1))):
             self.clock += 1
             for kind in self.kinds:
                 if item in kind.entries:
-                    kind.entries[item].time = self.clock
+                    is_snapshot = kind is self.states and item not in parked
+                    if is_snapshot and self.setup.admission == "last" and depth * self.setup.block != own:
+                        continue
+                    entry = kind.entries[item]
+                    entry.time = self.clock
+                    entry.taken_by = sequence if entry.taken_by is sequence else None
 
     def prune(self) -> None:
         """Without pages, a block stays only for a snapshot at or below it, or for a sequence whose path it is on."""

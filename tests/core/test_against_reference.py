@@ -34,7 +34,8 @@ def setups(draw: st.DrawFn, kinds: tuple[str, ...] = ("attention", "hybrid", "ss
     pages = 0 if kind == "ssm" else draw(st.integers(1, 20))
     states = 0 if kind == "attention" else draw(st.integers(1, 7))
     interval = 0 if kind == "attention" else block * draw(st.integers(1, 3))
-    return Setup(block, pages, states, interval, draw(st.sampled_from((0.3, 0.6, 0.97, 1.0))))
+    max_util = draw(st.sampled_from((0.3, 0.6, 0.97, 1.0)))
+    return Setup(block, pages, states, interval, max_util, draw(st.sampled_from(("every", "last"))))
 
 
 def long_lists(elements: st.SearchStrategy, max_size: int) -> st.SearchStrategy[list]:

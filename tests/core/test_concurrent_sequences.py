@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import Any, NamedTuple
 
@@ -33,8 +34,12 @@ Text = tuple[int, ...]
 Tokens = BlockKeys | np.ndarray
 SCOPE = ReuseScope()
 MAX_OPEN = 4
+ADMISSIONS = ("every", "every", "last")
 SCOPES = (ReuseScope(), ReuseScope(), ReuseScope(), ReuseScope(lora_id=0))
-CALLS = {"create": 4, "resume": 4, "resize": 4, "reserve": 3, "commit": 5, "suspend": 1, "stop": 0.2, "close": 3}
+CALLS = {
+    "create": 4, "resume": 4, "resize": 4, "reserve": 3, "commit": 5, "decode": 3, "suspend": 1, "stop": 0.2,
+    "close": 3,
+}  # fmt: skip
 
 
 def cases(number: int) -> settings:
@@ -71,6 +76,7 @@ def manager_of(setup: Setup, memory: SimulatedMemory) -> KVCacheManager:
         memory=memory,
         max_util_for_resume=setup.max_util,
         enable_partial_reuse=False,
+        admission=setup.admission,
     )
 
 
@@ -258,7 +264,16 @@ def make_case(kind: str, seed: int, num_steps: int) -> Case:
         Step(random.choices(calls, weights)[0], random.randrange(MAX_OPEN), random.randrange(256))
         for _ in range(num_steps)
     ]
-    return Case(setup, known[1:], steps)
+    return Case(replace(setup, admission=random.choice(ADMISSIONS)), known[1:], steps)
+
+
+def points_to_reserve(sequence: KVCache, amount: int) -> list[int]:
+    """All that are wanted, some of them, or boundaries that may not be wanted."""
+    points = sequence.snapshot_points(sequence.capacity)
+    if amount % 4 == 2 and sequence.manager.state_group >= 0:
+        interval = sequence.manager.ssm_reuse_interval
+        points = range(sequence.num_committed_tokens // interval * interval + interval, sequence.capacity + 1, interval)
+    return list(points if amount % 2 else points[amount % 3 :: 2])
 
 
 class Driver:
@@ -311,8 +326,7 @@ class Driver:
         self.pair.resize(index, capacity, history)
 
     def reserve(self, index: int, amount: int) -> None:
-        points = self.pair.sequences[index][0].snapshot_points(self.pair.sequences[index][0].capacity)
-        self.pair.reserve(index, points if amount % 2 else points[amount % 3 :: 2])
+        self.pair.reserve(index, points_to_reserve(self.pair.sequences[index][0], amount))
 
     def commit(self, index: int, amount: int) -> None:
         sequence, twin, _ = self.pair.sequences[index]
@@ -322,6 +336,14 @@ class Driver:
         point = sequence.next_snapshot_point()
         to_point = most if point is None else point - sequence.num_committed_tokens
         self.pair.commit(index, (most, min(most, to_point), amount % (most + 1))[amount % 3])
+
+    def decode(self, index: int, amount: int) -> None:
+        """All that is left, one boundary after the other."""
+        sequence, twin, _ = self.pair.sequences[index]
+        if not twin.stopped and self.pair.resize(index, max(sequence.capacity, len(self.texts[index]))):
+            while sequence.num_committed_tokens < len(self.texts[index]):
+                point = min(sequence.next_snapshot_point() or len(self.texts[index]), len(self.texts[index]))
+                self.pair.commit(index, point - sequence.num_committed_tokens)
 
     def suspend(self, index: int, amount: int) -> None:
         self.pair.suspend(index)

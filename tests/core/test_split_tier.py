@@ -120,10 +120,12 @@ def test_floors_are_met_within_the_quota_and_hardly_anything_is_wasted(
         split_tier(groups, config, tier, least - grain, step, grain)
 
 
-@given(layers=some_layers(), step=batches(), block=st.integers(1, 5))
+@given(layers=some_layers(), step=batches(), block=st.integers(1, 5), admission=st.sampled_from(("every", "last")))
 @settings(max_examples=100, deadline=None)
-def test_much_memory_is_split_as_the_typical_step_uses_it(layers: Layers, step: BatchDesc, block: int) -> None:
-    config = config_of(layers, 1, block)
+def test_much_memory_is_split_as_the_typical_step_uses_it(
+    layers: Layers, step: BatchDesc, block: int, admission: str
+) -> None:
+    config = config_of(layers, 1, block, admission=admission)
     groups = layer_groups(config)
     quota = 10**9
     slots = split_tier(groups, config, 0, quota, step, 1)
@@ -131,7 +133,8 @@ def test_much_memory_is_split_as_the_typical_step_uses_it(layers: Layers, step: 
     for group in groups:
         uses.append(sum(needed_slots(group, desc, block) for desc in step.kv_caches))
         if group.kind.value == "ssm":
-            uses[-1] += sum(desc.capacity // config.ssm_reuse_interval for desc in step.kv_caches)
+            most = 1 if admission == "last" else 24
+            uses[-1] += sum(min(most, desc.capacity // config.ssm_reuse_interval) for desc in step.kv_caches)
     total = sum(use * group.slot_bytes for use, group in zip(uses, groups, strict=True))
     if total:
         for use, count in zip(uses, slots, strict=True):

@@ -7,6 +7,7 @@ the oracle of `reference_tiers.py` after each.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import NamedTuple
 
@@ -17,12 +18,12 @@ from tier_pairs import TierPair
 
 from ssmcache import KVCacheStatus
 from tests.core.reference_tiers import TierSetup
-from tests.core.test_concurrent_sequences import SCOPES, Text, cases
+from tests.core.test_concurrent_sequences import ADMISSIONS, SCOPES, Text, cases, points_to_reserve
 
 MAX_OPEN = 4
 CALLS = {
     "serve": 5, "create": 4, "resume": 5, "resize": 4, "reserve": 2, "commit": 5, "suspend": 3, "prefetch": 2,
-    "stop": 0.1, "close": 3,
+    "decode": 2, "stop": 0.1, "close": 3,
 }  # fmt: skip
 
 
@@ -59,7 +60,8 @@ def make_case(kind: str, num_tiers: int, seed: int, num_steps: int) -> Case:
         Step(random.choices(calls, weights)[0], random.randrange(MAX_OPEN), random.randrange(256))
         for _ in range(num_steps)
     ]
-    return Case(setup, known[1:], random.choice((1, 1, 2, 100)), steps)
+    staging = random.choice((1, 1, 2, 100))
+    return Case(replace(setup, admission=random.choice(ADMISSIONS)), known[1:], staging, steps)
 
 
 class Driver:
@@ -123,8 +125,7 @@ class Driver:
         self.pair.resize(index, capacity, history)
 
     def reserve(self, index: int, amount: int) -> None:
-        points = self.pair.sequences[index][0].snapshot_points(self.pair.sequences[index][0].capacity)
-        self.pair.reserve(index, points if amount % 2 else points[amount % 3 :: 2])
+        self.pair.reserve(index, points_to_reserve(self.pair.sequences[index][0], amount))
 
     def commit(self, index: int, amount: int) -> None:
         kv, twin, _ = self.pair.sequences[index]
@@ -134,6 +135,14 @@ class Driver:
         point = kv.next_snapshot_point()
         to_point = most if point is None else point - kv.num_committed_tokens
         self.pair.commit(index, (most, min(most, to_point), amount % (most + 1))[amount % 3])
+
+    def decode(self, index: int, amount: int) -> None:
+        """All that is left, one boundary after the other."""
+        kv, twin, _ = self.pair.sequences[index]
+        if not twin.stopped and self.pair.resize(index, max(kv.capacity, len(self.texts[index]))):
+            while kv.num_committed_tokens < len(self.texts[index]):
+                point = min(kv.next_snapshot_point() or len(self.texts[index]), len(self.texts[index]))
+                self.pair.commit(index, point - kv.num_committed_tokens)
 
     def suspend(self, index: int, amount: int) -> None:
         self.pair.suspend(index)
@@ -170,9 +179,12 @@ ALL_REACH = {
 }  # fmt: skip
 REACH = {
     "attention": {"dropped holds", "resize slots", "moved down twice", "pages_evicted"},
-    "hybrid": {"dropped holds", "resize slots", "taken over", "snapshots_evicted", "snapshots_skipped_no_room"},
-    "ssm": {"taken over", "snapshots_evicted", "snapshots_skipped_no_room", "moved down twice"},
-}
+    "hybrid": {
+        "dropped holds", "resize slots", "taken over", "snapshots_evicted", "snapshots_skipped_no_room", "superseded",
+        "snapshots_skipped_not_admitted",
+    },
+    "ssm": {"taken over", "snapshots_evicted", "snapshots_skipped_no_room", "moved down twice", "superseded"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["attention", "hybrid", "ssm"])

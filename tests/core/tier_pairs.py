@@ -31,7 +31,8 @@ from tests.core.test_concurrent_sequences import SCOPES, Text, Tokens
 COUNTS = (
     "lookups", "lookup_tokens", "tree_tokens", "attention_tokens", "usable_tokens", "snapshots_taken",
     "snapshots_reused", "snapshots_evicted", "snapshots_evicted_unused", "snapshots_skipped_crossed",
-    "snapshots_skipped_no_room", "snapshots_skipped_history", "pages_evicted", "copied_states",
+    "snapshots_skipped_no_room", "snapshots_skipped_history", "snapshots_skipped_not_admitted", "snapshots_superseded",
+    "pages_evicted", "copied_states",
 )  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def manager_of(setup: TierSetup, staging: int) -> KVCacheManager:
     tiers = [GpuCacheTierConfig(100), HostCacheTierConfig(100), DiskCacheTierConfig(100, ".")][: setup.num_tiers]
     config = KVCacheManagerConfig(
         setup.block, layers, tiers, setup.interval or setup.block, enable_partial_reuse=False,
-        max_util_for_resume=setup.max_util,
+        max_util_for_resume=setup.max_util, admission=setup.admission,
     )  # fmt: skip
     manager = KVCacheManager(config, memory=SimulatedMemory())
     # any mixture of sizes, which no quota and no split of it would give

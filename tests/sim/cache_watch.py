@@ -73,7 +73,7 @@ def watched(trace: Trace, config: KVCacheManagerConfig, prefill: Prefill, result
         kv = manager.create_kv_cache(prompt[:-1])
         assert kv.resume()
         assert kv.resize(prompt.stop + 1)
-        wanted = manager.admission.points(kv.num_committed_tokens, prompt.stop) if config.has_ssm else range(0)
+        wanted = kv.snapshot_points(prompt.stop)
         if not config.has_ssm:
             pass
         elif prefill == "reserved":

@@ -20,7 +20,6 @@ from ssmcache import (
     KVCacheManagerConfig,
     SsmLayerConfig,
 )
-from ssmcache.admission import IntervalAdmission
 from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.causes import SNAPSHOT_CAUSES
 from ssmcache_sim.errors import MemoryTooSmallError
@@ -227,14 +226,25 @@ def test_with_history_ahead_of_the_commit_no_state_is_taken(trace_of: TraceOf, t
 
 
 def test_a_boundary_that_the_admission_did_not_want_is_not_admitted(trace_of: TraceOf, tiny_config: TinyConfig) -> None:
-    def last_only(self: IntervalAdmission, start: int, end: int) -> range:
-        last = end // self.interval * self.interval
-        return range(max(last, start - start % self.interval + self.interval), end + 1, self.interval)
-
-    config = tiny_config(BLOCK, num_pages=20, interval=INTERVAL, num_states=9)
-    with patched(IntervalAdmission, "points", last_only):
-        result = check(trace_of([[0] * 14, A], BLOCK), config, marks_all=True)
+    config = replace(tiny_config(BLOCK, num_pages=20, interval=INTERVAL, num_states=9), admission="last")
+    result = check(trace_of([[0] * 14, A], BLOCK), config)
     assert causes_of(result, 1) == {"not_admitted": 8}
+
+
+@given(prompts=branching_prompts, num_states=st.integers(2, 9), more_pages=st.integers(0, 40))
+@settings(max_examples=150, deadline=None)
+def test_causes_of_last_boundaries_are_the_same_by_the_grid(
+    trace_of: TraceOf, tiny_config: TinyConfig, prompts: Prompts, num_states: int, more_pages: int
+) -> None:
+    trace = trace_of(prompts, BLOCK)
+    num_pages = trace.longest_path // BLOCK + 1 + more_pages
+    config = tiny_config(BLOCK, num_pages=num_pages, interval=INTERVAL, num_states=num_states)
+    config = replace(config, admission="last")
+    capacity = grid_capacity(trace, config)
+    result = check(trace, config)
+    if isinstance(capacity, GridCapacity):
+        (by_grid,) = grid_totals(trace, [(config, capacity)])
+        assert by_grid.lost_snapshot_by_cause == result.totals.lost_snapshot_by_cause
 
 
 def test_evicted_kv_is_blamed_where_the_snapshot_went_with_it(trace_of: TraceOf, tiny_config: TinyConfig) -> None:

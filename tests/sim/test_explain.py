@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmcache import GpuCacheTierConfig, HostCacheTierConfig, KVCache, KVCacheManagerConfig
-from ssmcache.admission import IntervalAdmission
+from ssmcache.admission import EveryBoundary, LastBoundary
 from ssmcache.models import load_model
 from ssmcache_sim.errors import MemoryTooSmallError, UserError
 from ssmcache_sim.explain import Explanation, LostPart, RequestStory, explain, requests_of_session, worst_requests
@@ -405,11 +405,6 @@ def test_requests_too_large_are_told_apart_from_evicted_ones(trace_of: TraceOf, 
         assert found.stories[0].remedies[0].usable_tokens == found.stories[0].ceiling_tokens
 
 
-def last_only(self: IntervalAdmission, start: int, end: int) -> range:
-    last = end // self.interval * self.interval
-    return range(max(last, start - start % self.interval + self.interval), end + 1, self.interval)
-
-
 _resize = KVCache.resize
 
 
@@ -434,9 +429,9 @@ _resize = KVCache.resize
             "were committed.",
         ),
         (
-            IntervalAdmission,
+            EveryBoundary,
             "points",
-            last_only,
+            LastBoundary.points,
             "reserved",
             "nobody asked for a snapshot at the ends of these 2 intervals.",
         ),

@@ -77,6 +77,7 @@ def test_combinations_that_no_cache_can_have_are_skipped_with_the_reason(
     assert skipped[0].keys() == {
         "tokens_per_block",
         "ssm_reuse_interval",
+        "admission",
         "gpu_memory_bytes",
         "host_memory_bytes",
         "reason",
