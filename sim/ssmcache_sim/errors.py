@@ -23,3 +23,7 @@ class MemoryTooSmallError(UserError):
 
 class OutputError(UserError):
     """A result directory cannot be written or read."""
+
+
+class WorkersError(UserError):
+    """The processes or machines that should do the work cannot be had, or are lost."""
