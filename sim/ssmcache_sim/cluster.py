@@ -100,7 +100,7 @@ class _ClusterWorkers(Workers):
         for address, versions in sorted(found.items()):
             version = (versions or {}).get("packages", {}).get("ssmcache")
             if version != __version__:
-                raise WorkersError(_mismatch(version, address))
+                raise WorkersError(_mismatch(__version__, version, address))
 
     def share(self, value: Any) -> Any:
         for index, (known, future) in enumerate(self._scattered):
@@ -140,9 +140,9 @@ class _ClusterWorkers(Workers):
 def _checked(version: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """On a worker, which may have come after the check."""
     if version != __version__:
-        raise WorkersError(_mismatch(__version__, "one that came later", version))
+        raise WorkersError(_mismatch(version, __version__, "one that came later"))
     return function(*args, **kwargs)
 
 
-def _mismatch(found: str | None, where: str, expected: str = __version__) -> str:
+def _mismatch(expected: str, found: str | None, where: str) -> str:
     return f"cluster: expected ssmcache {expected} on every worker, got {found or 'none'} on {where}"
