@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssmcache import __version__
 from ssmcache_sim.errors import WorkersError
-from ssmcache_sim.executors import Workers
+from ssmcache_sim.executors import Workers, deaf_to_interrupts
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -62,16 +62,16 @@ def _client(address: str, num_processes: int) -> "Iterator[Client]":
     from distributed.comm.registry import get_backend
 
     if address == LOCAL:
-        with (
-            LocalCluster(
+        with deaf_to_interrupts():  # its thread, and so the processes that it starts now and later
+            cluster = LocalCluster(
                 n_workers=num_processes,
                 threads_per_worker=1,
                 host="127.0.0.1",
                 dashboard_address=None,
                 memory_limit=None,  # as without a cluster: the system's business
-            ) as cluster,
-            Client(cluster) as client,
-        ):
+                silence_logs="CRITICAL",
+            )
+        with cluster, Client(cluster) as client:
             yield client
         return
     try:

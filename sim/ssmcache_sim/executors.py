@@ -22,6 +22,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 from ssmcache_sim.errors import WorkersError
@@ -110,7 +111,7 @@ class LocalProcesses(Workers):
         return _Held(len(self._values) - 1)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        with _deaf_to_interrupts():
+        with deaf_to_interrupts():
             try:
                 return self._started().submit(_call_with_held, fn, args, kwargs)
             except BrokenProcessPool:
@@ -150,11 +151,12 @@ def _call_with_held(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def deaf_to_interrupts() -> Iterator[None]:
     """Processes started inside never see a Ctrl-C, not even while they start; here it comes at the end of the block."""
     if sys.platform == "win32":
         yield
         return
+    resource_tracker.ensure_running()  # where it starts, it lets the signal through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
