@@ -6,6 +6,7 @@ that had it is sent again. Workers may come and go. A worker has to have the sam
 could be others; that is checked at first, and again in each call.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 LOCAL = "local"
+_SILENT = logging.CRITICAL + 1  # at a Ctrl-C Dask logs even its own goodbye as critical
 _SCHEDULER_SECONDS = 10  # for a scheduler to answer
 _WORKER_SECONDS = 30  # for a first worker, or for the next one after all were lost
 
@@ -41,7 +43,7 @@ def cluster_workers(address: str, num_processes: int) -> Iterator[Workers]:
     except ImportError as error:
         raise WorkersError("cluster: expected Dask (pip install 'ssmcache[cluster]'), got none") from error
     # what is worth knowing comes as an error of one line
-    with silence_logging_cmgr("CRITICAL"), _client(address, num_processes) as client:
+    with silence_logging_cmgr(_SILENT), _client(address, num_processes) as client:
         workers = _ClusterWorkers(client, address)
         workers.check()
         try:
@@ -69,7 +71,7 @@ def _client(address: str, num_processes: int) -> "Iterator[Client]":
                 host="127.0.0.1",
                 dashboard_address=None,
                 memory_limit=None,  # as without a cluster: the system's business
-                silence_logs="CRITICAL",
+                silence_logs=_SILENT,
             )
         with cluster, Client(cluster) as client:
             yield client
