@@ -69,7 +69,7 @@ def _client(address: str, num_processes: int) -> "Iterator[Client]":
                 n_workers=num_processes,
                 threads_per_worker=1,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # whatever is free: two sweeps may run at a time
                 memory_limit=None,  # as without a cluster: the system's business
                 silence_logs=_SILENT,
             )

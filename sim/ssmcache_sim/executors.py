@@ -8,21 +8,21 @@ them, so workers need no file of ours: neither the trace nor the output director
 import multiprocessing
 import signal
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import (
-    FIRST_COMPLETED,
     BrokenExecutor,
     CancelledError,
     Executor,
     Future,
     ProcessPoolExecutor,
-    wait,
 )
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from queue import SimpleQueue
 from typing import Any
 
 from ssmcache_sim.errors import WorkersError
@@ -196,24 +196,52 @@ class _Run:
         self._finish = finish
         self._waiting = deque(range(len(calls)))
         self._pending: dict[Future[Any], int] = {}
+        self._done: SimpleQueue[Future[Any] | None] = SimpleQueue()  # None: a Ctrl-C
+        self._interrupted = False
         self._num_lost: Counter[int] = Counter()  # of each call, since the last one that ended
 
     def run(self) -> None:
-        try:
-            for call in self._calls:  # all of them first: processes get what there is when they start
-                self._workers.share(call.shared)
-            self._submit_some()
-            while self._pending:
-                for future in wait(self._pending, return_when=FIRST_COMPLETED).done:
-                    self._take(future)
+        with self._interrupts_between_steps():
+            try:
+                for call in self._calls:  # all of them first: processes get what there is when they start
+                    self._workers.share(call.shared)
                 self._submit_some()
-        except BaseException as error:
-            self._stop(keep=isinstance(error, KeyboardInterrupt))
-            raise
+                while self._pending:
+                    if (future := self._done.get()) is not None:
+                        self._take(future)
+                    self._submit_some()
+            except BaseException as error:
+                self._stop(keep=isinstance(error, KeyboardInterrupt))
+                raise
+
+    @contextmanager
+    def _interrupts_between_steps(self) -> Iterator[None]:
+        """A Ctrl-C inside waits for the next step; a second one does not.
+
+        Raised just anywhere it could leave a future locked, or end in a finalizer, where nobody sees it.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGINT)
+        if isinstance(self._workers, _Here) or not is_main or handler is not signal.default_int_handler:
+            yield
+            return
+
+        def note(number: int, frame: object) -> None:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            self._done.put(None)
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     def _submit_some(self) -> None:
+        """Also where an interrupt comes out."""
         most = self._workers.max_pending
-        while self._waiting and (most is None or len(self._pending) < most):
+        while self._waiting and not self._interrupted and (most is None or len(self._pending) < most):
             index = self._waiting.popleft()
             call = self._calls[index]
             try:
@@ -222,6 +250,9 @@ class _Run:
             except RuntimeError as error:  # broken, or shut down
                 raise WorkersError(f"workers: cannot start {call.what}: {error or type(error).__name__}") from error
             self._pending[future] = index
+            future.add_done_callback(self._done.put)
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def _take(self, future: Future[Any]) -> None:
         index = self._pending.pop(future)
@@ -240,6 +271,9 @@ class _Run:
             self._finish(index, result)
 
     def _stop(self, keep: bool) -> None:
-        for future in wait(self._workers.cancel(self._pending)).done:
-            if keep and not future.cancelled() and future.exception() is None:
-                self._finish(self._pending[future], future.result())
+        running = set(self._workers.cancel(self._pending))
+        while running:
+            if (future := self._done.get()) in running:
+                running.remove(future)
+                if keep and not future.cancelled() and future.exception() is None:
+                    self._finish(self._pending[future], future.result())

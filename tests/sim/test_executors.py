@@ -1,5 +1,7 @@
+import contextlib
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -164,3 +166,27 @@ def test_several_traces_are_swept_side_by_side(trace: Trace, tmp_path: Path) -> 
     assert together == [
         run_sweep(of, plan, 1, lambda done: None) for of, plan in zip((trace, other), plans, strict=True)
     ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+@pytest.mark.parametrize("make", [lambda: 2, lambda: ThreadPoolExecutor(2)], ids=["processes", "threads"])
+def test_ctrl_c_keeps_what_is_under_way_wherever_it_comes(tmp_path: Path, make: Callable[[], int | Executor]) -> None:
+    """Also inside a finalizer or a callback, where an exception would be swallowed."""
+    results: dict[int, Any] = {}
+
+    def finish(index: int, result: Any) -> None:
+        results[index] = result
+        if len(results) == 1:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            (tmp_path / "open").touch()
+
+    calls = [SUMS[0], Call("a wait", wait_at_gate, 7, (tmp_path,)), *(Call("a sleep", time.sleep, 1, ()),) * 4]
+    workers = make()
+    with pytest.raises(KeyboardInterrupt):
+        run_calls(workers, calls, finish)
+    assert (results[0], results[1]) == (100, 7)
+    assert len(results) <= 3, "a thread that was free may have begun one more"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if isinstance(workers, Executor):
+        workers.shutdown()
