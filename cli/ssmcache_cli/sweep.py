@@ -1,9 +1,12 @@
-"""`ssmcache sweep`: one trace and model, many settings."""
+"""`ssmcache sweep`: one model, many settings, one trace or several."""
 
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +28,6 @@ from ssmcache_cli.console import (
     StateDtypeOption,
     Stopwatch,
     TokenizerOption,
-    TraceArgument,
     TraceBlockOption,
     interruptible,
     note_broken_rows,
@@ -33,6 +35,7 @@ from ssmcache_cli.console import (
     read_options,
 )
 from ssmcache_cli.tables import phase_table, sweep_table
+from ssmcache_sim.cluster import LOCAL, cluster_workers
 from ssmcache_sim.engines import parse_engine, parse_pools
 from ssmcache_sim.errors import UserError
 from ssmcache_sim.formats import read_trace
@@ -40,16 +43,24 @@ from ssmcache_sim.phase_cells import MAX_SHIFTS, num_shifted
 from ssmcache_sim.ranges import parse_int_values, parse_size_values, parse_tier_size_values
 from ssmcache_sim.settings import parse_admissions, parse_prefill
 from ssmcache_sim.sizes import parse_tier_size
-from ssmcache_sim.sweep import SkippedCell, SweepPlan, SweepSpec, plan_sweep, run_sweep
+from ssmcache_sim.sweep import SkippedCell, SweepPlan, SweepSpec, SweptCell, plan_sweep, run_sweeps
 from ssmcache_sim.sweep_details import SweepPhases, find_phases, write_details
-from ssmcache_sim.sweep_results import begin_sweep, finish_sweep
+from ssmcache_sim.sweep_results import begin_sweep, finish_sweep, sweep_directories
 from ssmcache_sim.trace import Trace
 
 _MAX_REASONS = 5
 
 
 def sweep_command(
-    trace: TraceArgument,
+    traces: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Request traces, plain or compressed (gzip, xz, zstd). The results of several get a directory each "
+            "in --out, named like the trace.",
+            metavar="TRACE...",
+            show_default=False,
+        ),
+    ],
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="Directory for the results; finished cells in it are not run again.")],
     tokens_per_block: Annotated[
@@ -105,9 +116,17 @@ def sweep_command(
         ),
     ] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a CPU.")] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Run on Dask workers instead: the address of a scheduler (tcp://host:8786), or `local`: one of this "
+            "machine. They need ssmcache, and no files: traces are sent to them. Extra `cluster`.",
+            metavar="ADDRESS|local",
+        ),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Replay a trace for every combination of block size, snapshot interval, admission and memory size of the tiers."""
+    """Replay traces for every combination of block size, snapshot interval, admission and memory size of the tiers."""
     stopwatch = Stopwatch()
     blocks = None if tokens_per_block is None else parse_int_values(tokens_per_block, "--tokens-per-block")
     intervals = parse_int_values(ssm_reuse_interval, "--ssm-reuse-interval")
@@ -120,48 +139,77 @@ def sweep_command(
         raise UserError("phase: expected separate pools, got an arena, whose prompts are not shifted")
     spec = load_model(model)
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
-    with interruptible("finished cells are kept; run the same command again to go on"):
-        requests = read_trace(trace, trace_block, reading)
-        note_broken_rows(requests)
-        sweep = SweepSpec(
-            trace_path=trace,
-            trace_block=trace_block,
-            reading=reading,
-            tokens_per_block=blocks or (requests.tokens_per_block,),
-            ssm_reuse_intervals=intervals,
-            gpu_memory_bytes=sizes,
-            ssm_fraction=ssm_fraction,
-            kv_dtype=kv_dtype,
-            state_dtype=state_dtype,
-            prefill=how,
-            engine=by,
-            pools=memory,
-            host_memory_bytes=host_sizes,
-            disk_memory_bytes=disk_bytes,
-            admissions=admissions,
-        )
-        plan = plan_sweep(sweep, requests, spec, out)
-        manifest = begin_sweep(out, sweep, requests, spec)
-        with progress_bar("sweep", len(plan.cells), shown=not quiet) as progress:
-            cells = run_sweep(sweep, requests, plan, jobs or os.cpu_count() or 1, progress)
-        phases = _phases(requests, plan, shown=not quiet) if phase else None
-        write_details(out, sweep, requests, spec, list(zip(plan.cells, cells, strict=True)), phases)
-        finish_sweep(out, manifest, cells, plan.skipped, stopwatch.times())
-    _print_skipped(plan.skipped)
-    if not quiet:
-        sweep_table(
-            f"{requests.label}, {spec.name}" + ("\none arena for KV and snapshots" if memory == "arena" else ""), cells
-        )
-        if phases is not None:
-            phase_table(phases, cells)
-        by_grid = sum(cell.engine == "grid" for cell in cells)
-        finished = len(plan.finished)
-        typer.echo(f"{len(cells)} cells, {by_grid} of them by the grid, {finished} finished before: {out}")
+    hint = "finished cells are kept; run the same command again to go on"
+    with interruptible(hint), _workers(cluster, jobs) as workers:
+        sweeps = []
+        for path, directory in zip(traces, sweep_directories(traces, out), strict=True):
+            requests = read_trace(path, trace_block, reading)
+            note_broken_rows(requests)
+            sweep = SweepSpec(
+                tokens_per_block=blocks or (requests.tokens_per_block,),
+                ssm_reuse_intervals=intervals,
+                gpu_memory_bytes=sizes,
+                ssm_fraction=ssm_fraction,
+                kv_dtype=kv_dtype,
+                state_dtype=state_dtype,
+                prefill=how,
+                engine=by,
+                pools=memory,
+                host_memory_bytes=host_sizes,
+                disk_memory_bytes=disk_bytes,
+                admissions=admissions,
+            )
+            sweeps.append(_Sweep(directory, sweep, requests, plan_sweep(sweep, requests, spec, directory)))
+        manifests = [begin_sweep(each.directory, each.spec, each.trace, spec) for each in sweeps]
+        with progress_bar("sweep", sum(len(each.plan.cells) for each in sweeps), shown=not quiet) as progress:
+            cells = run_sweeps([(each.trace, each.plan) for each in sweeps], workers, progress)
+        phases = [_phases(each, workers, shown=not quiet) if phase else None for each in sweeps]
+        for each, manifest, swept, shifted in zip(sweeps, manifests, cells, phases, strict=True):
+            planned = list(zip(each.plan.cells, swept, strict=True))
+            write_details(each.directory, each.spec, each.trace, spec, planned, shifted)
+            finish_sweep(each.directory, manifest, swept, each.plan.skipped, stopwatch.times())
+    for each, swept, shifted in zip(sweeps, cells, phases, strict=True):
+        _print_skipped(each.plan.skipped)
+        if not quiet:
+            _print_sweep(each, spec.name, swept, shifted)
 
 
-def _phases(requests: Trace, plan: SweepPlan, shown: bool) -> SweepPhases:
-    with progress_bar("phases", num_shifted(requests, plan.cells), shown) as progress:
-        return find_phases(requests, plan.cells, progress)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sweep:
+    """Of one trace."""
+
+    directory: Path
+    spec: SweepSpec
+    trace: Trace
+    plan: SweepPlan
+
+
+@contextmanager
+def _workers(cluster: str | None, jobs: int | None) -> Iterator[int | Executor]:
+    num_processes = jobs or os.cpu_count() or 1
+    if cluster is None:
+        yield num_processes
+        return
+    if jobs is not None and cluster != LOCAL:
+        raise UserError(f"jobs: expected none beside a cluster, which has workers of its own, got {jobs}")
+    with cluster_workers(cluster, num_processes) as workers:
+        yield workers
+
+
+def _phases(sweep: _Sweep, workers: int | Executor, shown: bool) -> SweepPhases:
+    cells = sweep.plan.cells
+    with progress_bar("phases", num_shifted(sweep.trace, cells), shown) as progress:
+        return find_phases(sweep.trace, cells, progress, workers)
+
+
+def _print_sweep(sweep: _Sweep, model: str, cells: Sequence[SweptCell], phases: SweepPhases | None) -> None:
+    arena = "\none arena for KV and snapshots" if sweep.spec.pools == "arena" else ""
+    sweep_table(f"{sweep.trace.label}, {model}{arena}", cells)
+    if phases is not None:
+        phase_table(phases, cells)
+    by_grid = sum(cell.engine == "grid" for cell in cells)
+    finished = len(sweep.plan.finished)
+    typer.echo(f"{len(cells)} cells, {by_grid} of them by the grid, {finished} finished before: {sweep.directory}")
 
 
 def _print_skipped(skipped: Sequence[SkippedCell]) -> None:

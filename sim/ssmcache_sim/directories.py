@@ -58,6 +58,14 @@ def open_directory(path: Path, command: str) -> None:
         raise _cannot_write(path, error) from error
 
 
+def make_directory(path: Path) -> None:
+    """Makes a directory of ours inside a result; it may be there already. Errors: OutputError."""
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Writes to a temporary name, then renames: the file is whole or absent. Errors: OutputError."""
     try:

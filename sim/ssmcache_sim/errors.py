@@ -31,3 +31,7 @@ class OutputError(UserError):
 
 class ProfileError(UserError):
     """The profile of a machine is missing, broken or of another format."""
+
+
+class WorkersError(UserError):
+    """The processes or machines that should do the work cannot be had, or are lost."""

@@ -1,12 +1,14 @@
 """Cells of a sweep at several phases: the same settings, the prompts shifted (see `phase.py`)."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from ssmcache_sim.errors import MemoryTooSmallError
+from ssmcache_sim.executors import Call, run_calls
 from ssmcache_sim.grid import StackDistances, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.grid_cells import GridCapacity, grid_capacity
 from ssmcache_sim.grid_last import last_boundaries, last_usable
@@ -43,36 +45,38 @@ def num_shifted(trace: Trace, cells: Sequence[PlannedCell]) -> int:
     return sum(map(len, _shifts(trace, cells)))
 
 
-def phase_cells(trace: Trace, cells: Sequence[PlannedCell], progress: Callable[[int], None]) -> tuple[PhaseCell, ...]:
+def phase_cells(
+    trace: Trace, cells: Sequence[PlannedCell], progress: Callable[[int], None], workers: int | Executor = 1
+) -> tuple[PhaseCell, ...]:
     """Each cell at up to `MAX_SHIFTS` shifts over its period, in the order of the cells, then of the shifts.
 
-    By the grid where the cell is the grid's and the longer prompts still fit, else by one replay a shift, in this
-    process: all are exact.
+    By the grid where the cell is the grid's and the longer prompts still fit, else by one replay a shift: all exact.
 
     Args:
         progress: called with the number of (cell, shift) pairs done.
+        workers: a number of processes of this machine, or any executor (see `run_calls`).
 
     Cost: one pass over the trace for each distinct shift, and the replays.
     """
     shifts = _shifts(trace, cells)
     own_tokens = int(trace.prompt_tokens.sum())
-    done: dict[tuple[int, int], tuple[int, str]] = {}  # (index of the cell, shift) -> own hit tokens, engine
+    tasks: list[tuple[list[int], int]] = []  # indices of cells that one call makes, at a shift
     for shift in sorted({shift for of_cell in shifts for shift in of_cell}):
-        moved = shifted(trace, shift)
-        in_block = cache(moved.with_block)  # many cells share a block size
-        by_grid: list[tuple[int, GridCapacity]] = []
-        for index, cell in enumerate(cells):
-            if shift not in shifts[index]:
-                continue
-            capacity = grid_capacity(in_block(cell.settings.tokens_per_block), cell.config) if cell.grid else ""
-            if isinstance(capacity, str):
-                done[index, shift] = _replayed(moved, cell, shift), "replay"
-                progress(len(done))
-            else:
-                by_grid.append((index, capacity))
-        for (index, _), hits in zip(by_grid, _by_grid(moved, cells, by_grid, shift), strict=True):
-            done[index, shift] = hits, "grid"
+        here = [index for index in range(len(cells)) if shift in shifts[index]]
+        by_grid = [index for index in here if cells[index].grid is not None]
+        tasks += [([index], shift) for index in here if cells[index].grid is None]
+        if by_grid:
+            tasks.append((by_grid, shift))
+    done: dict[tuple[int, int], tuple[int, str]] = {}  # (index of the cell, shift) -> own hit tokens, engine
+
+    def finish(number: int, results: list[tuple[int, str]]) -> None:
+        indices, shift = tasks[number]
+        done.update({(index, shift): result for index, result in zip(indices, results, strict=True)})
         progress(len(done))
+
+    what = f"a shift of {trace.name}"
+    calls = [Call(what, _at_shift, trace, ([cells[index] for index in indices], shift)) for indices, shift in tasks]
+    run_calls(workers, calls, finish)
     return tuple(
         PhaseCell(
             cell.settings, shift, done[index, shift][0], done[index, shift][0] / own_tokens, done[index, shift][1]
@@ -80,6 +84,23 @@ def phase_cells(trace: Trace, cells: Sequence[PlannedCell], progress: Callable[[
         for index, cell in enumerate(cells)
         for shift in shifts[index]
     )
+
+
+def _at_shift(trace: Trace, cells: Sequence[PlannedCell], shift: int) -> list[tuple[int, str]]:
+    """(own hit tokens, engine) of each cell."""
+    moved = shifted(trace, shift)
+    in_block = cache(moved.with_block)  # many cells share a block size
+    hits: dict[int, tuple[int, str]] = {}
+    by_grid: list[tuple[int, GridCapacity]] = []
+    for index, cell in enumerate(cells):
+        capacity = grid_capacity(in_block(cell.settings.tokens_per_block), cell.config) if cell.grid else ""
+        if isinstance(capacity, str):
+            hits[index] = _replayed(moved, cell, shift), "replay"
+        else:
+            by_grid.append((index, capacity))
+    for (index, _), own_hits in zip(by_grid, _by_grid(moved, cells, by_grid, shift), strict=True):
+        hits[index] = own_hits, "grid"
+    return [hits[index] for index in range(len(cells))]
 
 
 def _shifts(trace: Trace, cells: Sequence[PlannedCell]) -> list[tuple[int, ...]]:

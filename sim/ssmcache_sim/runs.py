@@ -74,8 +74,6 @@ def sweep_run(
     Errors: UserError where no combination is possible; impossible ones are left out, see `SweepRun.manifest`.
     """
     spec = SweepSpec(
-        trace_path=None,
-        trace_block=None,
         tokens_per_block=tuple(tokens_per_block or (trace.tokens_per_block,)),
         ssm_reuse_intervals=tuple(ssm_reuse_intervals),
         gpu_memory_bytes=tuple(gpu_memory_bytes),
@@ -89,7 +87,7 @@ def sweep_run(
     )
     with TemporaryDirectory() as folder:  # replayed cells leave files
         plan = plan_sweep(spec, trace, model, Path(folder))
-        cells = run_sweep(spec, trace, plan, 1, progress)
+        cells = run_sweep(trace, plan, 1, progress)
     phases = find_phases(trace, plan.cells, progress) if phase else None
     details = details_of(detail_columns(trace, list(zip(plan.cells, cells, strict=True)), phases))
     manifest = with_skipped(sweep_manifest(spec, trace, model), plan.skipped)

@@ -1,4 +1,4 @@
-"""Many replays of one trace: every combination of intervals, block sizes and memory sizes, one process a cell.
+"""Many replays of a trace: every combination of intervals, block sizes and memory sizes, on any executor.
 
 Each finished cell is kept as a file of its own, under a name that follows from everything it depends on. So a sweep
 that was interrupted, or that grows, replays only what is new.
@@ -6,25 +6,20 @@ that was interrupted, or that grows, replays only what is new.
 
 import hashlib
 import json
-import multiprocessing
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from ssmcache import __version__
 from ssmcache.config import Admission, KVCacheManagerConfig
 from ssmcache.models import ModelSpec
-from ssmcache_sim.directories import json_bytes, write_file
+from ssmcache_sim.directories import json_bytes, make_directory, write_file
 from ssmcache_sim.engines import Engine, Pools, check_pools, choose_engine
 from ssmcache_sim.errors import UserError
-from ssmcache_sim.formats import ReadOptions, read_trace
+from ssmcache_sim.executors import Call, run_calls
 from ssmcache_sim.grid_cells import ArenaCapacity, GridCapacity, grid_totals
 from ssmcache_sim.replay import replay
 from ssmcache_sim.settings import Prefill, ReplaySettings, build_config, make_settings
@@ -37,13 +32,8 @@ _CELL_FORMAT = 3  # raised when a cell's file, or what a replay counts, changes
 
 @dataclass(frozen=True, slots=True)
 class SweepSpec:
-    """What to vary, in lists, and what all cells share. See `ReplaySettings` for the meaning of each.
+    """What to vary, in lists, and what all cells share. See `ReplaySettings` for the meaning of each."""
 
-    `trace_path`, `trace_block` and `reading` say how other processes read the trace; without a path there are none.
-    """
-
-    trace_path: Path | None
-    trace_block: int | None
     tokens_per_block: tuple[int, ...]
     ssm_reuse_intervals: tuple[int, ...]
     gpu_memory_bytes: tuple[int | None, ...]
@@ -52,7 +42,6 @@ class SweepSpec:
     state_dtype: str | None = None
     prefill: Prefill = "reserved"
     engine: Engine = "auto"
-    reading: ReadOptions | None = None
     pools: Pools = "separate"
     host_memory_bytes: tuple[int, ...] = (0,)
     disk_memory_bytes: int = 0
@@ -90,6 +79,7 @@ class SweepPlan:
     cells: tuple[PlannedCell, ...]
     skipped: tuple[SkippedCell, ...]
     finished: dict[PlannedCell, ReplayTotals]
+    pools: Pools
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,43 +120,68 @@ def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path)
         raise UserError(f"no combination of the sweep is possible; the first: {skipped[0].reason}")
     found = {cell: _read_cell(cell.path) for cell in cells if cell.grid is None}
     finished = {cell: totals for cell, totals in found.items() if totals is not None}
-    return SweepPlan(tuple(cells), tuple(skipped), finished)
+    return SweepPlan(tuple(cells), tuple(skipped), finished, spec.pools)
 
 
 def run_sweep(
-    spec: SweepSpec, trace: Trace, plan: SweepPlan, jobs: int, progress: Callable[[int], None]
+    trace: Trace, plan: SweepPlan, workers: int | Executor, progress: Callable[[int], None]
 ) -> tuple[SweptCell, ...]:
-    """All cells in the plan's order: those of the grid by one pass, the others replayed in `jobs` processes unless they
-    are finished already.
+    """The cells of one plan. See `run_sweeps`."""
+    return run_sweeps([(trace, plan)], workers, progress)[0]
+
+
+def run_sweeps(
+    sweeps: Sequence[tuple[Trace, SweepPlan]], workers: int | Executor, progress: Callable[[int], None]
+) -> list[tuple[SweptCell, ...]]:
+    """All cells of all plans, in their order: those of a trace's grid by one pass, the others by a replay each, unless
+    they are finished already. Passes and replays of all traces run side by side.
 
     Args:
-        jobs: more than one only where the spec has the path of the trace.
-        progress: called with the number of finished cells, those found included, at first and after each cell.
+        workers: a number of processes of this machine, or any executor (see `run_calls`).
+        progress: called with the number of finished cells, those found included, at first and after each call.
 
-    A KeyboardInterrupt ends it after the cells that are running; they and all before are kept.
-    Errors: OutputError where a cell cannot be written.
+    Finished replays are kept as they come; a KeyboardInterrupt keeps also those that are under way on this machine.
+    Errors: OutputError where a cell cannot be written; WorkersError.
     """
-    totals = dict(plan.finished)
-    by_grid = [(cell, cell.grid) for cell in plan.cells if cell.grid is not None]
+    totals = [dict(plan.finished) for _, plan in sweeps]
+    tasks = [(index, task) for index, (trace, plan) in enumerate(sweeps) for task in _tasks(trace, plan)]
+
+    def finish(number: int, results: list[ReplayTotals]) -> None:
+        index, (cells, _) = tasks[number]
+        for cell, cell_totals in zip(cells, results, strict=True):
+            if cell.grid is None:
+                write_file(cell.path, json_bytes(cell_totals.to_json()))
+            totals[index][cell] = cell_totals
+        progress(sum(map(len, totals)))
+
+    for directory in {cell.path.parent for _, (cells, _) in tasks for cell in cells if cell.grid is None}:
+        make_directory(directory)
+    progress(sum(map(len, totals)))
+    run_calls(workers, [call for _, (_, call) in tasks], finish)
+    return [_swept(plan, of_plan) for (_, plan), of_plan in zip(sweeps, totals, strict=True)]
+
+
+def _tasks(trace: Trace, plan: SweepPlan) -> list[tuple[list[PlannedCell], Call]]:
+    """Cells that are not finished, and the call that gives their totals: one for the grid, one for each replay."""
+    by_grid = [cell for cell in plan.cells if cell.grid is not None]
+    replayed = [cell for cell in plan.cells if cell.grid is None and cell not in plan.finished]
+    tasks = []
     if by_grid:
-        cells_totals = grid_totals(trace, [(cell.config, capacity) for cell, capacity in by_grid])
-        totals.update(zip((cell for cell, _ in by_grid), cells_totals, strict=True))
-    todo = [cell for cell in plan.cells if cell not in totals]
+        arguments = [(cell.config, cell.grid) for cell in by_grid]
+        tasks.append((by_grid, Call(f"the grid of {trace.name}", grid_totals, trace, (arguments,))))
+    for cell in replayed:
+        call = Call(f"a replay of {trace.name}", _replay_totals, trace, (cell.config, cell.settings.prefill))
+        tasks.append(([cell], call))
+    return tasks
 
-    def finish(cell: PlannedCell, cell_totals: ReplayTotals) -> None:
-        totals[cell] = cell_totals
-        progress(len(totals))
 
-    progress(len(totals))
-    if todo:
-        todo[0].path.parent.mkdir(exist_ok=True)
-    if jobs == 1:
-        for cell in todo:
-            finish(cell, _run_cell(trace, cell))
-    else:
-        _run_in_pool(spec, trace, todo, jobs, finish)
+def _replay_totals(trace: Trace, config: KVCacheManagerConfig, prefill: Prefill) -> list[ReplayTotals]:
+    return [replay(trace, config, prefill=prefill).totals]
+
+
+def _swept(plan: SweepPlan, totals: dict[PlannedCell, ReplayTotals]) -> tuple[SweptCell, ...]:
     return tuple(
-        SweptCell(cell.settings, totals[cell], "replay" if cell.grid is None else "grid", cell.reason, spec.pools)
+        SweptCell(cell.settings, totals[cell], "replay" if cell.grid is None else "grid", cell.reason, plan.pools)
         for cell in plan.cells
     )
 
@@ -207,75 +222,3 @@ def _read_cell(path: Path) -> ReplayTotals | None:
         return ReplayTotals.from_json(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _run_cell(trace: Trace, cell: PlannedCell) -> ReplayTotals:
-    totals = replay(trace, cell.config, prefill=cell.settings.prefill).totals
-    write_file(cell.path, json_bytes(totals.to_json()))
-    return totals
-
-
-def _run_in_pool(
-    spec: SweepSpec,
-    trace: Trace,
-    todo: Sequence[PlannedCell],
-    jobs: int,
-    finish: Callable[[PlannedCell, ReplayTotals], None],
-) -> None:
-    assert spec.trace_path is not None, "other processes have to read the trace"
-    context = multiprocessing.get_context("spawn")  # the same everywhere, and safe beside threads
-    stop = context.Event()
-    initial = (spec.trace_path, spec.trace_block, spec.reading, trace.sha256, stop)
-    with ProcessPoolExecutor(max(1, min(jobs, len(todo))), context, _start_worker, initial) as pool:
-        with _deaf_to_interrupts():
-            futures = {pool.submit(_work, cell): cell for cell in todo}
-        try:
-            for future in as_completed(futures):
-                totals = future.result()
-                assert totals is not None, "a worker stopped without being told to"
-                finish(futures[future], totals)
-        except BaseException:
-            stop.set()  # some cells are queued beyond the reach of a cancellation
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes started inside never see a Ctrl-C, not even while they start; here it comes at the end of the block."""
-    if sys.platform == "win32":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@dataclass(slots=True)
-class _Worker:
-    """What one worker process keeps between cells."""
-
-    trace: Trace
-    stop: Event
-
-
-_worker: _Worker | None = None
-
-
-def _start_worker(
-    trace_path: Path, trace_block: int | None, reading: ReadOptions | None, sha256: str, stop: Event
-) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a cell under way is finished and kept
-    trace = read_trace(trace_path, trace_block, reading)
-    if trace.sha256 != sha256:
-        raise RuntimeError(f"{trace_path} changed during the sweep")
-    _worker = _Worker(trace, stop)
-
-
-def _work(cell: PlannedCell) -> ReplayTotals | None:
-    """One cell; None when the sweep was stopped before it began."""
-    assert _worker is not None
-    return None if _worker.stop.is_set() else _run_cell(_worker.trace, cell)

@@ -14,6 +14,7 @@ trace alone: the same input gives the same bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,11 +62,13 @@ class SweepPhases:
     ceilings: tuple[PhaseCeilings, ...]
 
 
-def find_phases(trace: Trace, cells: Sequence[PlannedCell], progress: Callable[[int], None]) -> SweepPhases:
-    """The cells at shifts over their periods; `progress` as in `phase_cells`."""
+def find_phases(
+    trace: Trace, cells: Sequence[PlannedCell], progress: Callable[[int], None], workers: int | Executor = 1
+) -> SweepPhases:
+    """The cells at shifts over their periods; `progress` and `workers` as in `phase_cells`."""
     periods = sorted({period_of(cell.settings) for cell in cells})
     ceilings = tuple(phase_ceilings(trace, period) for period in periods)
-    return SweepPhases(phase_cells(trace, cells, progress), ceilings)
+    return SweepPhases(phase_cells(trace, cells, progress, workers), ceilings)
 
 
 def write_details(

@@ -1,5 +1,6 @@
 """The result directory of a sweep: `cells.parquet`, `manifest.json`, and `cells/` with a file a finished cell."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -8,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ssmcache.models import ModelSpec
 from ssmcache.units import plural
-from ssmcache_sim.directories import MANIFEST, json_bytes, open_directory, read_manifest, write_file
-from ssmcache_sim.errors import OutputError
+from ssmcache_sim.directories import MANIFEST, TOOL, json_bytes, open_directory, read_manifest, write_file
+from ssmcache_sim.errors import OutputError, UserError
 from ssmcache_sim.results import RunTimes, manifest_head, manifest_with_times, read_parquet, write_parquet
 from ssmcache_sim.sweep import SkippedCell, SweepSpec, SweptCell
 from ssmcache_sim.sweep_details import SweepDetails, load_details
@@ -22,6 +23,22 @@ if TYPE_CHECKING:
 CELLS = "cells.parquet"
 SWEEP_COMMAND = "sweep"
 _VARIED = ("tokens_per_block", "ssm_reuse_interval", "admission", "gpu_memory_bytes", "host_memory_bytes")
+
+
+def sweep_directories(traces: Sequence[Path], directory: Path) -> list[Path]:
+    """Where the sweep of each trace goes: `directory` itself for one, a directory in it for each of several.
+
+    Errors: UserError for two traces of one name; OutputError for several where the sweep of one is already.
+    """
+    if len(traces) == 1:
+        return [directory]
+    if (directory / MANIFEST).exists():
+        raise OutputError(f"{directory}: expected a directory for several sweeps, got a result of {TOOL}")
+    names = [trace.name.partition(".")[0] or trace.name for trace in traces]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"traces: expected names that differ before their first dot, got {count} of {name!r}")
+    return [directory / name for name in names]
 
 
 def begin_sweep(directory: Path, spec: SweepSpec, trace: Trace, model: ModelSpec) -> dict[str, Any]:

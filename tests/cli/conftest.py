@@ -29,6 +29,21 @@ def ssmcache() -> Run:
     return run
 
 
+@pytest.fixture(scope="session")
+def files_of() -> Callable[[Path], dict[str, bytes]]:
+    """All files of a result by name, without what a manifest says of the time."""
+
+    def read(directory: Path) -> dict[str, bytes]:
+        files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+        for name in [name for name in files if Path(name).name == "manifest.json"]:
+            manifest = json.loads(files[name])
+            assert manifest.pop("run").keys() == {"started_at", "wall_seconds"}
+            files[name] = json.dumps(manifest).encode()
+        return files
+
+    return read
+
+
 @pytest.fixture
 def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -163,9 +163,10 @@ def test_a_directory_of_something_else_is_refused(run_here: RunHere, sample: str
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
-def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(sample: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", [(), ("--cluster", "local")])
+def test_ctrl_c_keeps_finished_cells_and_says_how_to_go_on(sample: str, tmp_path: Path, where: tuple[str, ...]) -> None:
     options = ("--gpu-memory", "50GiB:200GiB:200", "--engine", "replay", "--jobs", "2", "--out", str(tmp_path / "s"))
-    command = [sys.executable, "-m", "ssmcache_cli", "sweep", sample, *MODEL, *options]
+    command = [sys.executable, "-m", "ssmcache_cli", "sweep", sample, *MODEL, *options, *where]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -192,12 +192,10 @@ def swept(sample_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of both admissions."""
     path = tmp_path_factory.mktemp("admission") / "s"
     trace, model = read_trace(sample_path), load_model("nemotron-h-8b")
-    spec = SweepSpec(
-        sample_path, None, (512,), (1024, 4096), (160 * GIB, 320 * GIB, None), admissions=("every", "last")
-    )
+    spec = SweepSpec((512,), (1024, 4096), (160 * GIB, 320 * GIB, None), admissions=("every", "last"))
     plan = plan_sweep(spec, trace, model, path)
     manifest = begin_sweep(path, spec, trace, model)
-    cells = run_sweep(spec, trace, plan, 1, lambda done: None)
+    cells = run_sweep(trace, plan, 1, lambda done: None)
     write_details(path, spec, trace, model, list(zip(plan.cells, cells, strict=True)), None)
     finish_sweep(path, manifest, cells, plan.skipped, RunTimes("now", 1.0))
     return path
@@ -262,13 +260,13 @@ def test_the_report_names_the_admission_and_explores_every_boundary_alone(swept:
 
 
 def test_without_ssm_layers_there_is_no_admission(sample_path: Path, tmp_path: Path) -> None:
-    spec = SweepSpec(sample_path, None, (512,), (512,), (40 * GIB,), admissions=("every", "last"))
+    spec = SweepSpec((512,), (512,), (40 * GIB,), admissions=("every", "last"))
     plan = plan_sweep(spec, read_trace(sample_path), load_model("llama-3.1-8b"), tmp_path)
     assert [cell.settings.admission for cell in plan.cells] == [None]
 
 
 def test_an_arena_keeps_every_boundary(sample_path: Path, tmp_path: Path) -> None:
-    spec = SweepSpec(sample_path, None, (512,), (512,), (None,), pools="arena", admissions=("every", "last"))
+    spec = SweepSpec((512,), (512,), (None,), pools="arena", admissions=("every", "last"))
     with pytest.raises(UserError, match="admission: expected every for an arena, got every, last"):
         plan_sweep(spec, read_trace(sample_path), load_model("marconi-7b"), tmp_path)
 

@@ -182,11 +182,11 @@ def test_shifts_within_a_block_are_refused(trace_of: TraceOf, num_tokens: int) -
 
 def test_the_sample_at_no_shift_is_the_sweep_and_its_ceilings(sample_path: Path) -> None:
     trace = read_trace(sample_path)
-    sweep = SweepSpec(sample_path, None, (512, 1024), (1024, 4096), (200 * GIB, None))
+    sweep = SweepSpec((512, 1024), (1024, 4096), (200 * GIB, None))
     plan = plan_sweep(sweep, trace, load_model("nemotron-h-8b"), Path("none"))
     by_shift = phase_cells(trace, plan.cells, lambda done: None)
     unshifted = [cell.own_hit_tokens for cell in by_shift if cell.shift_tokens == 0]
-    swept = run_sweep(sweep, trace, plan, 1, lambda done: None)
+    swept = run_sweep(trace, plan, 1, lambda done: None)
     assert unshifted == [cell.totals.usable_hit_tokens for cell in swept]
     for interval in (1024, 4096):
         assert at_unlimited_memory(by_shift, interval) == phase_ceilings(trace, interval).low[::512].tolist()

@@ -133,7 +133,7 @@ def test_depths_of_nothing_found_are_zeros() -> None:
 
 def test_the_explorer_has_every_preset_that_the_grid_can_do_and_its_cells_are_replays(sample_path: Path) -> None:
     trace, spec = read_trace(sample_path), load_model("qwen3-next-80b-a3b")
-    sweep = SweepSpec(sample_path, None, (512, 1024), (1024, 2048), (60 * GIB, 240 * GIB, None))
+    sweep = SweepSpec((512, 1024), (1024, 2048), (60 * GIB, 240 * GIB, None))
     cells = explorer_cells(sweep, trace, spec)
     models = list(dict.fromkeys(setting.model for setting, _ in cells))
     assert models[0] == spec.name
@@ -148,4 +148,4 @@ def test_the_explorer_has_every_preset_that_the_grid_can_do_and_its_cells_are_re
 
 def test_explorer_without_possible_cells_is_empty(sample_path: Path) -> None:
     trace, spec = read_trace(sample_path), load_model("nemotron-h-8b")
-    assert explorer_cells(SweepSpec(sample_path, None, (512,), (512,), (1 << 20,)), trace, spec) == []
+    assert explorer_cells(SweepSpec((512,), (512,), (1 << 20,)), trace, spec) == []

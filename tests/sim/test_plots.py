@@ -36,10 +36,10 @@ def make_sweep(
     sample_path: Path, path: Path, model: str, sizes: tuple[int | None, ...], phase: bool = False, engine: str = "auto"
 ) -> Path:
     trace, spec = read_trace(sample_path), load_model(model)
-    sweep = SweepSpec(sample_path, None, (512, 1024), (512, 2048), sizes, engine=parse_engine(engine))
+    sweep = SweepSpec((512, 1024), (512, 2048), sizes, engine=parse_engine(engine))
     plan = plan_sweep(sweep, trace, spec, path)
     manifest = begin_sweep(path, sweep, trace, spec)
-    cells = run_sweep(sweep, trace, plan, 1, lambda done: None)
+    cells = run_sweep(trace, plan, 1, lambda done: None)
     periods = (512, 2048) if spec.num_ssm_layers else (512, 1024)
     ceilings = tuple(phase_ceilings(trace, period) for period in periods)
     phases = SweepPhases(phase_cells(trace, plan.cells, lambda done: None), ceilings) if phase else None

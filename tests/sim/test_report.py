@@ -39,10 +39,10 @@ def make_sweep(sample_path: Path, path: Path, *, hostile: bool = False, engine: 
     trace, spec = read_trace(sample_path), load_model("nemotron-h-8b")
     if hostile:
         trace, spec = replace(trace, name=HOSTILE_TRACE), replace(spec, name=HOSTILE_MODEL)
-    sweep = SweepSpec(sample_path, None, (512, 1024), (1024, 4096), SIZES, engine=engine)
+    sweep = SweepSpec((512, 1024), (1024, 4096), SIZES, engine=engine)
     plan = plan_sweep(sweep, trace, spec, path)
     manifest = begin_sweep(path, sweep, trace, spec)
-    cells = run_sweep(sweep, trace, plan, 1, lambda done: None)
+    cells = run_sweep(trace, plan, 1, lambda done: None)
     ceilings = tuple(phase_ceilings(trace, period) for period in (1024, 4096))
     phases = SweepPhases(phase_cells(trace, plan.cells, lambda done: None), ceilings) if engine == "auto" else None
     write_details(path, sweep, trace, spec, list(zip(plan.cells, cells, strict=True)), phases)

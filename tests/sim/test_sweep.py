@@ -32,14 +32,14 @@ def trace(sample_path: Path) -> Trace:
 
 @pytest.fixture
 def spec(sample_path: Path) -> SweepSpec:
-    return SweepSpec(sample_path, None, (1024, 512), (2048, 512), (None, 40 * GIB, 10 * GIB), engine="replay")
+    return SweepSpec((1024, 512), (2048, 512), (None, 40 * GIB, 10 * GIB), engine="replay")
 
 
 def run(spec: SweepSpec, trace: Trace, path: Path, jobs: int = 1) -> tuple[SweepPlan, tuple[SweptCell, ...], list[int]]:
     told: list[int] = []
     plan = plan_sweep(spec, trace, HYBRID, path)
     manifest = begin_sweep(path, spec, trace, HYBRID)
-    cells = run_sweep(spec, trace, plan, jobs, told.append)
+    cells = run_sweep(trace, plan, jobs, told.append)
     finish_sweep(path, manifest, cells, plan.skipped, TIMES)
     return plan, cells, told
 
@@ -133,7 +133,7 @@ def test_an_interrupted_sweep_keeps_its_cells_and_goes_on(spec: SweepSpec, trace
     plan = plan_sweep(spec, trace, HYBRID, tmp_path / "s")
     begin_sweep(tmp_path / "s", spec, trace, HYBRID)
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(spec, trace, plan, 1, interrupt)
+        run_sweep(trace, plan, 1, interrupt)
     with pytest.raises(OutputError, match="got an interrupted one: run it again to go on"):
         load_sweep(tmp_path / "s")
     plan, cells, told = run(spec, trace, tmp_path / "s")
@@ -152,7 +152,7 @@ def test_worker_processes_give_the_same_bytes_and_can_be_interrupted(
     plan = plan_sweep(spec, trace, HYBRID, tmp_path / "two")
     begin_sweep(tmp_path / "two", spec, trace, HYBRID)
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(spec, trace, plan, 2, interrupt)
+        run_sweep(trace, plan, 2, interrupt)
     kept = len(plan_sweep(spec, trace, HYBRID, tmp_path / "two").finished)
     assert 2 <= kept <= 9
     run(spec, trace, tmp_path / "two", jobs=2)
@@ -202,7 +202,7 @@ def test_the_grid_counts_the_tokens_of_the_replay_wherever_it_is_chosen(
     )
     plan = plan_sweep(spec, trace, hybrid, tmp_path)
     (tmp_path / "cells").mkdir()
-    cells = run_sweep(spec, trace, plan, 1, lambda done: None)
+    cells = run_sweep(trace, plan, 1, lambda done: None)
     by_engine = {engine: [cell for cell in cells if cell.engine == engine] for engine in ("grid", "replay")}
     assert (len(by_engine["grid"]) > 0) == (model != "mamba2-2.7b")
     assert by_engine["replay"], "the smallest memory, or a model without attention, is replayed"

@@ -30,7 +30,7 @@ def trace(sample_path: Path) -> Trace:
 
 @pytest.fixture
 def spec(sample_path: Path) -> SweepSpec:
-    return SweepSpec(sample_path, None, (512,), (2048,), (None, 40 * GIB, 20 * GIB), host_memory_bytes=HOST_SIZES)
+    return SweepSpec((512,), (2048,), (None, 40 * GIB, 20 * GIB), host_memory_bytes=HOST_SIZES)
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
 ) -> tuple[SweepPlan, tuple[SweptCell, ...]]:
     plan = plan_sweep(spec, trace, load_model(model), path)
     manifest = begin_sweep(path, spec, trace, load_model(model))
-    cells = run_sweep(spec, trace, plan, 1, lambda done: None)
+    cells = run_sweep(trace, plan, 1, lambda done: None)
     finish_sweep(path, manifest, cells, plan.skipped, TIMES)
     return plan, cells
 

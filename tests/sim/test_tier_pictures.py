@@ -21,10 +21,10 @@ TIMES = RunTimes("now", 1.0)
 
 def make_sweep(sample_path: Path, path: Path, model: str, **tiers: Any) -> SweepRun:
     trace, spec = read_trace(sample_path), load_model(model)
-    sweep = SweepSpec(sample_path, None, (512,), (2048,), (20 * GIB, 40 * GIB), **tiers)
+    sweep = SweepSpec((512,), (2048,), (20 * GIB, 40 * GIB), **tiers)
     plan = plan_sweep(sweep, trace, spec, path)
     manifest = begin_sweep(path, sweep, trace, spec)
-    finish_sweep(path, manifest, run_sweep(sweep, trace, plan, 1, lambda done: None), plan.skipped, TIMES)
+    finish_sweep(path, manifest, run_sweep(trace, plan, 1, lambda done: None), plan.skipped, TIMES)
     return load_sweep(path)
 
 

@@ -77,10 +77,10 @@ def test_phases_and_depths_of_the_grid_count_the_hits_of_all_tiers(
 
 def make_sweep(sample_path: Path, path: Path, model: str, **tiers: Any) -> Path:
     trace, spec = read_trace(sample_path), load_model(model)
-    sweep = SweepSpec(sample_path, None, (512,), (2048,), (20 * GIB, 40 * GIB), **tiers)
+    sweep = SweepSpec((512,), (2048,), (20 * GIB, 40 * GIB), **tiers)
     plan = plan_sweep(sweep, trace, spec, path)
     manifest = begin_sweep(path, sweep, trace, spec)
-    cells = run_sweep(sweep, trace, plan, 1, lambda done: None)
+    cells = run_sweep(trace, plan, 1, lambda done: None)
     write_details(path, sweep, trace, spec, list(zip(plan.cells, cells, strict=True)), None)
     finish_sweep(path, manifest, cells, plan.skipped, TIMES)
     return path
