@@ -133,9 +133,7 @@ class ModelPools:
         """Copy whole blocks, from `first_block` on, from scratch to their pages."""
         self._transfer(tables, first_block, tensors, write=True)
 
-    def _transfer(
-        self, tables: Sequence[SlotArray | None], first_block: int, tensors: Tensors, write: bool
-    ) -> None:
+    def _transfer(self, tables: Sequence[SlotArray | None], first_block: int, tensors: Tensors, write: bool) -> None:
         places: dict[int, tuple[torch.Tensor, slice]] = {}
         for group, table in enumerate(tables):
             if table is None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 
 from ssmcache.integrations.transformers_attention import Attention, attention_of
 from ssmcache.integrations.transformers_cache import Cache, DynamicCache
 from ssmcache.integrations.transformers_pools import Layout, ModelPools, Tensors
+from ssmcache.integrations.transformers_sequence import Prefilled, TokenSequence, token_array
 from ssmcache.integrations.transformers_shapes import ModelShapes
 from ssmcache.keys import Int64Array, ReuseScope
 from ssmcache.layout import LayerGroupKind
@@ -18,41 +18,8 @@ from ssmcache.manager import KVCacheManager
 from ssmcache.pools import SlotArray
 from ssmcache.sequence import KVCache
 from ssmcache.sequence_pages import KVCacheStatus
-from ssmcache.stats import ReuseMatch, Shortage
 
 _DEFAULT_SCOPE = ReuseScope()
-
-
-class Prefilled:
-    """A sequence of a runner: computed tokens and what they left. Made by the runner, which changes it.
-
-    Attributes:
-        num_tokens: computed so far; `tokens` are they.
-        num_reused_tokens: of these, not computed but found in the cache.
-        match: what the cache knew of the prompt: in its tree, with KV, and with a state (see `ReuseMatch`); None if it
-            was not asked.
-        logits: [vocabulary], of the last token; None before the first pass.
-        shortage: why the sequence runs outside the cache; None if it does not, or was not meant to run in it.
-    """
-
-    def __init__(self, max_tokens: int) -> None:
-        self.num_tokens = self.num_reused_tokens = 0
-        self.match: ReuseMatch | None = None
-        self.logits: torch.Tensor | None = None
-        self.shortage: Shortage | None = None
-        self.kv: KVCache | None = None
-        self.own: Tensors | None = None
-        self.stops: list[int] = []  # where each pass ended, those that were skipped included
-        self.buffer: Int64Array = np.empty(max_tokens, dtype=np.int64)
-
-    @property
-    def tokens(self) -> Int64Array:
-        return self.buffer[: self.num_tokens]
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether its KV and states are in the pools of the manager."""
-        return self.kv is not None
 
 
 class SequenceRunner:
@@ -93,7 +60,7 @@ class SequenceRunner:
 
     def prefill(
         self,
-        tokens: Sequence[int] | Int64Array | torch.Tensor,
+        tokens: TokenSequence,
         *,
         reuse: bool = True,
         cuts: Iterable[int] | None = None,
@@ -109,15 +76,11 @@ class SequenceRunner:
             scope: whose cache it is.
 
         With no room in the cache (`resume` or `resize` is False) it runs without, and `shortage` says why.
-        Errors: ValueError for no tokens or too many. If the model raises, the sequence is closed.
+        Errors: ValueError for no tokens or too many.
         """
-        prompt = _as_array(tokens)
+        prompt = token_array(tokens)
         run = self.open(prompt, reuse=reuse, scope=scope)
-        try:
-            self.extend(run, prompt[run.num_tokens :], cuts=cuts)
-        except BaseException:
-            self.close(run)
-            raise
+        self.extend(run, prompt[run.num_tokens :], cuts=cuts)
         return run
 
     def decode(self, run: Prefilled, num_tokens: int) -> list[int]:
@@ -152,13 +115,13 @@ class SequenceRunner:
 
     def open(
         self,
-        tokens: Sequence[int] | Int64Array | torch.Tensor,
+        tokens: TokenSequence,
         *,
         reuse: bool = True,
         scope: ReuseScope = _DEFAULT_SCOPE,
     ) -> Prefilled:
         """A sequence for a prompt, with what is reused of it and nothing computed; see `prefill`."""
-        prompt = _as_array(tokens)
+        prompt = token_array(tokens)
         self._check_length(prompt.size)
         run = Prefilled(self.max_tokens)
         if reuse:
@@ -177,7 +140,7 @@ class SequenceRunner:
     def extend(
         self,
         run: Prefilled,
-        tokens: Sequence[int] | Int64Array,
+        tokens: TokenSequence,
         *,
         cuts: Iterable[int] | None = None,
         commit: bool = True,
@@ -185,17 +148,23 @@ class SequenceRunner:
     ) -> torch.Tensor:
         """Compute the next tokens of an open sequence, in passes that end at the cuts.
 
-        Returns logits: [1, vocabulary] of the last token, or [n, vocabulary] of all.
+        Returns logits: [1, vocabulary] of the last token, or [n, vocabulary] of all. If the model raises, the sequence
+        is closed.
         """
-        more = _as_array(tokens)
+        more = token_array(tokens)
         start, end = run.num_tokens, run.num_tokens + more.size
         self._check_length(end)
         if run.kv is None and run.own is None:
             raise ValueError("extend: expected an open sequence, got one that is closed")
         wanted = self._wanted_cuts(start, end) if cuts is None else sorted({cut for cut in cuts if start < cut < end})
-        logits = []
-        for stop in dict.fromkeys((*wanted, end)):
-            logits.append(self._pass(run, more[run.num_tokens - start : stop - start], commit, all_logits))
+        stops = dict.fromkeys((*wanted, end))
+        try:
+            logits = [
+                self._pass(run, more[run.num_tokens - start : stop - start], commit, all_logits) for stop in stops
+            ]
+        except BaseException:  # its states may be half written
+            self.close(run)
+            raise
         return torch.cat(logits) if all_logits else logits[-1]
 
     def live_states(self, run: Prefilled) -> list[torch.Tensor]:
@@ -313,10 +282,3 @@ class SequenceRunner:
     def _check_length(self, num_tokens: int) -> None:
         if not 1 <= num_tokens <= self.max_tokens:
             raise ValueError(f"tokens: expected 1..{self.max_tokens} (max_tokens), got {num_tokens}")
-
-
-def _as_array(tokens: Sequence[int] | Int64Array | torch.Tensor) -> Int64Array:
-    array = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else np.asarray(tokens)
-    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"tokens: expected ids in one dimension, got {array.dtype} of shape {array.shape}")
-    return array.astype(np.int64)

@@ -152,7 +152,11 @@ def probe(model: Any) -> ModelShapes:
     if unknown or chunked:
         kinds = ", ".join(sorted(unknown)) or "chunked attention"
         raise NotResumableError(f"{name}: expected layers of attention, sliding windows and states, got {kinds}")
-    return ModelShapes(tuple(_shape(index, layer) for index, layer in enumerate(cache.layers)))
+    layers = tuple(_shape(index, layer) for index, layer in enumerate(cache.layers))
+    if not any(layer.key or layer.has_states for layer in layers):
+        reason = REFUSALS.get(model.config.model_type, "it kept nothing there")
+        raise NotResumableError(f"{name}: expected a model that keeps its state in a DynamicCache, but {reason}")
+    return ModelShapes(layers)
 
 
 def _shape(index: int, layer: Any) -> LayerShape:

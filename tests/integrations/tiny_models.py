@@ -3,7 +3,6 @@
 transformers' own initialisation hides errors: its weights are so small that logits hardly depend on a state.
 """
 
-from math import prod
 from typing import Any
 
 import torch
@@ -147,7 +146,9 @@ EXPERTS = ("nemotron_h", "granitemoehybrid", "qwen3_next", "kimi_linear")
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A model in evaluation mode: matrices N(0, 1 / inputs), embeddings N(0, 1), logits of about N(0, 1)."""
+    """A model in evaluation mode: matrices N(0, 1 / inputs), embeddings N(0, 1) unless
+    they are the output matrix too, logits of about N(0, 1).
+    """
     name, settings = SETTINGS[family]
     config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
     config = config_class(**{**COMMON, **settings})
@@ -158,7 +159,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim < 2 or "A_log" in parameter_name:
                 continue
-            is_embedding = "embed_tokens" in parameter_name
-            fan_in = 1 if is_embedding else prod(parameter.shape[1:]) if parameter.ndim == 2 else parameter.shape[-1]
+            is_table = "embed_tokens" in parameter_name and not config.tie_word_embeddings
+            fan_in = 1 if is_table else parameter.shape[-1]  # experts are stacked, and convolutions have one input
             parameter.normal_(0.0, fan_in**-0.5, generator=generator)
     return model.to(dtype).eval()
