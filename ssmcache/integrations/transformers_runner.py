@@ -159,9 +159,7 @@ class SequenceRunner:
         wanted = self._wanted_cuts(start, end) if cuts is None else sorted({cut for cut in cuts if start < cut < end})
         stops = dict.fromkeys((*wanted, end))
         try:
-            logits = [
-                self._pass(run, more[run.num_tokens - start : stop - start], commit, all_logits) for stop in stops
-            ]
+            logits = [self._pass(run, more[run.num_tokens - start :], stop, commit, all_logits) for stop in stops]
         except BaseException:  # its states may be half written
             self.close(run)
             raise
@@ -174,8 +172,10 @@ class SequenceRunner:
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
-    def _pass(self, run: Prefilled, tokens: Int64Array, commit: bool, all_logits: bool) -> torch.Tensor:
-        start, end = run.num_tokens, run.num_tokens + tokens.size
+    def _pass(self, run: Prefilled, tokens: Int64Array, end: int, commit: bool, all_logits: bool) -> torch.Tensor:
+        """Compute the first of these tokens, up to position `end`."""
+        start = run.num_tokens
+        tokens = tokens[: end - start]
         self._make_room(run, end, commit)
         self._bind(run)
         logits = self._forward(tokens, start, all_logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from ssmcache.keys import Int64Array
 from ssmcache.sequence import KVCache
 from ssmcache.stats import ReuseMatch, Shortage
 
-TokenSequence = Sequence[int] | Int64Array | torch.Tensor
+TokenSequence: TypeAlias = Sequence[int] | Int64Array | torch.Tensor
 
 
 class Prefilled:
