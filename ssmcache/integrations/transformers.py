@@ -34,9 +34,10 @@ __all__ = [
 class HybridRunner(SequenceRunner):
     """Batch-1 prefill and greedy decoding of a causal language model, with what a manager has of the prompt reused.
 
-    Several sequences may be open and take turns. What they compute does not depend on where pages lie, on other
-    sequences, or on whether a prefix was reused or computed with the same cuts. All calls come from one thread, on
-    one stream.
+    Several sequences may be open and take turns. What they compute does not depend on where pages lie, or on whether a
+    prefix was reused or computed in the same passes, to the bit. (KV that another prompt left beyond the snapshot was
+    computed in a pass with another end: where a sequence reads it, after another one had its turn, rounding may
+    differ.) All calls come from one thread, on one stream.
 
     Args:
         model: in evaluation mode, on the device of the manager's memory. It is not changed.

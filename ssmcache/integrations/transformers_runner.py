@@ -153,9 +153,9 @@ class SequenceRunner:
         """
         more = token_array(tokens)
         start, end = run.num_tokens, run.num_tokens + more.size
-        self._check_length(end)
         if run.kv is None and run.own is None:
             raise ValueError("extend: expected an open sequence, got one that is closed")
+        self._check_length(end)
         wanted = self._wanted_cuts(start, end) if cuts is None else sorted({cut for cut in cuts if start < cut < end})
         stops = dict.fromkeys((*wanted, end))
         try:
