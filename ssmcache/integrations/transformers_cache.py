@@ -1,6 +1,7 @@
 """What of transformers' caches is used here, and from which version on it can be used."""
 
 import transformers
+from transformers import cache_utils
 
 OLDEST = (5, 17)
 
@@ -28,7 +29,11 @@ from transformers.cache_utils import (  # noqa: E402
 )
 from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
+# what layers that keep nothing have from 5.23 on; before, they had states that nobody wrote
+EMPTY_LAYERS: tuple[type, ...] = tuple(filter(None, (getattr(cache_utils, "DummyLayer", None),)))
+
 __all__ = [
+    "EMPTY_LAYERS",
     "OLDEST",
     "AttentionInterface",
     "Cache",

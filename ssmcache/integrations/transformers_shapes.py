@@ -20,6 +20,7 @@ from ssmcache.config import (
     SsmLayerConfig,
 )
 from ssmcache.integrations.transformers_cache import (
+    EMPTY_LAYERS,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -33,7 +34,7 @@ ALIGNMENT_BYTES = 256
 
 _WITH_WINDOW = (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 _WITH_KV = (DynamicLayer, LinearAttentionAndFullAttentionLayer, *_WITH_WINDOW)
-_KNOWN = (*_WITH_KV, LinearAttentionLayer)
+_KNOWN = (*_WITH_KV, LinearAttentionLayer, *EMPTY_LAYERS)
 STATE_DTYPES = {"exact": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
 REFUSALS = {

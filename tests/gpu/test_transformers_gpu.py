@@ -14,7 +14,9 @@ pytest.importorskip("transformers", minversion="5.17")
 from tiny_models import HYBRIDS, VOCABULARY, tiny_model  # noqa: E402
 
 from ssmcache import GpuCacheTierConfig, HostCacheTierConfig, KVCacheManager  # noqa: E402
-from ssmcache.integrations.transformers import HybridRunner, cache_config, check_resumable  # noqa: E402
+from ssmcache.integrations.transformers import cache_config, check_resumable  # noqa: E402
+from ssmcache.integrations.transformers_runner import SequenceRunner  # noqa: E402
+from ssmcache.integrations.transformers_shapes import probe  # noqa: E402
 from ssmcache.memory.cuda import CudaMemory  # noqa: E402
 
 MIB = 1 << 20
@@ -40,7 +42,7 @@ def test_what_came_back_from_pinned_memory_has_the_same_logits(family):
     manager = KVCacheManager(config, memory)
     for group in range(len(manager.groups)):
         memory.view(group).fill_(0xFF)
-    runner = HybridRunner(model, manager, max_tokens=2048, resumability=check_resumable(model, bound=100.0))
+    runner = SequenceRunner(model, manager, probe(model), max_tokens=2048)
     prompts = np.random.default_rng(0).integers(3, VOCABULARY, (40, 1000))
     cuts = range(64, 1000, 64)
     expected = runner.prefill(prompts[0], reuse=False, cuts=cuts)
@@ -50,8 +52,8 @@ def test_what_came_back_from_pinned_memory_has_the_same_logits(family):
     run = runner.prefill(prompts[0], cuts=cuts)
     assert run.num_reused_tokens >= 960
     assert manager.stats().usable_tokens_by_tier[1] > 0
-    assert torch.equal(run.logits, expected.logits)
     assert runner.decode(run, 8) == tokens
+    assert torch.equal(run.logits, expected.logits)
     runner.close(run)
     runner.close(expected)
     manager.check()
