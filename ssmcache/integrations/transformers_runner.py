@@ -277,7 +277,7 @@ class SequenceRunner:
     def _wanted_cuts(self, start: int, end: int) -> range:
         if self._state_group is None:
             return range(0)
-        return self.manager.admission.points(start, end)
+        return self.manager.admission.points(start, end, end)
 
     def _check_length(self, num_tokens: int) -> None:
         if not 1 <= num_tokens <= self.max_tokens:
