@@ -1,4 +1,4 @@
-"""The benchmark of a real model runs, on a tiny one, and measures what it says."""
+"""The benchmarks of real models run, on a tiny one, and measure what they say."""
 
 import json
 import os
@@ -19,7 +19,11 @@ SMALL = (
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "real_model.py"), *SMALL.split(), *arguments]
+    return run_script("real_model.py", *SMALL.split(), *arguments)
+
+
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
 
@@ -49,3 +53,17 @@ def test_too_little_memory_for_the_grid_is_an_error_of_one_line():
     done = run("--gpu-memory", "1MiB", "--reused", "0,4096")
     assert done.returncode == 1
     assert "--gpu-memory: expected room for a prompt of 41" in done.stderr
+
+
+def test_a_state_from_inside_a_pass_is_that_of_a_pass_which_ends_there():
+    done = run_script(
+        "scan_states.py", "--shape", "tiny", "--device", "cpu", "--cases", "64:90", "--repeats", "1",
+        "--gpu-memory", "8MiB",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["cases"]
+    assert (row["windows_layers"], row["recurrent_layers"]) == (3, 3)
+    assert row["windows_difference"] < 1e-5
+    assert row["recurrent_difference"] < 1e-5
+    assert row["logits_inside_uncut_difference"] < 1e-5
+    assert min(row["uncut_p50_ms"], row["cut_p50_ms"], row["inside_p50_ms"]) > 0

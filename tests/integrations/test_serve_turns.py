@@ -35,7 +35,7 @@ def test_it_says_where_states_are_missing_and_where_there_was_no_room():
     done = chat("--chat", "--answer", "4", "--interval", "128", typed=typed)
     assert "turn 2: 204 tokens, 0 reused, 204 computed" in done.stdout
     assert "why: the KV of 96 tokens is there, states only every 128" in done.stdout
-    done = chat("--memory", "1", "--max-tokens", "100000", "--chat", "--answer", "2", typed="c" * 9000 + "\n")
+    done = chat("--memory", "1", "--max-tokens", "100000", "--chat", "--answer", "2", typed="c" * 4000 + "\n")
     assert "ran without the cache" in done.stdout
 
 

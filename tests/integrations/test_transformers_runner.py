@@ -88,6 +88,21 @@ def test_reuse_false_neither_reads_nor_writes_the_cache(model):
     assert small.manager.stats() == before
 
 
+def test_pages_of_others_are_not_written_again(model):
+    small = small_runner(model, 40, 20)
+    runner = small.runner
+    first = runner.prefill(prompt(1))
+    run = runner.open(prompt(1)[:60])
+    assert (run.num_reused_tokens, run.kv.num_attention_tokens) == (32, 48)
+    shared = run.kv.page_indices(0)[2]  # tokens 32..47, which are computed again
+    assert shared == first.kv.page_indices(0)[2]
+    small.manager.memory.view(0)[shared] = 0x77
+    runner.extend(run, prompt(1)[32:60])
+    assert (small.manager.memory.view(0)[shared] == 0x77).all()
+    runner.close(run)
+    runner.close(first)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_windows_give_up_their_pages_and_decode_the_same(dtype):
     windowed = tiny_model("gemma3", dtype)
