@@ -1,8 +1,8 @@
 """The example of a chat says what it reused and why."""
 
+import importlib.util
+import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,18 +10,29 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.17")
 
-ROOT = Path(__file__).parents[2]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "serve_turns.py"
 
 
-def chat(*arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples" / "serve_turns.py"), *arguments]
-    return subprocess.run(command, input=typed, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+@pytest.fixture
+def chat(monkeypatch, capsys):
+    """Runs the example in this process: exit code, standard output, standard error."""
+    spec = importlib.util.spec_from_file_location("serve_turns", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+
+    def run(*arguments, typed=""):
+        monkeypatch.setattr("sys.argv", [str(EXAMPLE), *arguments])
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        code = example.main()
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_each_turn_reuses_the_ones_before_it():
-    done = chat()
-    assert done.returncode == 0, done.stderr
-    turns = re.findall(r"turn (\d): (\d+) tokens, (\d+) reused, (\d+) computed\n  why: (.+)", done.stdout)
+def test_each_turn_reuses_the_ones_before_it(chat):
+    code, output, _ = chat()
+    assert code == 0
+    turns = re.findall(r"turn (\d): (\d+) tokens, (\d+) reused, (\d+) computed\n  why: (.+)", output)
     assert [turn[:4] for turn in turns] == [
         ("1", "180", "0", "180"),
         ("2", "244", "192", "52"),
@@ -30,16 +41,16 @@ def test_each_turn_reuses_the_ones_before_it():
     assert [turn[4] for turn in turns] == ["nothing of it was seen before", *["all that is known of it"] * 2]
 
 
-def test_it_says_where_states_are_missing_and_where_there_was_no_room():
+def test_it_says_where_states_are_missing_and_where_there_was_no_room(chat):
     typed = "a" * 100 + "\n" + "b" * 100 + "\n"
-    done = chat("--chat", "--answer", "4", "--interval", "128", typed=typed)
-    assert "turn 2: 204 tokens, 0 reused, 204 computed" in done.stdout
-    assert "why: the KV of 96 tokens is there, states only every 128" in done.stdout
-    done = chat("--memory", "1", "--max-tokens", "100000", "--chat", "--answer", "2", typed="c" * 4000 + "\n")
-    assert "ran without the cache" in done.stdout
+    _, output, _ = chat("--chat", "--answer", "4", "--interval", "128", typed=typed)
+    assert "turn 2: 204 tokens, 0 reused, 204 computed" in output
+    assert "why: the KV of 96 tokens is there, states only every 128" in output
+    _, output, _ = chat("--memory", "1", "--max-tokens", "100000", "--chat", "--answer", "2", typed="c" * 4000 + "\n")
+    assert "ran without the cache" in output
 
 
-def test_errors_are_one_line():
-    done = chat("--interval", "40")
-    assert done.returncode == 1
-    assert done.stderr == "serve_turns: ssm_reuse_interval: expected a multiple of tokens_per_block (16), got 40\n"
+def test_errors_are_one_line(chat):
+    code, output, errors = chat("--interval", "40")
+    assert (code, output) == (1, "")
+    assert errors == "serve_turns: ssm_reuse_interval: expected a multiple of tokens_per_block (16), got 40\n"

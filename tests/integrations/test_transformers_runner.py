@@ -1,5 +1,6 @@
 """What a runner does with lengths, windows, decoded tokens, errors and managers that do not fit."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny_models import tiny_model  # noqa: E402
 from ssmcache import GpuCacheTierConfig, HostMemory, KVCacheManager, SimulatedMemory  # noqa: E402
 from ssmcache.integrations.transformers import HybridRunner, cache_config, check_resumable  # noqa: E402
 from ssmcache.integrations.transformers_attention import lower_right  # noqa: E402
-from ssmcache.integrations.transformers_cache import check_version  # noqa: E402
+from ssmcache.integrations.transformers_cache import cache_argument, check_version  # noqa: E402
 from ssmcache.integrations.transformers_runner import SequenceRunner  # noqa: E402
 from ssmcache.integrations.transformers_shapes import probe  # noqa: E402
 
@@ -238,6 +239,17 @@ def test_older_versions_of_transformers_are_refused(version):
 @pytest.mark.parametrize("version", ["5.17.0", "5.23.0.dev0", "6.0"])
 def test_newer_versions_of_transformers_are_not(version):
     check_version(version)
+
+
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it(model):
+    class Newer:
+        def forward(self, input_ids, cache=None): ...
+
+    class Older:
+        def forward(self, input_ids, past_key_values=None): ...
+
+    assert [cache_argument(one) for one in (Newer(), Older())] == ["cache", "past_key_values"]
+    assert cache_argument(model) in inspect.signature(model.forward).parameters
 
 
 def test_the_core_does_not_import_it():
