@@ -19,8 +19,9 @@ def check_version(version: str) -> None:
 
 
 def cache_argument(model: Any) -> str:
-    """The name by which a model takes its cache, which is new from 5.24 on."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """The name by which a model takes its cache: `cache` from 5.24 on."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in parameters), "past_key_values")
 
 
 check_version(transformers.__version__)

@@ -248,7 +248,11 @@ def test_the_cache_goes_by_the_name_that_the_model_has_for_it(model):
     class Older:
         def forward(self, input_ids, past_key_values=None): ...
 
-    assert [cache_argument(one) for one in (Newer(), Older())] == ["cache", "past_key_values"]
+    class Mamba:
+        def forward(self, input_ids, cache_params=None): ...
+
+    names = [cache_argument(one) for one in (Newer(), Older(), Mamba())]
+    assert names == ["cache", "past_key_values", "cache_params"]
     assert cache_argument(model) in inspect.signature(model.forward).parameters
 
 
