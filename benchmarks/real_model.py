@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import sys
 import time
@@ -145,7 +144,7 @@ class Bench:
 
     def first_token(self, prompt: Any, reuse: bool, decode: int = 0) -> tuple[Row, list[int]]:
         """A row of times of one prompt, and the tokens decoded after it."""
-        self._synchronize()
+        self.synchronize()
         copied, self.clock.seconds = self.manager.stats().copied_bytes, 0.0
         start = time.perf_counter()
         run = self.runner.prefill(prompt, reuse=reuse, cuts=self.last_cut(len(prompt)) if reuse else ())
@@ -172,12 +171,13 @@ class Bench:
         }
         return row, decoded
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         if self._on_gpu:
             torch.cuda.synchronize()
 
 
-def grid(bench: Bench, reused: Sequence[int], new: Sequence[int], repeats: int) -> list[Row]:
+def grid(bench: Bench, reused: Sequence[int], new: Sequence[int], repeats: int) -> Iterator[list[Row]]:
+    """The rows of all cases, after each round that counts."""
     prefixes = {count: bench.tokens(count) for count in reused}
     for count, prefix in prefixes.items():
         if count:
@@ -195,7 +195,8 @@ def grid(bench: Bench, reused: Sequence[int], new: Sequence[int], repeats: int) 
                 raise SystemExit(f"{case}: expected {num_reused} reused tokens, got {row['reused']}: more --gpu-memory")
             if repeat >= 0:
                 rows[case].append(row)
-    return [summary(*case, rows[case]) for case in cases]
+        if repeat >= 0:
+            yield [summary(*case, rows[case]) for case in cases]
 
 
 def summary(reused: int, new: int, kind: str, rows: list[Row]) -> Row:
@@ -300,24 +301,36 @@ def measure(args: argparse.Namespace) -> Row:
     say(f"check: {check}")
     longest = max(max(args.reused) + max(args.new), args.system + args.turns * (args.question + args.answer))
     bench = Bench(model, args, longest + args.question + args.block)
+    report: Row = {
+        "shape": args.shape, "config": model.config.to_dict(), "dtype": str(model.dtype),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()), "kernels": kernels,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "versions": {name: version_of(name) for name in ("torch", "transformers", "triton", "fla-core", "numpy")},
+        "settings": {key: str(value) for key, value in vars(args).items() if key != "out"},
+        "check": asdict(check), "page_bytes": bench.page_bytes, "state_bytes": bench.state_bytes,
+    }  # fmt: skip
     with torch.no_grad(), bench.clock.running():
-        rows = grid(bench, args.reused, args.new, args.repeats)
-        report: Row = {
-            "shape": args.shape, "config": model.config.to_dict(), "dtype": str(model.dtype),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()), "kernels": kernels,
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
-            "versions": {name: version_of(name) for name in ("torch", "transformers", "triton", "fla-core", "numpy")},
-            "settings": {key: str(value) for key, value in vars(args).items()},
-            "check": asdict(check), "page_bytes": bench.page_bytes, "state_bytes": bench.state_bytes, "grid": rows,
-            "shared_prompt": second(lambda: shared_prompt(bench, args.system, args.users, args.question)),
-            "conversation": second(lambda: conversation(bench, args.system, args.turns, args.question, args.answer)),
-        }  # fmt: skip
+        for rows in grid(bench, args.reused, args.new, args.repeats):
+            report["grid"] = rows
+            save(report, args.out)
+        report["shared_prompt"] = second(lambda: shared_prompt(bench, args.system, args.users, args.question))
+        save(report, args.out)
+        report["conversation"] = second(
+            lambda: conversation(bench, args.system, args.turns, args.question, args.answer)
+        )
         prompt = np.append(bench.tokens(args.interval), bench.tokens(min(args.new)))
         bench.first_token(prompt, reuse=True)
         report["kernels_of_a_hit"] = kernels_of(lambda: bench.first_token(prompt, reuse=True))
     bench.manager.check()
     report["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
+    save(report, args.out)
     return report
+
+
+def save(report: Row, out: Path | None) -> None:
+    """What there is so far: a run that is ended early leaves that."""
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def version_of(name: str) -> str | None:
@@ -351,15 +364,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--question", type=int, default=200)
     parser.add_argument("--answer", type=int, default=32, help="tokens decoded in a turn")
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    parser.add_argument("--out", type=Path, help="write the JSON there too, after each round")
     report = measure(parser.parse_args())
-    text = json.dumps(report, indent=1)
-    out = parser.parse_args().out
-    if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
     for line in table(report):
         say(line)
-    print(text)
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """What of transformers' caches is used here, and from which version on it can be used."""
 
+import inspect
+from typing import Any
+
 import transformers
 from transformers import cache_utils
 
@@ -13,6 +16,12 @@ def check_version(version: str) -> None:
         raise ImportError(
             f"ssmcache.integrations.transformers: expected transformers >= {'.'.join(map(str, OLDEST))}, got {version}"
         )
+
+
+def cache_argument(model: Any) -> str:
+    """The name by which a model takes its cache: `cache` from 5.24 on."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in parameters), "past_key_values")
 
 
 check_version(transformers.__version__)
@@ -44,5 +53,6 @@ __all__ = [
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionAndSlidingWindowAttentionLayer",
     "LinearAttentionLayer",
+    "cache_argument",
     "check_version",
 ]

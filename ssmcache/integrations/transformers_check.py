@@ -11,7 +11,7 @@ import torch
 
 from ssmcache.config import BatchDesc, GpuCacheTierConfig, KVCacheDesc, KVCacheManagerConfig
 from ssmcache.integrations.transformers_attention import Attention
-from ssmcache.integrations.transformers_cache import DynamicCache
+from ssmcache.integrations.transformers_cache import DynamicCache, cache_argument
 from ssmcache.integrations.transformers_runner import SequenceRunner
 from ssmcache.integrations.transformers_shapes import REFUSALS, ModelShapes, NotResumableError, probe
 from ssmcache.layout import layer_groups, step_slots
@@ -260,7 +260,7 @@ def _greedy(model: Any, prompt: torch.Tensor, num_tokens: int) -> list[int]:
     with torch.inference_mode():
         for _ in range(num_tokens):
             positions = torch.arange(position, position + tokens.shape[1], device=model.device)[None]
-            out = model(input_ids=tokens, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            out = model(input_ids=tokens, position_ids=positions, logits_to_keep=1, **{cache_argument(model): cache})
             position += tokens.shape[1]
             tokens = out.logits[:, -1].argmax(-1, keepdim=True)
             decoded.append(int(tokens))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ssmcache.integrations.transformers_attention import Attention, attention_of
-from ssmcache.integrations.transformers_cache import Cache, DynamicCache
+from ssmcache.integrations.transformers_cache import Cache, DynamicCache, cache_argument
 from ssmcache.integrations.transformers_pools import Layout, ModelPools, Tensors
 from ssmcache.integrations.transformers_sequence import Prefilled, TokenSequence, token_array
 from ssmcache.integrations.transformers_shapes import ModelShapes
@@ -49,7 +49,8 @@ class SequenceRunner:
         self._pools = ModelPools(self._layout, manager, self._device)
         self._scratch = Tensors(self._layout, max_tokens, self._device, with_states=False)
         layers = DynamicCache(config=model.config).layers  # those of layers that keep nothing stay
-        self._cache = Cache(layers=[self._pools.layers[index] or layer for index, layer in enumerate(layers)])
+        cache = Cache(layers=[self._pools.layers[index] or layer for index, layer in enumerate(layers)])
+        self._cache = {cache_argument(model): cache}
         self._bound: Prefilled | None = None
         kinds = (LayerGroupKind.ATTENTION, LayerGroupKind.WINDOW)
         self._has_pages = [group.kind in kinds for group in manager.groups]
@@ -197,9 +198,9 @@ class SequenceRunner:
             out = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,  # some models count from 0 again without
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=0 if all_logits else 1,
+                **self._cache,
             )
         logits: torch.Tensor = out.logits[0]
         return logits

@@ -27,6 +27,7 @@ from ssmcache.integrations.transformers_cache import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
+    cache_argument,
 )
 
 ALIGNMENT_BYTES = 256
@@ -144,7 +145,8 @@ def probe(model: Any) -> ModelShapes:
     tokens = torch.zeros((1, 2), dtype=torch.long, device=model.device)
     try:
         with torch.inference_mode():
-            model(input_ids=tokens, position_ids=torch.arange(2, device=model.device)[None], past_key_values=cache)
+            positions = torch.arange(2, device=model.device)[None]
+            model(input_ids=tokens, position_ids=positions, **{cache_argument(model): cache})
     except (TypeError, ValueError) as error:
         reason = REFUSALS.get(model.config.model_type, str(error))
         raise NotResumableError(f"{name}: expected a model that takes a DynamicCache, but {reason}") from error

@@ -63,10 +63,25 @@ def test_the_notebook_example_gives_a_picture(monkeypatch):
     assert len(names["sweep"].cells) == 15
 
 
+def run_library_example(document, capsys):
+    """What a document's whole example of a manager prints, line by line."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", document, flags=re.MULTILINE | re.DOTALL)
+    (example,) = [body for body in blocks if "KVCacheManager(" in body and "import" in body]
+    exec(compile(example, "example", "exec"), {})
+    return capsys.readouterr().out.splitlines()
+
+
 def test_the_library_example_reuses_the_prompt_on_the_second_turn(capsys):
-    (example,) = [body for language, body in BLOCKS if language == "python" and "KVCacheManager(" in body]
-    exec(compile(example, "README.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines() == [
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers", minversion="5.17")
+    first, second = (re.fullmatch(r"turn (.+), answer (.+)", line) for line in run_library_example(README, capsys))
+    assert (first[1], second[1]) == ("0: 0 of 500 tokens reused", "1: 384 of 500 tokens reused")
+    assert first[2] == second[2]
+
+
+def test_the_example_of_a_runner_of_ones_own_does_so_too(capsys):
+    document = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
+    assert run_library_example(document, capsys) == [
         "turn 0: 0 of 2000 tokens reused",
         "turn 1: 1536 of 2000 tokens reused",
     ]

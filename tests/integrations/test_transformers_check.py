@@ -16,6 +16,7 @@ from ssmcache.integrations.transformers import (  # noqa: E402
     check_resumable,
 )
 
+TIERS = [GpuCacheTierConfig(1 << 20)]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -31,6 +32,12 @@ def test_ten_families_of_hybrids_are_resumable(family, dtype):
     assert all(error > 1 for _, error in result.control_errors)
     if dtype == torch.float32:
         assert result.token_share == 1
+
+
+def test_a_model_of_states_alone_is_resumable():
+    result = check_resumable(tiny_model("mamba2"))
+    assert (result.failures, result.placement_error, result.token_share) == ((), 0, 1)
+    assert result.cut_error < 1e-4
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
@@ -52,20 +59,22 @@ def test_jamba_is_refused_for_what_it_gets_wrong(dtype):
         result.require()
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"), [("falcon_mamba", "Mamba-1 scan"), ("minimax", "cache class of its own")]
-)
-def test_models_that_keep_their_state_elsewhere_are_refused_with_the_reason(family, reason):
-    model = tiny_model(family)
-    with pytest.raises(NotResumableError, match=reason):
-        check_resumable(model)
-    with pytest.raises(NotResumableError, match=reason):
-        cache_config(model, tokens_per_block=16, cache_tiers=[GpuCacheTierConfig(1 << 20)])
+def test_models_of_mamba_1_alone_are_refused_for_what_they_get_wrong():
+    result = check_resumable(tiny_model("falcon_mamba"))
+    with pytest.raises(NotResumableError, match=r"cut-identical.*scan takes no initial state"):
+        result.require()
+
+
+def test_a_model_with_a_cache_class_of_its_own_is_refused_with_the_reason():
+    model = tiny_model("minimax")
+    for call in (check_resumable, lambda model: cache_config(model, tokens_per_block=16, cache_tiers=TIERS)):
+        with pytest.raises(NotResumableError, match=r"MiniMaxForCausalLM: .* it has a cache class of its own"):
+            call(model)
 
 
 def test_the_runner_refuses_what_the_check_refuses():
     model = tiny_model("jamba")
-    config = cache_config(model, tokens_per_block=16, cache_tiers=[GpuCacheTierConfig(1 << 20)], ssm_reuse_interval=32)
+    config = cache_config(model, tokens_per_block=16, cache_tiers=TIERS, ssm_reuse_interval=32)
     manager = KVCacheManager(config, HostMemory())
     with pytest.raises(NotResumableError, match="cut-identical"):
         HybridRunner(model, manager, max_tokens=64)

@@ -1,5 +1,6 @@
 """What a runner does with lengths, windows, decoded tokens, errors and managers that do not fit."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny_models import tiny_model  # noqa: E402
 from ssmcache import GpuCacheTierConfig, HostMemory, KVCacheManager, SimulatedMemory  # noqa: E402
 from ssmcache.integrations.transformers import HybridRunner, cache_config, check_resumable  # noqa: E402
 from ssmcache.integrations.transformers_attention import lower_right  # noqa: E402
-from ssmcache.integrations.transformers_cache import check_version  # noqa: E402
+from ssmcache.integrations.transformers_cache import cache_argument, check_version  # noqa: E402
 from ssmcache.integrations.transformers_runner import SequenceRunner  # noqa: E402
 from ssmcache.integrations.transformers_shapes import probe  # noqa: E402
 
@@ -86,6 +87,21 @@ def test_reuse_false_neither_reads_nor_writes_the_cache(model):
     before = small.manager.stats()
     assert small.all_logits(prompt(1), reuse=False)[0] == 0
     assert small.manager.stats() == before
+
+
+def test_pages_of_others_are_not_written_again(model):
+    small = small_runner(model, 40, 20)
+    runner = small.runner
+    first = runner.prefill(prompt(1))
+    run = runner.open(prompt(1)[:60])
+    assert (run.num_reused_tokens, run.kv.num_attention_tokens) == (32, 48)
+    shared = run.kv.page_indices(0)[2]  # tokens 32..47, which are computed again
+    assert shared == first.kv.page_indices(0)[2]
+    small.manager.memory.view(0)[shared] = 0x77
+    runner.extend(run, prompt(1)[32:60])
+    assert (small.manager.memory.view(0)[shared] == 0x77).all()
+    runner.close(run)
+    runner.close(first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -223,6 +239,21 @@ def test_older_versions_of_transformers_are_refused(version):
 @pytest.mark.parametrize("version", ["5.17.0", "5.23.0.dev0", "6.0"])
 def test_newer_versions_of_transformers_are_not(version):
     check_version(version)
+
+
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it(model):
+    class Newer:
+        def forward(self, input_ids, cache=None): ...
+
+    class Older:
+        def forward(self, input_ids, past_key_values=None): ...
+
+    class Mamba:
+        def forward(self, input_ids, cache_params=None): ...
+
+    names = [cache_argument(one) for one in (Newer(), Older(), Mamba())]
+    assert names == ["cache", "past_key_values", "cache_params"]
+    assert cache_argument(model) in inspect.signature(model.forward).parameters
 
 
 def test_the_core_does_not_import_it():

@@ -122,6 +122,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama": ("Llama", {"num_hidden_layers": 2}),
+    # states alone
+    "mamba2": (
+        "Mamba2",
+        {"num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 16},
+    ),
     # refused
     "jamba": (
         "Jamba",
