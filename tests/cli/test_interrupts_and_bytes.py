@@ -43,7 +43,7 @@ def finished(sample: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # name, where the signal comes, what is left
 INTERRUPTS = [
-    ("replay", "ssmcache_cli.replay.read_trace", []),
+    ("replay", "ssmcache_cli.replay_inputs.read_trace", []),
     ("replay", "ssmcache_sim.replay.infinite_cache", []),
     ("replay", "ssmcache_cli.replay.write_replay", []),
     ("recommend", "ssmcache_cli.recommend.recommend", []),
