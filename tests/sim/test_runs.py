@@ -98,7 +98,8 @@ def test_a_recommendation_in_memory_is_what_the_command_writes(trace: Trace, com
     written = command("recommend", "--gpu-memory", "320GiB")
     run = recommend_run(trace, load_model(MODEL), Question(gpu_memory_bytes=320 * GIB))
     same_frames(run.choices, read_parquet(written / "settings.parquet"))
-    assert run.choices["saved_share"].is_monotonic_decreasing
+    for _, alike in run.choices.groupby(run.choices["known_by"] == "estimate"):  # estimates come after what is exact
+        assert alike["saved_share"].is_monotonic_decreasing
     assert run.choices["ssm_reuse_interval"].iloc[0] == run.answer.best.settings.ssm_reuse_interval
     assert len(run.cases) == len(run.answer.certainty.cases)
 
