@@ -44,14 +44,13 @@ class SequenceWindow:
         """Blocks whose pages are missing for a shape, and those whose pages are there and stale."""
         num_blocks, first, end = shape
         old_num_blocks, _, old_end = self._shape
+        missing = [block for block in range(old_num_blocks, num_blocks) if not first <= block < end]
+        candidates: Iterable[int]
         if old_num_blocks:  # all that was needed is there, and nothing else
-            candidates: Iterable[int] = (*range(old_end, min(end, old_num_blocks)), *range(num_blocks, old_num_blocks))
+            candidates = (*range(old_end, min(end, old_num_blocks)), *range(num_blocks, old_num_blocks))
         else:
             candidates = (*self.own, *self.pins)
-        there = self.own.keys() | self.pins.keys() if not old_num_blocks else ()
-        missing = [block for block in range(old_num_blocks, num_blocks) if not first <= block < end]
-        if there:
-            missing = [block for block in missing if block not in there]
+            missing = [block for block in missing if block not in candidates]
         return missing, [block for block in candidates if block >= num_blocks or first <= block < end]
 
     def would_change(self, history_length: int, num_blocks: int) -> bool:

@@ -109,7 +109,7 @@ class SlotCopier:
         shape = kernels.shape_of(source.slot_bytes // dtype.itemsize, unit, dtype.itemsize)
         # Triton compiles another kernel for each of these
         addresses = source.address(0), destination.address(0)
-        key = dtype, unit, shape, [address % _ALIGNMENT == 0 for address in addresses] == [True, True]
+        key = dtype, unit, shape, *(address % _ALIGNMENT == 0 for address in addresses)
         prepared = self._prepared.get(key)
         for sources, destinations in pieces(batch.sources, batch.destinations, MAX_SLOTS):
             line, count = self._lines.take(), sources.size
