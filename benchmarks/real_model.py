@@ -15,6 +15,9 @@ Grid: prompts of `reused` cached and `new` random tokens. "hit" goes through the
 snapshot position; "miss" is one pass over the whole prompt without a manager. All cases take turns, in a new order each
 time. Times are the host's, from the call to the first token on the host. "manager" is the time inside calls of the
 manager and its sequences, closing included, of the time to the first token and of closing.
+
+Prediction: the cost model of the simulator is fitted first, as `ssmcache doctor --calibrate` does it. "predicted_ms" is
+what it says of a case, and the errors are those of cases that it was not fitted to.
 """
 
 from __future__ import annotations
@@ -22,11 +25,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -34,146 +35,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from real_bench import SHAPES, Bench, Row, bound_kernels, build_model, say, size
 
-from ssmcache import GpuCacheTierConfig, HostMemory, KVCache, KVCacheManager
-from ssmcache.integrations.transformers import cache_config, check_resumable
-from ssmcache.integrations.transformers_runner import SequenceRunner
-from ssmcache.integrations.transformers_shapes import probe
-
-Row = dict[str, Any]
-UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
-TINY = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-}  # fmt: skip
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3.5-9b": ("Qwen3_5TextConfig", {}),
-    "olmo-hybrid-7b": ("OlmoHybridConfig", {}),
-    "tiny": ("Qwen3_5TextConfig", TINY),
-}
-SCANS = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
-MANAGER_CALLS = [(KVCacheManager, "create_kv_cache")] + [
-    (KVCache, name) for name in ("resume", "resize", "commit", "close", "page_indices", "ssm_slot", "suspend")
-]
-
-
-def build_model(shape: str, device: str, dtype: torch.dtype) -> Any:
-    name, settings = SHAPES[shape]
-    torch.manual_seed(0)
-    with torch.device(device):
-        config = getattr(transformers, name)(**settings)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
-
-
-def bound_kernels(model: Any) -> dict[str, str]:
-    """Where the scan functions that the model calls come from, by name: transformers wraps what it has found."""
-    module = sys.modules[type(model).__module__]
-    found = {}
-    for name in SCANS:
-        function = getattr(module, name)
-        while "implementation" not in function.__code__.co_freevars and hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        bound = cells["implementation"].cell_contents if "implementation" in cells else function
-        found[name] = f"{bound.__module__}.{bound.__name__}"
-    return found
-
-
-class ManagerClock:
-    """Host seconds inside calls of managers and their sequences."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        originals = [(owner, name, getattr(owner, name)) for owner, name in MANAGER_CALLS]
-        for owner, name, call in originals:
-            setattr(owner, name, self._timed(call))
-        try:
-            yield
-        finally:
-            for owner, name, call in originals:
-                setattr(owner, name, call)
-
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        return timed
-
-
-class Bench:
-    """A runner, random tokens, and a stopwatch."""
-
-    def __init__(self, model: Any, args: argparse.Namespace, max_tokens: int) -> None:
-        config = cache_config(
-            model,
-            tokens_per_block=args.block,
-            cache_tiers=[GpuCacheTierConfig(args.gpu_memory)],
-            ssm_reuse_interval=args.interval,
-            ssm_fraction=args.ssm_fraction,
-        )
-        if model.device.type == "cuda":
-            from ssmcache.memory.cuda import CudaMemory
-
-            self.manager = KVCacheManager(config, CudaMemory(model.device))
-        else:
-            self.manager = KVCacheManager(config, HostMemory())
-        self.runner = SequenceRunner(model, self.manager, probe(model), max_tokens=max_tokens)
-        self.interval = args.interval
-        self.clock = ManagerClock()
-        self._vocabulary = model.config.vocab_size
-        self._rng = np.random.default_rng(0)
-        self._on_gpu = model.device.type == "cuda"
-        self.page_bytes = sum(group.slot_bytes for group in self.manager.groups if group.kind.value != "ssm")
-        self.state_bytes = sum(group.slot_bytes for group in self.manager.groups if group.kind.value == "ssm")
-
-    def tokens(self, count: int) -> np.ndarray[Any, Any]:
-        return self._rng.integers(0, self._vocabulary, count)
-
-    def last_cut(self, end: int) -> tuple[int, ...]:
-        return (end - end % self.interval,)
-
-    def first_token(self, prompt: Any, reuse: bool, decode: int = 0) -> tuple[Row, list[int]]:
-        """A row of times of one prompt, and the tokens decoded after it."""
-        self.synchronize()
-        copied, self.clock.seconds = self.manager.stats().copied_bytes, 0.0
-        start = time.perf_counter()
-        run = self.runner.prefill(prompt, reuse=reuse, cuts=self.last_cut(len(prompt)) if reuse else ())
-        assert run.logits is not None
-        int(run.logits.argmax())
-        seconds = time.perf_counter() - start
-        if run.shortage is not None:
-            raise SystemExit(f"--gpu-memory: expected room for a prompt of {len(prompt)} tokens, got {run.shortage}")
-        manager_seconds = self.clock.seconds
-        decoded = self.runner.decode(run, decode)
-        self.clock.seconds = 0.0
-        start_of_close = time.perf_counter()
-        reused = run.num_reused_tokens
-        self.runner.close(run)
-        manager_seconds += self.clock.seconds
-        row = {
-            "reused": reused,
-            "new": len(prompt) - reused,
-            "seconds": seconds,
-            "close_seconds": time.perf_counter() - start_of_close,
-            "manager_seconds": manager_seconds,
-            "copied_bytes": self.manager.stats().copied_bytes - copied,
-            "gathered_bytes": reused // self.manager.tokens_per_block * self.page_bytes if reuse else 0,
-        }
-        return row, decoded
-
-    def synchronize(self) -> None:
-        if self._on_gpu:
-            torch.cuda.synchronize()
+from ssmcache.integrations.transformers import check_resumable
+from ssmcache.models import load_model
+from ssmcache_sim.cost import PrefillCost, prefill_cost
+from ssmcache_sim.device_profile import H100, calibrated
+from ssmcache_sim.first_tokens import count_parameters
+from ssmcache_sim.first_tokens import measure as measure_first_tokens
+from ssmcache_sim.prefill_fit import fit_calibration, relative_errors
 
 
 def grid(bench: Bench, reused: Sequence[int], new: Sequence[int], repeats: int) -> Iterator[list[Row]]:
@@ -272,6 +142,49 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
     return [f"{event.self_device_time_total / 1e3:.3f} ms {event.count} x {event.key[:100]}" for event in events[:25]]
 
 
+def calibrate(model: Any, longest: int) -> tuple[Row, PrefillCost]:
+    """What `ssmcache doctor --calibrate` measures and fits, and the cost model with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        spec = load_model(folder)
+    times = list(measure_first_tokens(model, longest, lambda share: None))
+    num_parameters = count_parameters(model)
+    cost = prefill_cost(spec, billion_parameters=num_parameters / 1e9)
+    found = fit_calibration(cost, spec.name, str(model.dtype), num_parameters, times)
+    device = calibrated(H100, found)
+    errors = np.abs(relative_errors(cost, device, times))
+    report = asdict(found) | {"median_error": float(np.median(errors)), "worst_error": float(errors.max())}
+    return report, replace(cost, device=replace(device, pass_tokens=1 << 30))
+
+
+def predict(rows: list[Row], cost: PrefillCost, interval: int, fitted: set[tuple[int, int]]) -> Row:
+    """Adds what the cost model says to the rows of the grid. Errors are of rows that it was not fitted to."""
+    for row in rows:
+        start, end = row["reused"] * (row["kind"] == "hit"), row["reused"] + row["new"]
+        prompt, starts = np.array([end]), np.array([start])
+        if row["kind"] == "hit":
+            taken = int(end // interval > start // interval)
+            nanoseconds = int(cost.prefill_ns(prompt, starts, interval, "last")[0])
+            nanoseconds += cost.snapshots_ns(taken, int(start > 0))
+        else:
+            nanoseconds = int(cost.plain_ns(prompt)[0])
+        row["predicted_ms"], row["was_fitted"] = nanoseconds / 1e6, (start, end - start) in fitted
+    errors = [abs(row["predicted_ms"] / row["p50_ms"] - 1) for row in rows if not row["was_fitted"]]
+    by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("hit", "miss")}
+    speed_ups = [
+        (miss["predicted_ms"] / hit["predicted_ms"]) / (miss["p50_ms"] / hit["p50_ms"]) - 1
+        for hit, miss in zip(by_kind["hit"], by_kind["miss"], strict=True)
+        if hit["reused"] and not hit["was_fitted"]
+    ]
+    return {
+        "points": len(errors),
+        "median_error": float(np.median(errors)),
+        "worst_error": max(errors),
+        "median_speed_up_error": float(np.median(np.abs(speed_ups))) if speed_ups else None,
+        "worst_speed_up_error": max(map(abs, speed_ups), default=None),
+    }
+
+
 def table(report: Row) -> Iterator[str]:
     yield f"{'reused':>7} {'new':>6} {'hit p50':>9} {'p95':>9} {'miss p50':>9} {'p95':>9} {'speed-up':>8}  manager"
     rows = {(row["reused"], row["new"], row["kind"]): row for row in report["grid"]}
@@ -284,10 +197,8 @@ def table(report: Row) -> Iterator[str]:
     for name in ("shared_prompt", "conversation"):
         row = report[name]
         yield f"{name}: {row['speed_up_after_the_first']:.2f}x after the first, manager {row['manager_share']:.2%}"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if report["prediction"]:
+        yield "prediction: " + ", ".join(f"{key} {value:.3g}" for key, value in report["prediction"].items() if value)
 
 
 def measure(args: argparse.Namespace) -> Row:
@@ -300,6 +211,8 @@ def measure(args: argparse.Namespace) -> Row:
     check = check_resumable(model)
     say(f"check: {check}")
     longest = max(max(args.reused) + max(args.new), args.system + args.turns * (args.question + args.answer))
+    fit, cost = calibrate(model, args.calibrate_tokens) if args.calibrate_tokens else (None, None)
+    say(f"calibration: {fit}")
     bench = Bench(model, args, longest + args.question + args.block)
     report: Row = {
         "shape": args.shape, "config": model.config.to_dict(), "dtype": str(model.dtype),
@@ -308,10 +221,14 @@ def measure(args: argparse.Namespace) -> Row:
         "versions": {name: version_of(name) for name in ("torch", "transformers", "triton", "fla-core", "numpy")},
         "settings": {key: str(value) for key, value in vars(args).items() if key != "out"},
         "check": asdict(check), "page_bytes": bench.page_bytes, "state_bytes": bench.state_bytes,
+        "calibration": fit, "prediction": None,
     }  # fmt: skip
     with torch.no_grad(), bench.clock.running():
         for rows in grid(bench, args.reused, args.new, args.repeats):
             report["grid"] = rows
+            if fit is not None:
+                fitted = {(each["cached_tokens"], each["new_tokens"]) for each in fit["times"]}
+                report["prediction"] = predict(rows, cost, args.interval, fitted)
             save(report, args.out)
         report["shared_prompt"] = second(lambda: shared_prompt(bench, args.system, args.users, args.question))
         save(report, args.out)
@@ -344,16 +261,15 @@ def counts(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def size(text: str) -> int:
-    return int(text[:-3]) * UNITS[text[-3:]]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3.5-9b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--reused", type=counts, default=[0, 2048, 8192, 32768], help="multiples of --interval")
     parser.add_argument("--new", type=counts, default=[64, 256, 1024, 4096, 8192])
+    parser.add_argument(
+        "--calibrate-tokens", type=int, default=32768, help="longest prompt that the cost model is fitted to; 0: none"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--interval", type=int, default=512)
     parser.add_argument("--block", type=int, default=32)

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from real_model import SHAPES, Bench, bound_kernels, build_model, say, size
+from real_bench import SHAPES, Bench, bound_kernels, build_model, say, size
 
 from ssmcache.integrations.transformers_layers import SlotStateLayer
 

@@ -145,11 +145,11 @@ def split_tier(
 
 
 def _weights_with_fraction(groups: Sequence[LayerGroup], weights: list[float], fraction: float) -> list[float]:
-    others = sum(weight for group, weight in zip(groups, weights, strict=True) if group.kind is not LayerGroupKind.SSM)
-    return [
-        fraction if group.kind is LayerGroupKind.SSM else (1 - fraction) * weight / others
-        for group, weight in zip(groups, weights, strict=True)
-    ]
+    is_ssm = [group.kind is LayerGroupKind.SSM for group in groups]
+    if not any(weight for weight, ssm in zip(weights, is_ssm, strict=True) if not ssm):
+        weights = [group.slot_bytes for group in groups]  # a step of windows that went stale: as many slots of each
+    others = sum(weight for weight, ssm in zip(weights, is_ssm, strict=True) if not ssm)
+    return [fraction if ssm else (1 - fraction) * weight / others for weight, ssm in zip(weights, is_ssm, strict=True)]
 
 
 def _split(

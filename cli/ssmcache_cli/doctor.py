@@ -12,8 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ssmcache_cli.console import interruptible, progress_bar
+from ssmcache_sim.calibration import Calibration
 from ssmcache_sim.diagnosis import LARGE_SLOT_BYTES, SMALL_SLOT_BYTES, WAYS, Diagnosis
 from ssmcache_sim.doctor import examine
+from ssmcache_sim.doctor_prefill import calibrate, calibration_task
 from ssmcache_sim.machine_profile import check_profile_place, write_profile
 from ssmcache_sim.sizes import format_size
 
@@ -38,19 +40,35 @@ def doctor_command(
         Path | None,
         typer.Option(help="Write a profile for `--bandwidth-profile` of other commands here.", metavar="FILE"),
     ] = None,
+    calibrate_with: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            help="Also time prefills of the model of this config.json, with random weights, for `recommend`. Needs "
+            "torch and transformers; for a large model a GPU, and a minute or more.",
+            metavar="CONFIG",
+        ),
+    ] = None,
+    calibrate_tokens: Annotated[
+        int, typer.Option(help="Of the longest prompt that is timed, a multiple of 512.", metavar="N")
+    ] = 32768,
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON and nothing else.")] = False,
 ) -> None:
     """Show what this machine can do, what ssmcache does instead where something is missing, and how fast copies are.
 
-    What is missing or fails is a line, not an error. Takes a few seconds; with a GPU, about 20.
+    What is missing or fails is a line, not an error. Takes a few seconds; with a GPU, about 20; to calibrate, longer.
     """
     # what the memories would say of missing parts is in the table
     logging.getLogger("ssmcache").addHandler(logging.NullHandler())
     if out is not None:
         check_profile_place(out)
+    task = None if calibrate_with is None else calibration_task(calibrate_with, calibrate_tokens)
     with interruptible("nothing was written or left behind"):
         with progress_bar("doctor", 100, shown=not as_json) as progress:
             diagnosis = examine(None if disk_path is None else str(disk_path), device, progress)
+        if task is not None:
+            with progress_bar("calibrate", 100, shown=not as_json) as progress:
+                calibrate(diagnosis, task, device, progress)
         if out is not None:
             write_profile(out, diagnosis.to_json())
     if as_json:
@@ -79,10 +97,32 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
             rates.add_row(label, *map(_gigabytes, found))
     console.print(rates)
     console.print(_HOW)
+    if diagnosis.calibration is not None:
+        console.print(_prefills(diagnosis.calibration))
+        console.print(_fit(diagnosis.calibration))
     for what, why in diagnosis.failures:
         console.print(f"not measured: {escape(what)}: {escape(why)}")
     for note in diagnosis.notes:
         console.print(escape(note))
+
+
+def _prefills(calibration: Calibration) -> Table:
+    """Times to the first token."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("cached tokens", "new tokens", "first token"):
+        table.add_column(title, justify="right")
+    for each in calibration.times:
+        table.add_row(f"{each.cached_tokens:,}", f"{each.new_tokens:,}", f"{each.seconds * 1e3:,.1f} ms")
+    return table
+
+
+def _fit(calibration: Calibration) -> str:
+    return (
+        f"Fitted: {calibration.flops_per_second / 1e12:.3g} TFLOP/s, attention {calibration.attention_factor:.3g} "
+        f"times as dear as other operations; a pass takes {calibration.pass_seconds * 1e3:.3g} ms beside, and at "
+        f"least {calibration.pass_floor_seconds * 1e3:.3g} ms; a cached token "
+        f"{calibration.cached_token_seconds * 1e6:.3g} us."
+    )
 
 
 def _gigabytes(bytes_per_second: float | None) -> str:

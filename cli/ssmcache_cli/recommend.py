@@ -1,6 +1,7 @@
 """`ssmcache recommend`: the best settings for a trace, a model and a memory."""
 
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +33,7 @@ from ssmcache_cli.console import (
 )
 from ssmcache_cli.recommend_report import print_report
 from ssmcache_sim.candidates import Question
-from ssmcache_sim.cost import H100, with_copies_of
+from ssmcache_sim.device_profile import H100, calibrated, with_copies_of
 from ssmcache_sim.errors import SizeError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.ranges import parse_int_values
@@ -107,6 +108,14 @@ def recommend_command(
     memory_bytes = parse_size(gpu_memory)
     if memory_bytes is None:
         raise SizeError(f"--gpu-memory: expected a size to split, such as 40GiB, got {gpu_memory!r}")
+    spec = load_model(model)
+    machine = None if bandwidth_profile is None else read_machine(bandwidth_profile)
+    calibration = None if machine is None else machine.calibration
+    if calibration is not None and calibration.model != spec.name:
+        note = f"calibrated with {calibration.model}, which is not used for {spec.name}"
+        print(f"{bandwidth_profile}: {note}", file=sys.stderr)
+        calibration = None
+    device = H100 if machine is None else with_copies_of(H100, machine)
     question = Question(
         gpu_memory_bytes=memory_bytes,
         tokens_per_block=_int_values(tokens_per_block, "--tokens-per-block"),
@@ -114,14 +123,13 @@ def recommend_command(
         kv_dtype=kv_dtype,
         state_dtype=state_dtype,
         prefill=parse_prefill(prefill),
-        device=H100 if bandwidth_profile is None else with_copies_of(H100, read_machine(bandwidth_profile)),
-        billion_parameters=billion_parameters,
+        device=device if calibration is None else calibrated(device, calibration),
+        billion_parameters=billion_parameters or (None if calibration is None else calibration.num_parameters / 1e9),
         host_memory_bytes=parse_tier_size(host_memory, "--host-memory"),
         disk_memory_bytes=parse_tier_size(disk_memory, "--disk-memory"),
         admissions=parse_admissions(admission),
         num_replays=replays,
     )
-    spec = load_model(model)
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"), recommend_directory(out) if out else nullcontext() as folder:
         requests = read_trace(trace, trace_block, reading)

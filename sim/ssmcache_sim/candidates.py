@@ -7,7 +7,8 @@ import numpy as np
 
 from ssmcache.config import Admission
 from ssmcache.models import ModelSpec
-from ssmcache_sim.cost import H100, DeviceProfile, PrefillCost
+from ssmcache_sim.cost import PrefillCost
+from ssmcache_sim.device_profile import H100, DeviceProfile
 from ssmcache_sim.errors import MemoryTooSmallError, SettingsError
 from ssmcache_sim.grid import StackDistances
 from ssmcache_sim.settings import Prefill

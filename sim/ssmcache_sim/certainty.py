@@ -122,13 +122,13 @@ def cost_cases(trace: Trace, distances: StackDistances, cost: PrefillCost, has_t
         return Case("cost", label, trace, changed, distances)
 
     for factor in (0.5, 1.5):
-        utilisation = device.utilisation * factor
-        changed = replace(device, utilisation=utilisation)
-        yield case(f"{utilisation:.0%} of the peak", replace(cost, device=changed))
+        changed = replace(device, utilisation=device.utilisation * factor)
+        yield case(f"{factor:g} times the FLOP/s", replace(cost, device=changed))
     if cost.snapshot_bytes:
         for factor in (0, 4):
-            changed = replace(device, pass_seconds=device.pass_seconds * factor)
-            yield case(f"{changed.pass_seconds * 1e3:g} ms a pass", replace(cost, device=changed))
+            seconds, floor = device.pass_seconds * factor, device.pass_floor_seconds * factor
+            changed = replace(device, pass_seconds=seconds, pass_floor_seconds=floor)
+            yield case(f"{max(seconds, floor) * 1e3:.3g} ms a pass", replace(cost, device=changed))
         other: Prefill = "reserved" if cost.prefill == "chunked" else "chunked"
         yield case(f"prefill {other}", replace(cost, prefill=other))
     if has_tiers:

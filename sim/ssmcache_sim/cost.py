@@ -10,7 +10,11 @@ A prefill of n new tokens behind c cached ones does, in floating-point operation
 which is the forward pass of Kaplan et al. (2001.08361, section 2.1: 2 N + 2 n_layer n_ctx d_attn a token, the mean over
 a causal prompt) with a cached prefix. It takes
 
-    seconds = FLOPs / (peak FLOP/s * utilisation) + passes * pass_seconds + copies of snapshots + lifts
+    seconds = sum over passes of max(floor, pass_seconds + FLOPs / (peak FLOP/s * utilisation))
+            + c * gather + copies of snapshots + lifts
+
+with the FLOPs of attention times a factor. Floor, gather and factor are 0, 0 and 1 unless they were measured
+(`calibration.py`).
 
 What passes and copies count depends on how snapshots inside a prompt are made:
 
@@ -31,16 +35,15 @@ short convolutions; and parameters are the vendor's count, embeddings included, 
 (Nemotron-H-8B by an eighth), while weights used at several places count once (Zamba2's part is low).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
 from ssmcache.config import Admission
-from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.models import ModelSpec, SsmSpec
+from ssmcache_sim.device_profile import H100, DeviceProfile
 from ssmcache_sim.errors import SettingsError
-from ssmcache_sim.machine_profile import MachineProfile
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Float64Array, Int64Array
 
@@ -48,51 +51,6 @@ _NS_PER_SECOND = 1e9
 _MAMBA2_CHUNK = 256  # tokens that the scans compute at once: mamba_ssm's default, and that of the delta rules of fla
 _DELTA_CHUNK = 64
 _BILLION = 10**9
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceProfile:
-    """How fast a device is.
-
-    Attributes:
-        peak_flops_per_second: of dense matrix products in the model's dtype.
-        utilisation: share of the peak that a whole prefill sustains, 0..1.
-        bandwidths: of copies within the GPU, and up to it.
-        launch_seconds: before a copy of one snapshot moves a byte.
-        pass_tokens: the most tokens of one prompt in one pass over the layers, a setting of the engine.
-        pass_seconds: what one pass costs beyond its operations.
-    """
-
-    name: str
-    peak_flops_per_second: float
-    utilisation: float
-    bandwidths: BandwidthProfile
-    launch_seconds: float
-    pass_tokens: int
-    pass_seconds: float
-
-
-# Peak: NVIDIA's data sheet of the H100 SXM, bf16 without sparsity. Copies: measured. Tokens of a pass: vLLM's default
-# when it serves on such a device (max_num_batched_tokens). Utilisation, launch and time of a pass are round estimates,
-# not measurements: compiled prefills reach about half of the peak; a pass has some thousand launches, or reads the
-# 16 GB of an 8B model's weights once more, which takes 6 ms.
-H100 = DeviceProfile(
-    name="H100 SXM",
-    peak_flops_per_second=989e12,
-    utilisation=0.5,
-    bandwidths=DEFAULT_BANDWIDTHS,
-    launch_seconds=10e-6,
-    pass_tokens=8192,
-    pass_seconds=5e-3,
-)
-
-
-def with_copies_of(device: DeviceProfile, machine: MachineProfile) -> DeviceProfile:
-    """The device with copies as they were measured on a machine; as it is where none were measured on a GPU."""
-    if "gpu_bytes_per_second" in machine.not_measured:
-        return device
-    name = f"{device.name} with the copies of {machine.device}"
-    return replace(device, name=name, bandwidths=machine.bandwidths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +69,13 @@ class PrefillCost:
 
     def flops(self, new_tokens: Int64Array, cached_tokens: Int64Array) -> Float64Array:
         """Floating-point operations of a prefill of new tokens behind cached ones; arrays of one shape."""
-        new, cached = new_tokens.astype(np.float64), cached_tokens.astype(np.float64)
         each_token = float(self.linear_flops_per_token + self.ssm_flops_per_token)
-        return new * each_token + float(self.attention_flops_per_pair) * (cached * new + new * new / 2)
+        pairs = pairs_seen(new_tokens, cached_tokens)
+        return new_tokens.astype(np.float64) * each_token + float(self.attention_flops_per_pair) * pairs
 
     def plain_ns(self, prompt_tokens: Int64Array) -> Int64Array:
         """Without a prefix cache."""
-        nothing = np.zeros_like(prompt_tokens)
-        return _whole_ns(self._compute_seconds(prompt_tokens, nothing, self._num_passes(prompt_tokens)))
+        return _whole_ns(self._passes_seconds(prompt_tokens, np.zeros_like(prompt_tokens)))
 
     def reuse_ns(self, prompt_tokens: Int64Array, known_tokens: Int64Array, step: int) -> Int64Array:
         """With a prefix cache, new snapshots included.
@@ -149,21 +106,28 @@ class PrefillCost:
     def _prefill_seconds(
         self, prompt_tokens: Int64Array, start: Int64Array, step: int, admission: Admission
     ) -> Float64Array:
-        new_tokens = prompt_tokens - start
+        seconds = start * self.device.cached_token_seconds
         if not self.snapshot_bytes or self.prefill != "chunked":
-            num_passes = self._num_passes(new_tokens)
-        elif admission == "every":
-            last_start = np.maximum(prompt_tokens - 1, 0) // step * step
-            passes_of_step = -(-step // self.device.pass_tokens)
-            num_passes = (last_start - start) // step * passes_of_step + self._num_passes(prompt_tokens - last_start)
-        else:
+            return seconds + self._passes_seconds(prompt_tokens - start, start)
+        if admission == "last":
             cut = np.maximum(prompt_tokens // step * step, start)
-            num_passes = self._num_passes(cut - start) + self._num_passes(prompt_tokens - cut)
-        return self._compute_seconds(new_tokens, start, num_passes)
+            seconds = seconds + self._passes_seconds(cut - start, start)
+            return seconds + self._passes_seconds(prompt_tokens - cut, cut)
+        last_start = np.maximum(prompt_tokens - 1, 0) // step * step
+        num_steps = (last_start - start) // step
+        for offset in range(0, step, self.device.pass_tokens):  # the passes of each step, in turn
+            size = np.full_like(start, min(self.device.pass_tokens, step - offset))
+            seconds = seconds + self._equal_passes_seconds(size, start + offset, step, num_steps)
+        return seconds + self._passes_seconds(prompt_tokens - last_start, last_start)
+
+    def one_pass_ns(self, new_tokens: Int64Array, cached_tokens: Int64Array) -> Int64Array:
+        """One pass over new tokens, at most `pass_tokens`, behind cached ones, with what is gathered of these."""
+        gather = cached_tokens * self.device.cached_token_seconds
+        return _whole_ns(gather + self._passes_seconds(new_tokens, cached_tokens))
 
     def front_ns(self, tokens: Int64Array) -> Int64Array:
         """Operations of the first `tokens` of a prompt."""
-        return _whole_ns(self._compute_seconds(tokens, np.zeros_like(tokens), np.zeros_like(tokens)))
+        return _whole_ns(self._operations_seconds(tokens, np.zeros_like(tokens)))
 
     def snapshots_ns(self, taken: int, started_from: int) -> int:
         """So many snapshots taken, and copied to start from."""
@@ -191,14 +155,51 @@ class PrefillCost:
         """Of one snapshot by the kernel that computes it: a copy reads as much as it writes."""
         return self.snapshot_bytes / (2 * self.device.bandwidths.gpu_bytes_per_second)
 
-    def _num_passes(self, new_tokens: Int64Array) -> Int64Array:
-        return -(-new_tokens // self.device.pass_tokens)
+    def _passes_seconds(self, new_tokens: Int64Array, cached_tokens: Int64Array) -> Float64Array:
+        """As few passes as there can be."""
+        size = np.full_like(new_tokens, self.device.pass_tokens)
+        num_full = new_tokens // size
+        before = num_full * size
+        full = self._equal_passes_seconds(size, cached_tokens, self.device.pass_tokens, num_full)
+        rest = self._equal_passes_seconds(new_tokens - before, cached_tokens + before, 0, (new_tokens > before) * 1)
+        return full + rest
 
-    def _compute_seconds(
-        self, new_tokens: Int64Array, cached_tokens: Int64Array, num_passes: Int64Array
+    def _equal_passes_seconds(
+        self, size: Int64Array, cached_tokens: Int64Array, stride: int, num_passes: Int64Array
     ) -> Float64Array:
-        rate = self.device.peak_flops_per_second * self.device.utilisation
-        return self.flops(new_tokens, cached_tokens) / rate + num_passes * self.device.pass_seconds
+        """Passes of one size, each behind `stride` tokens more than the one before.
+
+        Each takes as much longer than the one before, so the first ones are at the floor, if any, and the others are a
+        series whose sum is known.
+        """
+        first = self._operations_seconds(size, cached_tokens) + self.device.pass_seconds
+        more = self._attention_seconds(size.astype(np.float64) * stride)
+        below = self.device.pass_floor_seconds - first
+        with np.errstate(divide="ignore", invalid="ignore"):  # passes that do not get longer: all at the floor, or none
+            num_below = np.where(more > 0, np.ceil(below / more), np.inf)
+        at_floor = np.where(below > 0, np.minimum(num_below, num_passes), 0)
+        above = num_passes - at_floor
+        series = above * first + more * (above * at_floor + above * (above - 1) / 2)
+        return at_floor * self.device.pass_floor_seconds + series
+
+    def _operations_seconds(self, new_tokens: Int64Array, cached_tokens: Int64Array) -> Float64Array:
+        pairs = pairs_seen(new_tokens, cached_tokens)
+        tokens = new_tokens.astype(np.float64) * float(self.linear_flops_per_token + self.ssm_flops_per_token)
+        return tokens / self._flops_per_second + self._attention_seconds(pairs)
+
+    def _attention_seconds(self, pairs: Float64Array) -> Float64Array:
+        factor = self.device.attention_factor * self.attention_flops_per_pair
+        return pairs * (factor / self._flops_per_second)
+
+    @property
+    def _flops_per_second(self) -> float:
+        return self.device.peak_flops_per_second * self.device.utilisation
+
+
+def pairs_seen(new_tokens: Int64Array, cached_tokens: Int64Array) -> Float64Array:
+    """Pairs of a query and a key that it sees, in a prefill of new tokens behind cached ones; arrays of one shape."""
+    new, cached = new_tokens.astype(np.float64), cached_tokens.astype(np.float64)
+    return cached * new + new * new / 2
 
 
 def _whole_ns(seconds: Float64Array) -> Int64Array:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ssmcache_sim.calibration import Calibration
 from ssmcache_sim.machine_profile import profile_json
 
 # what is copied, as people read it; the order of tables
@@ -53,6 +54,7 @@ class Diagnosis:
         software: versions by name.
         failures: what could not be measured, and why, one line each.
         notes: how things were measured, one line each.
+        calibration: of prefills, if it was asked for and could be had.
     """
 
     device: str | None = None
@@ -61,6 +63,7 @@ class Diagnosis:
     measurements: list[Measurement] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    calibration: Calibration | None = None
 
     def bytes_per_second(self, way: str, slot_bytes: int | None) -> float | None:
         """None where it was not measured."""
@@ -85,6 +88,7 @@ class Diagnosis:
             {name: round(value) for name, value in large.items() if value is not None},
             self.software,
             [{**asdict(each), "bytes_per_second": round(each.bytes_per_second)} for each in self.measurements],
+            self.calibration,
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
+from ssmcache_sim.calibration import Calibration, calibration_from_json
 from ssmcache_sim.directories import TOOL, json_bytes, write_file
 from ssmcache_sim.errors import OutputError, ProfileError
 
@@ -25,11 +26,13 @@ class MachineProfile:
         device: name of its GPU; None if there was none.
         bandwidths: as measured; what was not measured is that of `DEFAULT_BANDWIDTHS`.
         not_measured: names of these, in the order of the fields.
+        calibration: times of prefills there; None if they were not measured.
     """
 
     device: str | None
     bandwidths: BandwidthProfile
     not_measured: tuple[str, ...]
+    calibration: Calibration | None = None
 
 
 def profile_json(
@@ -37,6 +40,7 @@ def profile_json(
     bandwidths: dict[str, float],
     software: dict[str, str],
     measurements: list[dict[str, Any]],
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """The object that the file holds.
 
@@ -53,6 +57,7 @@ def profile_json(
         "bandwidths": {name: bandwidths.get(name) for name in BANDWIDTH_NAMES},
         "software": software,
         "measurements": measurements,
+        "calibration": None if calibration is None else calibration.to_json(),
     }
 
 
@@ -88,6 +93,7 @@ def read_profile(path: Path) -> MachineProfile:
         device=device,
         bandwidths=replace(DEFAULT_BANDWIDTHS, **measured),
         not_measured=tuple(name for name in BANDWIDTH_NAMES if name not in measured),
+        calibration=_calibration(path, profile.get("calibration")),  # profiles of before have none
     )
 
 
@@ -123,6 +129,15 @@ def _bandwidths(path: Path, stated: Any) -> dict[str, float]:
     return {name: _bandwidth(path, name, stated[name]) for name in BANDWIDTH_NAMES if stated[name] is not None}
 
 
+def _calibration(path: Path, stated: Any) -> Calibration | None:
+    if stated is None:
+        return None
+    try:
+        return calibration_from_json(stated)
+    except ValueError as error:
+        raise ProfileError(f"{path}: calibration: {_cut(str(error))}") from error
+
+
 def _bandwidth(path: Path, name: str, value: Any) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
@@ -136,5 +151,8 @@ def _bandwidth(path: Path, name: str, value: Any) -> float:
 
 def _shown(value: Any) -> str:
     """A value of the file in an error, cut where it is long."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return _cut(json.dumps(value), 40)
+
+
+def _cut(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -25,6 +25,7 @@ PROMPT_TOKENS = 2 * INTERVAL + 33
 NUM_DECODED = 8
 _ROOM = BatchDesc((KVCacheDesc(PROMPT_TOKENS + NUM_DECODED + BLOCK_TOKENS),) * 3)
 _GPU_BYTES = 64 << 20  # pools there are whole pages of 2 MiB
+_ROUNDED_SHARE = 0.9  # of positions that are judged in 16-bit dtypes
 _NEAR = 4  # positions after a cut at which a wrong state shows most
 _POISON = 0xFF  # NaN in every dtype
 
@@ -82,8 +83,8 @@ def check_resumable(
 
     Args:
         bound: of cut-identity; None: 0.001 standard deviations of the logits, 0.125 in 16-bit dtypes, or, if that is
-            more, three times what the number of tokens in one pass changes.
-    Cost: some 40 passes over at most 168 tokens, and 100 over one.
+            more, three times what passes of other lengths change (in 16-bit dtypes at nine tenths of the positions).
+    Cost: some 40 passes over at most 322 tokens, and 100 over one.
     Errors: NotResumableError for a model that takes no cache.
     """
     shapes = probe(model)
@@ -138,8 +139,7 @@ class _Check:
 
     def result(self) -> Resumability:
         alone = self._alone(self._prompt)
-        longer = self._alone(torch.cat((self._prompt, self._other[:7])))[:PROMPT_TOKENS]
-        bound = self._bound(alone, longer)
+        bound = self._bound(alone)
         logits, states, _ = self._in_pieces(self._prompt)
         placement_error = self._placement()
         errors = _errors(logits, alone)[INTERVAL:]
@@ -169,11 +169,23 @@ class _Check:
         logits: torch.Tensor = out.logits[0].float()
         return logits
 
-    def _bound(self, alone: torch.Tensor, longer: torch.Tensor) -> float:
+    def _bound(self, alone: torch.Tensor) -> float:
         if self._given_bound is not None:
             return self._given_bound
-        floor = float(alone.std()) * (1e-3 if self._is_exact else 0.125)
-        return max(floor, 3 * float(_errors(alone, longer).max()))
+        deviation, noise = float(alone.std()), self._noise(alone)
+        if self._is_exact:
+            return max(1e-3 * deviation, 3 * float(noise.max()))
+        return max(0.125 * deviation, 3 * float(noise.quantile(_ROUNDED_SHARE)))
+
+    def _noise(self, alone: torch.Tensor) -> torch.Tensor:
+        """Errors of positions in passes of other lengths: those of the pieces, and a longer one.
+
+        Libraries choose kernels, and with them the order of sums, by the number of tokens in a pass. No pass here goes
+        on from a state, so a model that is wrong about those has no more of it.
+        """
+        pieces = [self._prompt[:INTERVAL], self._prompt[: PROMPT_TOKENS - 2 * INTERVAL]]
+        passes = [self._alone(tokens) for tokens in (*pieces, torch.cat((self._prompt, self._other)))]
+        return torch.cat([_errors(got[:PROMPT_TOKENS], alone[: len(got)]) for got in passes])
 
     def _in_pieces(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[list[torch.Tensor]], list[int]]:
         """Outside the cache: logits [n, vocabulary], the states at each boundary, and what is decoded then."""
@@ -215,7 +227,8 @@ class _Check:
         is_within = (errors <= bound).float()
         share = float(is_within.mean())
         near_share = float(torch.cat((is_within[:_NEAR], is_within[INTERVAL : INTERVAL + _NEAR])).mean())
-        enough, near_enough = (1.0, 1.0) if self._is_exact or self._given_bound is not None else (0.9, 0.75)
+        is_hard = self._is_exact or self._given_bound is not None
+        enough, near_enough = (1.0, 1.0) if is_hard else (_ROUNDED_SHARE, 0.75)
         if share < enough or near_share < near_enough:
             self._failures.append(
                 f"cut-identical: {float(errors.max()):.3g} from one pass, expected at most {bound:.3g} "

@@ -165,3 +165,70 @@ def test_what_a_profile_lacks_is_said_and_a_broken_one_is_an_error(
     code, out, err = run_here(command, sample, *options, "--bandwidth-profile", path)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert err.startswith(f"error: {path}: expected a profile that `ssmcache doctor --out` has written")
+
+
+SHAPE = {
+    "model_type": "qwen3_5_text", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 4,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> Path:
+    """A config.json that transformers and the cost model read."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    return folder
+
+
+def test_a_calibration_is_printed_kept_and_used_by_recommend(
+    run_here: RunHere, sample: str, shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers", minversion="5.17")
+    monkeypatch.setattr(doctor_module, "examine", lambda *arguments: Diagnosis())
+    monkeypatch.setenv("COLUMNS", "70")
+    path = tmp_path / "machine.json"
+    code, out, _ = run_here("doctor", "--calibrate", shape, "--calibrate-tokens", "512", "--out", path)
+    assert code == 0
+    assert max(map(len, out.splitlines()[:-1])) <= 70  # the last one is the path
+    words = " ".join(out.split())
+    assert "cached tokens new tokens first token" in words
+    found = read_profile(path).calibration
+    if found is None:  # on a busy machine such short times may not grow with the tokens: then it says so
+        assert "not measured: time to the first token of tiny: calibration: expected times that grow" in words
+        pytest.skip("the times did not grow with the tokens")
+    assert (found.model, found.dtype, len(found.times)) == ("tiny", "float32", 16)
+    assert {(each.cached_tokens, each.new_tokens) for each in found.times} >= {(0, 2), (128, 128), (256, 256), (0, 512)}
+    options = ("--gpu-memory", "1GiB", "--bandwidth-profile", path, "--json")
+    code, out, err = run_here("recommend", sample, "--model", shape, *options)
+    assert (code, err.count("\n")) == (0, 1)  # of the copies, which were not measured
+    cost = json.loads(out)["cost_model"]
+    assert cost["device"]["name"] == "H100 SXM, calibrated with tiny"
+    assert cost["device"]["pass_floor_seconds"] == found.pass_floor_seconds
+    assert cost["linear_flops_per_token"] == 2 * found.num_parameters
+    code, _, err = run_here("recommend", sample, *MODEL[:2], "--gpu-memory", "320GiB", *options[2:])
+    assert code == 0
+    assert f"{path}: calibrated with tiny, which is not used for nemotron-h-8b\n" in err
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--calibrate", "nothing/here"), "error: "),
+        (("--calibrate", "SHAPE", "--calibrate-tokens", "500"), "expected a positive multiple of 512, got 500"),
+        (("--calibrate", "nemotron-h-8b"), "--calibrate: expected a config.json, or its directory, that transformers"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_an_error_of_one_line_before_anything_is_measured(
+    run_here: RunHere, shape: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers", minversion="5.17")
+    code, out, err = run_here("doctor", *(str(shape) if each == "SHAPE" else each for each in arguments))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert message in err

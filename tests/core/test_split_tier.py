@@ -120,6 +120,17 @@ def test_floors_are_met_within_the_quota_and_hardly_anything_is_wasted(
         split_tier(groups, config, tier, least - grain, step, grain)
 
 
+def test_a_step_that_uses_states_alone_leaves_what_is_not_for_states_to_the_pages() -> None:
+    window = AttentionLayerConfig(0, (BufferConfig("kv", 8),), sliding_window_size=1)  # nothing before is needed
+    config = config_of([window, SsmLayerConfig(9, (BufferConfig("state", 8),))], 1, 1, ssm_fraction=0.25)
+    step = BatchDesc((KVCacheDesc(capacity=1, history_length=1),))
+    groups = layer_groups(config)
+    slots = split_tier(groups, config, 0, 8000, step, 1)
+    assert [(group.kind.value, count) for group, count in zip(groups, slots, strict=True)] == [
+        ("window", 750), ("ssm", 250)
+    ]  # fmt: skip
+
+
 @given(layers=some_layers(), step=batches(), block=st.integers(1, 5), admission=st.sampled_from(("every", "last")))
 @settings(max_examples=100, deadline=None)
 def test_much_memory_is_split_as_the_typical_step_uses_it(

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", minversion="5.17")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = (
     "--shape tiny --device cpu --reused 0,64 --new 8,40 --interval 32 --block 16 --system 64 --users 3 --turns 3 "
-    "--question 20 --answer 6 --repeats 2"
+    "--question 20 --answer 6 --repeats 2 --calibrate-tokens 512"
 )
 
 

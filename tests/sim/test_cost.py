@@ -1,6 +1,7 @@
 """The cost model against arithmetic by hand, a walk pass by pass, and Marconi's published formulas."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssmcache.config import Admission
 from ssmcache.memory.bandwidths import BandwidthProfile
 from ssmcache.models import load_model
-from ssmcache_sim.cost import DeviceProfile, PrefillCost, prefill_cost
+from ssmcache_sim.cost import PrefillCost, prefill_cost
+from ssmcache_sim.device_profile import DeviceProfile
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.settings import Prefill
 
@@ -75,6 +78,29 @@ def test_a_request_costs_what_a_walk_token_by_token_costs(
     known = step * data.draw(st.integers(0, prompt // step))
     cost = PrefillCost(SLOW, prefill, 100, 10, attention_flops_per_pair=4, snapshot_bytes=50)
     assert cost.reuse_ns(array(prompt), array(known), step).tolist() == [walk(prompt, known, step, prefill)]
+
+
+@pytest.mark.parametrize("admission", ["every", "last"])
+@given(
+    st.integers(1, 90), st.integers(1, 25), st.integers(0, 4000), st.sampled_from([0, 0.5, 3]), st.integers(0, 9),
+    st.data(),
+)  # fmt: skip
+def test_a_floor_holds_pass_by_pass(
+    admission: Admission, prompt: int, step: int, floor: int, factor: float, gather: int, data: st.DataObject
+) -> None:
+    """Against a walk over the passes, for measured devices: a floor, dearer attention, gathered KV."""
+    start = step * data.draw(st.integers(0, (prompt - 1) // step))
+    device = replace(SLOW, pass_floor_seconds=floor * 1e-9, attention_factor=factor, cached_token_seconds=gather * 1e-9)
+    cost = PrefillCost(device, "chunked", 100, 10, attention_flops_per_pair=4, snapshot_bytes=50)
+    cuts = {*range(step, prompt, step)} if admission == "every" else {prompt // step * step}
+    expected, position = gather * start, start
+    while position < prompt:
+        end = min([position + 10, prompt, *(cut for cut in cuts if cut > position)])
+        pairs = sum(token + 0.5 for token in range(position, end))
+        expected += max(floor, 1000 + 110 * (end - position) + 4 * factor * pairs)
+        position = end
+    (got,) = cost.prefill_ns(array(prompt), array(start), step, admission).tolist()
+    assert got == pytest.approx(expected, abs=1)
 
 
 @given(st.integers(0, 70), st.integers(1, 25), st.data())

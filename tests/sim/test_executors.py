@@ -181,12 +181,12 @@ def test_ctrl_c_keeps_what_is_under_way_wherever_it_comes(tmp_path: Path, make: 
                 signal.raise_signal(signal.SIGINT)
             (tmp_path / "open").touch()
 
-    calls = [SUMS[0], Call("a wait", wait_at_gate, 7, (tmp_path,)), *(Call("a sleep", time.sleep, 1, ()),) * 4]
+    calls = [SUMS[0], Call("a wait", wait_at_gate, 7, (tmp_path,)), *(Call("a sleep", time.sleep, 0.5, ()),) * 40]
     workers = make()
     with pytest.raises(KeyboardInterrupt):
         run_calls(workers, calls, finish)
     assert (results[0], results[1]) == (100, 7)
-    assert len(results) <= 3, "a thread that was free may have begun one more"
+    assert len(results) < len(calls) // 2, "what has not begun is dropped; threads may have begun a few more by then"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if isinstance(workers, Executor):
         workers.shutdown()

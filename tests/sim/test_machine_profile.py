@@ -11,7 +11,8 @@ import pytest
 from ssmcache import AttentionLayerConfig, BufferConfig, GpuCacheTierConfig, HostCacheTierConfig, KVCacheManagerConfig
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.models import load_model
-from ssmcache_sim.cost import H100, prefill_cost, with_copies_of
+from ssmcache_sim.cost import prefill_cost
+from ssmcache_sim.device_profile import H100, with_copies_of
 from ssmcache_sim.errors import OutputError, ProfileError
 from ssmcache_sim.machine_profile import MachineProfile, check_profile_place, profile_json, read_profile, write_profile
 from ssmcache_sim.replay import replay

@@ -23,7 +23,8 @@ from ssmcache import (
 )
 from ssmcache.memory.bandwidths import BandwidthProfile
 from ssmcache_sim.ceilings import infinite_cache
-from ssmcache_sim.cost import DeviceProfile, PrefillCost
+from ssmcache_sim.cost import PrefillCost
+from ssmcache_sim.device_profile import DeviceProfile
 from ssmcache_sim.errors import MemoryTooSmallError
 from ssmcache_sim.formats import ReadOptions, read_trace
 from ssmcache_sim.grid import UNLIMITED, attention_hits, hybrid_hits, stack_distances

@@ -18,7 +18,7 @@ from ssmcache.memory.bandwidths import BandwidthProfile
 from ssmcache.models import AttentionSpec, LayerSpec, ModelSpec, SsmSpec, load_model
 from ssmcache_sim.candidates import Candidate, Place, Question, Shape, near_best, rank
 from ssmcache_sim.ceilings import infinite_cache
-from ssmcache_sim.cost import DeviceProfile
+from ssmcache_sim.device_profile import DeviceProfile
 from ssmcache_sim.errors import MemoryTooSmallError, SettingsError, TraceError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.grid import stack_distances
@@ -397,7 +397,13 @@ def test_costs_are_judged_one_change_at_a_time(sample: Trace) -> None:
     spec, question = load_model("nemotron-h-8b"), every(320 << 30, num_pieces=0)
     answer = recommend(sample, spec, question)
     cases = {case.label: case for case in answer.certainty.cases if case.kind == "cost"}
-    assert list(cases) == ["25% of the peak", "75% of the peak", "0 ms a pass", "20 ms a pass", "prefill reserved"]
+    assert list(cases) == [
+        "0.5 times the FLOP/s",
+        "1.5 times the FLOP/s",
+        "0 ms a pass",
+        "20 ms a pass",
+        "prefill reserved",
+    ]
     reserved = recommend(sample, spec, replace(question, prefill="reserved"))
     case = cases["prefill reserved"]
     assert case.own_shape.ssm_reuse_interval == reserved.best.settings.ssm_reuse_interval

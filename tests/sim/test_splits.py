@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from ssmcache import AttentionLayerConfig, BufferConfig, GpuCacheTierConfig, KVCacheManagerConfig, SsmLayerConfig
 from ssmcache.memory.bandwidths import BandwidthProfile
 from ssmcache_sim.ceilings import infinite_cache
-from ssmcache_sim.cost import DeviceProfile, PrefillCost
+from ssmcache_sim.cost import PrefillCost
+from ssmcache_sim.device_profile import DeviceProfile
 from ssmcache_sim.grid import stack_distances
 from ssmcache_sim.grid_cells import grid_capacity
 from ssmcache_sim.replay import replay

@@ -1,0 +1,94 @@
+"""What `ssmcache doctor --calibrate` keeps in the profile of a machine: times to the first token, and their fit."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokenTime:
+    """Seconds from the call to the first token on the host, the median of some runs: new tokens in one pass, behind
+    tokens that were cached.
+    """
+
+    cached_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The numbers of the cost model for one model on one machine. See `cost.py` for what they mean.
+
+    Attributes:
+        model: name of its config.
+        dtype: of its weights.
+        num_parameters: that the linear part was counted with.
+        flops_per_second: of linear layers.
+        attention_factor, pass_seconds, pass_floor_seconds, cached_token_seconds: as in `DeviceProfile`.
+        times: what they were fitted to.
+    """
+
+    model: str
+    dtype: str
+    num_parameters: int
+    flops_per_second: float
+    attention_factor: float
+    pass_seconds: float
+    pass_floor_seconds: float
+    cached_token_seconds: float
+    times: tuple[FirstTokenTime, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"times": [asdict(each) for each in self.times]}
+
+
+def calibration_from_json(value: Any) -> Calibration:
+    """What `to_json` gave. Errors: ValueError, one line."""
+    read = _Fields(value, Calibration)
+    times = value["times"]
+    if not isinstance(times, list):
+        raise ValueError(f"times: expected a list, got {type(times).__name__}")
+    return Calibration(
+        model=read.text("model"),
+        dtype=read.text("dtype"),
+        num_parameters=int(read.number("num_parameters", above=0)),
+        flops_per_second=read.number("flops_per_second", above=0),
+        attention_factor=read.number("attention_factor"),
+        pass_seconds=read.number("pass_seconds"),
+        pass_floor_seconds=read.number("pass_floor_seconds"),
+        cached_token_seconds=read.number("cached_token_seconds"),
+        times=tuple(_time(each) for each in times),
+    )
+
+
+def _time(value: Any) -> FirstTokenTime:
+    read = _Fields(value, FirstTokenTime)
+    counts = (int(read.number("cached_tokens")), int(read.number("new_tokens", above=0)))
+    return FirstTokenTime(*counts, read.number("seconds", above=0))
+
+
+class _Fields:
+    """An object with the fields of a record, and no others. Errors: ValueError."""
+
+    def __init__(self, value: Any, record: Any) -> None:
+        names = {field.name for field in fields(record)}
+        if not isinstance(value, Mapping) or set(value) != names:
+            got = sorted(value) if isinstance(value, Mapping) else value
+            raise ValueError(f"expected {', '.join(sorted(names))}, got {got}")
+        self._value = value
+
+    def text(self, name: str) -> str:
+        found = self._value[name]
+        if not isinstance(found, str):
+            raise ValueError(f"{name}: expected text, got {found!r}")
+        return found
+
+    def number(self, name: str, above: float | None = None) -> float:
+        """0 or more, or above a number."""
+        found = self._value[name]
+        is_number = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+        if not is_number or found < 0 or (above is not None and found <= above):
+            raise ValueError(f"{name}: expected a {'positive' if above == 0 else 'non-negative'} number, got {found!r}")
+        return float(found)
