@@ -94,6 +94,26 @@ def host_microseconds(memory: CudaMemory, batches: RandomMoves, repeats: int) ->
     return {name: round(statistics.median(found) * 1e6, 1) for name, found in times.items()}
 
 
+def host_times(repeats: int) -> Row:
+    """Median time of the call within the GPU by the number of slots of 64 KiB, on a stream and on the current one."""
+    rows = []
+    stream = torch.cuda.Stream()
+    for num_slots in (1, 64, 4096):
+        with opened(64 * KIB, 2 * num_slots) as memory:
+            batches = RandomMoves(GPU, GPU, num_slots)
+            found: list[list[float]] = [[], []]
+            for _ in range(10 + max(40, repeats)):
+                for times, on in zip(found, (stream, None), strict=True):
+                    moves = batches.next()
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    memory.copy(moves, on)
+                    times.append((time.perf_counter() - start) * 1e6)
+            torch.cuda.synchronize()
+            rows.append([num_slots, *(round(statistics.median(times[10:]), 1) for times in found)])
+    return {"columns": ["slots", "us_on_a_stream", "us_on_the_current_stream"], "rows": rows}
+
+
 def mapping() -> Row:
     """Milliseconds for 256 pages: new ones, moved between pools, and given back."""
     memory = CudaMemory()
@@ -250,7 +270,8 @@ def main() -> None:
         if copy["slots"] == 4096:
             got = copy["host_us_arrays"]
             bars.append({"bar": f"{name}: host < {MAX_HOST_US} us", "got": got, "met": got < MAX_HOST_US})
-    result: Row = {"versions": versions(), "copies": [copy for copy, _ in copies], "mapping": mapping(), "disk": disk()}
+    result: Row = {"versions": versions(), "copies": [copy for copy, _ in copies]}
+    result |= {"host_times": host_times(options.repeats), "mapping": mapping(), "disk": disk()}
     if options.variants:
         result["kernel_constants"] = kernel_constants(options.repeats)
         result["ways_over_link"] = ways_over_link(options.repeats)

@@ -22,11 +22,11 @@ def _expect(condition: bool, moves: SlotMoves, message: str) -> None:
 def _as_array(slots: MovedSlots) -> SlotArray:
     if isinstance(slots, list | tuple):  # less than half the time that NumPy takes to look at so many objects
         return np.frombuffer(pack(f"{len(slots)}q", *slots), dtype=np.int64)
-    return np.array(slots, dtype=np.int64)
+    return np.asarray(slots, dtype=np.int64)
 
 
 def checked_slots(moves: SlotMoves, num_source_slots: int, num_destination_slots: int) -> tuple[SlotArray, SlotArray]:
-    """Sources and destinations of a batch, [n] each, in pools of so many slots, copied.
+    """Sources and destinations of a batch, [n] each, in pools of so many slots; lent like the batch's own.
 
     Cost: O(n), and a byte for each slot of the destination's pool.
 

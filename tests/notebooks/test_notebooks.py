@@ -82,12 +82,13 @@ def _as_text(output: Any) -> tuple[str, str]:
     return ("picture", "") if "image/png" in output.data else ("result", output.data["text/plain"])
 
 
-def test_the_four_notebooks_are_there() -> None:
+def test_the_five_notebooks_are_there() -> None:
     assert [path.stem for path in NOTEBOOKS] == [
         "01_quickstart",
         "02_interval_and_block_size",
         "03_memory_split_and_tiers",
         "04_real_memory",
+        "05_real_model",
     ]
 
 
