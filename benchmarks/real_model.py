@@ -223,6 +223,7 @@ def measure(args: argparse.Namespace) -> Row:
         "check": asdict(check), "page_bytes": bench.page_bytes, "state_bytes": bench.state_bytes,
         "calibration": fit, "prediction": None,
     }  # fmt: skip
+    save(report, args.out)
     with torch.no_grad(), bench.clock.running():
         for rows in grid(bench, args.reused, args.new, args.repeats):
             report["grid"] = rows
