@@ -19,6 +19,7 @@ from ssmcache.integrations.transformers_runner import SequenceRunner
 from ssmcache.integrations.transformers_shapes import probe
 from ssmcache_sim.first_tokens import first_token
 
+_START = time.perf_counter()
 Row = dict[str, Any]
 UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
 TINY = {
@@ -150,7 +151,7 @@ class Bench:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{time.perf_counter() - _START:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def size(text: str) -> int:

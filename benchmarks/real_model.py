@@ -16,8 +16,8 @@ snapshot position; "miss" is one pass over the whole prompt without a manager. A
 time. Times are the host's, from the call to the first token on the host. "manager" is the time inside calls of the
 manager and its sequences, closing included, of the time to the first token and of closing.
 
-Prediction: the cost model of the simulator is fitted first, as `ssmcache doctor --calibrate` does it. "predicted_ms" is
-what it says of a case, and the errors are those of cases that it was not fitted to.
+Prediction: at the end the cost model of the simulator is fitted, as `ssmcache doctor --calibrate` does it.
+"predicted_ms" is what it says of a case, and the errors are those of cases that it was not fitted to.
 """
 
 from __future__ import annotations
@@ -147,7 +147,15 @@ def calibrate(model: Any, longest: int) -> tuple[Row, PrefillCost]:
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         spec = load_model(folder)
-    times = list(measure_first_tokens(model, longest, lambda share: None))
+    told = -1
+
+    def progress(share: float) -> None:
+        nonlocal told
+        if int(10 * share) > told:
+            told = int(10 * share)
+            say(f"calibration: {told}0%")
+
+    times = list(measure_first_tokens(model, longest, progress))
     num_parameters = count_parameters(model)
     cost = prefill_cost(spec, billion_parameters=num_parameters / 1e9)
     found = fit_calibration(cost, spec.name, str(model.dtype), num_parameters, times)
@@ -211,8 +219,6 @@ def measure(args: argparse.Namespace) -> Row:
     check = check_resumable(model)
     say(f"check: {check}")
     longest = max(max(args.reused) + max(args.new), args.system + args.turns * (args.question + args.answer))
-    fit, cost = calibrate(model, args.calibrate_tokens) if args.calibrate_tokens else (None, None)
-    say(f"calibration: {fit}")
     bench = Bench(model, args, longest + args.question + args.block)
     report: Row = {
         "shape": args.shape, "config": model.config.to_dict(), "dtype": str(model.dtype),
@@ -221,15 +227,12 @@ def measure(args: argparse.Namespace) -> Row:
         "versions": {name: version_of(name) for name in ("torch", "transformers", "triton", "fla-core", "numpy")},
         "settings": {key: str(value) for key, value in vars(args).items() if key != "out"},
         "check": asdict(check), "page_bytes": bench.page_bytes, "state_bytes": bench.state_bytes,
-        "calibration": fit, "prediction": None,
+        "calibration": None, "prediction": None,
     }  # fmt: skip
     save(report, args.out)
     with torch.no_grad(), bench.clock.running():
         for rows in grid(bench, args.reused, args.new, args.repeats):
             report["grid"] = rows
-            if fit is not None:
-                fitted = {(each["cached_tokens"], each["new_tokens"]) for each in fit["times"]}
-                report["prediction"] = predict(rows, cost, args.interval, fitted)
             save(report, args.out)
         report["shared_prompt"] = second(lambda: shared_prompt(bench, args.system, args.users, args.question))
         save(report, args.out)
@@ -240,6 +243,10 @@ def measure(args: argparse.Namespace) -> Row:
         bench.first_token(prompt, reuse=True)
         report["kernels_of_a_hit"] = kernels_of(lambda: bench.first_token(prompt, reuse=True))
     bench.manager.check()
+    if args.calibrate_tokens:
+        report["calibration"], cost = calibrate(model, args.calibrate_tokens)
+        fitted = {(each["cached_tokens"], each["new_tokens"]) for each in report["calibration"]["times"]}
+        report["prediction"] = predict(report["grid"], cost, args.interval, fitted)
     report["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
     save(report, args.out)
     return report

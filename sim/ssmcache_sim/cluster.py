@@ -128,9 +128,13 @@ class _ClusterWorkers(Workers):
         self._executor = self._client.get_executor(pure=False)
         return super().cancel(futures)
 
-    def _wait_for_a_worker(self) -> None:
+    def require(self) -> None:
+        # a call that was sent while the connection broke is never answered
         if self._client.status != "running":
             raise WorkersError(f"cluster: lost the scheduler at {self._address}")
+
+    def _wait_for_a_worker(self) -> None:
+        self.require()
         try:
             self._client.wait_for_workers(1, timeout=_WORKER_SECONDS)
         except TimeoutError as error:

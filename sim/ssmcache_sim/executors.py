@@ -22,14 +22,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from ssmcache_sim.errors import WorkersError
 
-# workers that one call may lose while no other call ends; it waits behind the others, so one that kills whoever runs it
-# is tried again after they are done
+# workers that one call may lose: the first one with others beside it, which may be at fault, and then alone
 MAX_LOST = 3
+ALIVE_SECONDS = 2.0
+"""How often it is asked whether the workers are still there, while nothing ends."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +61,9 @@ class Workers(Executor):
         The same object twice is sent once, and again where it was lost.
         """
         return value
+
+    def require(self) -> None:
+        """Errors: WorkersError if they are lost, and what is under way may never end."""
 
     def cancel(self, futures: Iterable[Future[Any]]) -> list[Future[Any]]:
         """Cancels what has not begun; gives the others."""
@@ -174,8 +178,10 @@ def run_calls(workers: int | Executor, calls: Sequence[Call], finish: Callable[[
 
     A KeyboardInterrupt cancels what has not begun, waits for the rest (not on a cluster, which is told to drop it), and
     gives those results to `finish`, too.
-    Errors: WorkersError when one call has lost `MAX_LOST` workers and no other ends, or the executor takes no more
-    calls; what calls and `finish` raise.
+    Calls that were lost run again when all others are done, one at a time: so a call that kills whoever runs it takes
+    no other along twice, and is the one that is named.
+    Errors: WorkersError when one call has lost `MAX_LOST` workers, or the executor takes no more calls; what calls and
+    `finish` raise.
     """
     if not calls:
         return
@@ -198,7 +204,8 @@ class _Run:
         self._pending: dict[Future[Any], int] = {}
         self._done: SimpleQueue[Future[Any] | None] = SimpleQueue()  # None: a Ctrl-C
         self._interrupted = False
-        self._num_lost: Counter[int] = Counter()  # of each call, since the last one that ended
+        self._lost: deque[int] = deque()  # with a worker, and waiting until they can run alone
+        self._num_lost: Counter[int] = Counter()  # of each call
 
     def run(self) -> None:
         with self._interrupts_between_steps():
@@ -207,12 +214,19 @@ class _Run:
                     self._workers.share(call.shared)
                 self._submit_some()
                 while self._pending:
-                    if (future := self._done.get()) is not None:
+                    if (future := self._next_done()) is not None:
                         self._take(future)
                     self._submit_some()
             except BaseException as error:
                 self._stop(keep=isinstance(error, KeyboardInterrupt))
                 raise
+
+    def _next_done(self) -> Future[Any] | None:
+        while True:
+            try:
+                return self._done.get(timeout=ALIVE_SECONDS)
+            except Empty:
+                self._workers.require()
 
     @contextmanager
     def _interrupts_between_steps(self) -> Iterator[None]:
@@ -241,8 +255,13 @@ class _Run:
     def _submit_some(self) -> None:
         """Also where an interrupt comes out."""
         most = self._workers.max_pending
-        while self._waiting and not self._interrupted and (most is None or len(self._pending) < most):
-            index = self._waiting.popleft()
+        while not self._interrupted and (most is None or len(self._pending) < most):
+            if self._waiting:
+                index = self._waiting.popleft()
+            elif self._lost and not self._pending:
+                index = self._lost.popleft()
+            else:
+                break
             call = self._calls[index]
             try:
                 shared = self._workers.share(call.shared)
@@ -265,9 +284,8 @@ class _Run:
                     f"workers: expected {self._calls[index].what} to end, got {MAX_LOST} workers that died with it "
                     "under way (too little memory for so many at once?)"
                 ) from error
-            self._waiting.append(index)
+            self._lost.append(index)
         else:
-            self._num_lost.clear()
             self._finish(index, result)
 
     def _stop(self, keep: bool) -> None:

@@ -51,7 +51,7 @@ def test_it_reports_the_grid_the_scenarios_and_the_check(run, tmp_path):
 
 def test_too_little_memory_for_the_grid_is_an_error_of_one_line(run):
     with pytest.raises(SystemExit, match="--gpu-memory: expected room for a prompt of 41"):
-        run("real_model", *SMALL.split(), "--gpu-memory", "1MiB", "--reused", "0,4096")
+        run("real_model", *SMALL.split(), "--gpu-memory", "1MiB", "--reused", "0,4096", "--calibrate-tokens", "0")
 
 
 def test_a_state_from_inside_a_pass_is_that_of_a_pass_which_ends_there(run):

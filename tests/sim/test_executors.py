@@ -13,7 +13,7 @@ from worker_calls import add, die, wait_at_gate
 
 from ssmcache.models import load_model
 from ssmcache_sim.errors import WorkersError
-from ssmcache_sim.executors import MAX_LOST, Call, LocalProcesses, run_calls
+from ssmcache_sim.executors import MAX_LOST, Call, LocalProcesses, Workers, run_calls
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.phase_cells import phase_cells
 from ssmcache_sim.sweep import SweepPlan, SweepSpec, plan_sweep, run_sweep, run_sweeps
@@ -91,6 +91,26 @@ def test_an_executor_that_is_shut_down_is_one_line() -> None:
     pool.shutdown()
     with pytest.raises(WorkersError, match="workers: cannot start sum 0: cannot schedule new futures after shutdown"):
         results_of(pool)
+
+
+class Silent(Workers):
+    """Takes a call and never says anything again; after a while it is known to be lost."""
+
+    num_asked = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return Future()
+
+    def require(self) -> None:
+        self.num_asked += 1
+        if self.num_asked == 3:
+            raise WorkersError("lost")
+
+
+def test_workers_that_are_lost_without_a_word_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssmcache_sim.executors.ALIVE_SECONDS", 0.01)
+    with pytest.raises(WorkersError, match=r"^lost$"):
+        results_of(Silent())
 
 
 def test_errors_of_a_call_come_out_and_end_the_others() -> None:
