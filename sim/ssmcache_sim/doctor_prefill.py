@@ -7,6 +7,7 @@ eager, one sequence at a time. An engine that compiles and batches is faster tha
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,9 @@ def calibration_task(model: str, longest: int) -> CalibrationTask:
     if longest < TOKENS_STEP or longest % TOKENS_STEP:
         raise SettingsError(f"--calibrate-tokens: expected a positive multiple of {TOKENS_STEP}, got {longest:,}")
     spec = load_model(model)
+    expected = "--calibrate: expected a config.json, or its directory, that transformers reads"
+    if not Path(model).exists():
+        raise SettingsError(f"{expected}, got the name {model!r}")
     try:
         first_tokens = import_module("ssmcache_sim.first_tokens")
     except ImportError as error:
@@ -58,10 +62,7 @@ def calibration_task(model: str, longest: int) -> CalibrationTask:
     try:
         config = first_tokens.load_config(model)
     except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"--calibrate: expected a config.json, or its directory, that transformers reads, got {model}: "
-            f"{one_line(error)}"
-        ) from error
+        raise SettingsError(f"{expected}, got {model}: {one_line(error)}") from error
     prefill_cost(spec, billion_parameters=1)  # its heads are known
     return CalibrationTask(spec, config, longest, first_tokens)
 
