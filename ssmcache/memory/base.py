@@ -68,7 +68,8 @@ class Memory(Protocol):
         """Queue a batch of copies on `stream`: it sees what was queued there before, and what is queued there later
         sees it.
 
-        Errors: TransferError.
+        Errors: TransferError. A memory may find out later that a source could not be read: then the slots that it was
+        to fill are lost, and the copy that reads one of them says so.
         """
 
     def record(self, stream: Any) -> Any:

@@ -14,10 +14,13 @@ from ssmcache.config import CacheTierConfig, DiskCacheTierConfig
 from ssmcache.memory.base import GPU_TIER, SlotMoves
 from ssmcache.memory.batches import SlotArray, checked_slots
 from ssmcache.memory.cuda_copies import SlotBatch, SlotCopier
+from ssmcache.memory.cuda_device import cuda_device, recorded
 from ssmcache.memory.cuda_pools import PinnedMemory, SlotPool, TierPools, gpu_pools
 from ssmcache.memory.cuda_vmm import CudaDriverError, NoMemoryError, cuda_driver
 from ssmcache.memory.disk import DiskTier, staging_bytes
-from ssmcache.memory.disk_queue import BufferRing, DiskQueue, ring_shape
+from ssmcache.memory.disk_loads import LoadedSlots
+from ssmcache.memory.disk_queue import DiskQueue
+from ssmcache.memory.disk_ring import BufferRing, ring_shape
 
 
 class CudaMemory:
@@ -31,10 +34,12 @@ class CudaMemory:
     changes that names streams instead. Events are `torch.cuda.Event`s.
 
     What blocks the caller:
-    - `copy` between GPU and host: nothing.
-    - `copy` to the disk: only a ring that is full; one from it: reading the file; see `DiskQueue`. What goes to the
-      disk is written after the call: a failure loses those slots, and the copy that would read one raises
-      `TransferError`.
+    - `copy` between GPU and host: nothing, or what is still being read from the disk into one of the slots.
+    - `copy` to the disk: only a ring that is full; see `DiskQueue`. From the disk to the host: nothing; to the GPU:
+      reading the file. So whoever must not wait for a file brings pages to the host tier first
+      (`KVCache.prefetch(1)`), while the request waits for its turn.
+    - What goes to the disk is written after the call, and what goes from there to the host is read after it: a failure
+      loses those slots, and the copy that would read one raises `TransferError`.
     - `open`, `resize` and `close` wait for all that was queued on the device.
 
     Once the device has failed (an illegal access of any kernel, say) every call but `close` raises one RuntimeError
@@ -47,12 +52,13 @@ class CudaMemory:
     """
 
     def __init__(self, device: torch.device | str | int | None = None) -> None:
-        self._device = _cuda_device(device)
+        self._device = cuda_device(device)
         self._was_opened = self._is_open = False
         self._failure: str | None = None
         self._slot_bytes: tuple[int, ...] = ()
         self._num_slots: list[list[int]] = []
         self._tiers: list[TierPools | DiskQueue] = []
+        self._loaded: dict[int, LoadedSlots] = {}  # by tier: those of the host, beside a disk
         self._ring: list[list[SlotPool]] = []  # by layer group and buffer
         self._end = ExitStack()
 
@@ -90,6 +96,13 @@ class CudaMemory:
             torch.cuda.synchronize()
             self._end = end.pop_all()
         self._tiers = places
+        self._loaded = {
+            tier: LoadedSlots(tier, disk, len(slot_bytes))
+            for disk in places
+            if isinstance(disk, DiskQueue)
+            for tier, place in enumerate(places)
+            if tier != GPU_TIER and place is not disk
+        }
         self._num_slots = [[0] * len(slot_bytes) for _ in tiers]
         self._was_opened = self._is_open = True
 
@@ -123,8 +136,13 @@ class CudaMemory:
         try:
             with torch.cuda.device(self._device):
                 torch.cuda.synchronize()
+                loaded = self._loaded.get(tier)
+                if loaded is not None:
+                    loaded.wait()
                 if not self._tiers[tier].resize(counts):
                     return False
+                if loaded is not None:
+                    loaded.resize(counts)
         except RuntimeError as error:
             self._raise_if_device_failed("resize", error)
             raise
@@ -141,6 +159,8 @@ class CudaMemory:
             return
         source, destination = self._tiers[moves.source_tier], self._tiers[moves.destination_tier]
         try:
+            if self._loaded and self._is_loaded_later(moves, sources, destinations, on):
+                return
             if isinstance(source, DiskQueue):
                 if isinstance(destination, DiskQueue):
                     source.move(group, sources, destinations)  # there is only one disk
@@ -154,6 +174,27 @@ class CudaMemory:
             self._raise_if_device_failed("copy", error)
             raise
 
+    def _is_loaded_later(
+        self, moves: SlotMoves, sources: SlotArray, destinations: SlotArray, stream: torch.cuda.Stream
+    ) -> bool:
+        """Whether a copy has been left to the disk's threads, which is one from the disk to the host. For any other
+        one, the slots of the host are waited for. Errors: TransferError.
+        """
+        group = moves.layer_group
+        read, written = self._loaded.get(moves.source_tier), self._loaded.get(moves.destination_tier)
+        if read is not None:
+            read.read(group, sources)
+        if written is None:
+            return False
+        if not isinstance(self._tiers[moves.source_tier], DiskQueue):
+            written.overwrite(group, destinations)
+            return False
+        pools = self._tiers[moves.destination_tier]
+        assert not isinstance(pools, DiskQueue)
+        rows = pools.pools[group].rows.numpy()
+        written.load(group, sources, rows, destinations, recorded(stream, blocking=True).synchronize)
+        return True
+
     def _load(
         self, disk: DiskQueue, group: int, sources: SlotArray, pool: SlotPool, destinations: SlotArray,
         stream: torch.cuda.Stream,
@@ -161,7 +202,7 @@ class CudaMemory:
         def drain(positions: SlotArray, buffer: int) -> torch.cuda.Event:
             rows = np.arange(positions.size)
             self._copier.copy(SlotBatch(self._ring[group][buffer], rows, pool, destinations[positions]), stream)
-            return _recorded(stream, blocking=True)
+            return recorded(stream, blocking=True)
 
         disk.load(group, sources, drain)
 
@@ -172,7 +213,7 @@ class CudaMemory:
         def fill(positions: SlotArray, buffer: int) -> torch.cuda.Event:
             rows = np.arange(positions.size)
             self._copier.copy(SlotBatch(pool, sources[positions], self._ring[group][buffer], rows), stream)
-            return _recorded(stream, blocking=True)
+            return recorded(stream, blocking=True)
 
         disk.store(group, destinations, fill)
 
@@ -181,7 +222,7 @@ class CudaMemory:
         self._require_open("record")
         on = self._stream("record", stream)
         try:
-            return _recorded(on)
+            return recorded(on)
         except RuntimeError as error:
             self._raise_if_device_failed("record", error)
             raise
@@ -223,7 +264,7 @@ class CudaMemory:
         if not self._is_open:
             return
         self._is_open = False
-        self._tiers, self._num_slots, self._ring = [], [], []
+        self._tiers, self._num_slots, self._ring, self._loaded = [], [], [], {}
         if self._device_fails() is None:
             with torch.cuda.device(self._device):
                 self._end.close()
@@ -261,23 +302,3 @@ class CudaMemory:
     def _fail(self, call: str, error: RuntimeError) -> NoReturn:
         message = f"{call}: expected a working device, but {self._device} has failed: {self._failure}"
         raise CudaDriverError(message) from error
-
-
-def _recorded(stream: torch.cuda.Stream, blocking: bool = False) -> torch.cuda.Event:
-    """`blocking`: a thread that waits for it sleeps."""
-    event = torch.cuda.Event(blocking=blocking)
-    event.record(stream)
-    return event
-
-
-def _cuda_device(device: torch.device | str | int | None) -> torch.device:
-    """Errors: ValueError."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    expected = f"expected one of {count} CUDA devices" if count else "expected a CUDA device, but torch sees none"
-    try:
-        asked = torch.device("cuda") if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: {expected}, got {device!r}") from error
-    if asked.type != "cuda" or not count or (asked.index or 0) >= count:
-        raise ValueError(f"device: {expected}, got {device!r}")
-    return torch.device("cuda", torch.cuda.current_device() if asked.index is None else asked.index)

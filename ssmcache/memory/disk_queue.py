@@ -1,83 +1,27 @@
-"""The disk tier for copies that are queued on streams: a bounded ring of buffers, one writer, several readers."""
+"""The disk tier for copies that are queued on streams: one writer and several readers over a ring of buffers."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from threading import Condition
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ssmcache.memory.base import TransferError
 from ssmcache.memory.batches import SlotArray
-from ssmcache.memory.disk import ByteArray, DiskTier, staging_bytes
+from ssmcache.memory.disk import ByteArray, DiskTier
+from ssmcache.memory.disk_ring import BufferRing, Event
 
 Number = TypeVar("Number", bound=np.generic)
 
-RING_BYTES = 64 << 20
-_PAGE_BYTES = 4096
-_MIN_BUFFERS = 3
 _NUM_READERS = 4
-
-
-class Event(Protocol):
-    """Of something queued on a stream."""
-
-    def synchronize(self) -> None:
-        """Block until it has happened."""
 
 
 Transfer = Callable[[SlotArray, int], Event]
 """Queues the copy of some positions of a batch from or to the first rows of a ring buffer; the event is its end."""
-
-
-def ring_shape(slot_bytes: Sequence[int]) -> tuple[int, int]:
-    """(buffers, bytes of each) of a ring for these layer groups: about 64 MiB, or three slots of the largest. The bytes
-    are whole memory pages.
-    """
-    num_bytes = -(-staging_bytes(slot_bytes) // _PAGE_BYTES) * _PAGE_BYTES
-    return max(_MIN_BUFFERS, RING_BYTES // num_bytes), num_bytes
-
-
-class BufferRing:
-    """Buffers that are lent out, the one that has been back for longest first. Any thread may give one back.
-
-    Args:
-        buffers: of equal size, the caller's own.
-    """
-
-    def __init__(self, buffers: Sequence[ByteArray]) -> None:
-        self.buffers = tuple(buffers)
-        self._free: SimpleQueue[tuple[int, Event | None]] = SimpleQueue()
-        for index in range(len(self.buffers)):
-            self._free.put((index, None))
-
-    def take(self) -> int:
-        """The index of a buffer that nothing reads any more. Blocks until there is one."""
-        return self._ready(*self._free.get())
-
-    def try_take(self) -> int | None:
-        """The same if one is back; blocks only for what is still queued on it."""
-        try:
-            return self._ready(*self._free.get_nowait())
-        except Empty:
-            return None
-
-    def give(self, index: int, event: Event | None = None) -> None:
-        """Give a buffer back that may be used once `event` has happened."""
-        self._free.put((index, event))
-
-    def _ready(self, index: int, event: Event | None) -> int:
-        if event is not None:
-            try:
-                event.synchronize()
-            except BaseException:
-                self._free.put((index, None))  # else the next one who asks would wait for ever
-                raise
-        return index
 
 
 @dataclass(slots=True)
@@ -86,6 +30,7 @@ class _Batch:
 
     layer_group: int
     slots: SlotArray
+    read_before: tuple[Future[dict[int, str]], ...]  # background loads that still need what lay there
     error: str | None = None
 
 
@@ -96,11 +41,13 @@ class DiskQueue:
     order of the batches. Space is allocated before anything is moved, so a full disk is a failed `store`. A write that
     fails later has lost the slots of its batch: the next `load` of them says so, until they are written again.
 
-    Reads: several threads fill the ring while the caller queues copies out of it. A slot that is still being written is
-    waited for.
+    Reads: several threads fill the ring while the caller queues copies out of it; or they fill the caller's rows in the
+    background (`load_later`). A slot that is still being written is waited for, and one that a background load still
+    reads is not written before.
 
     What blocks the caller: `store` while the ring is full, which is more than 64 MiB (or three slots) that the disk has
-    not taken yet; `load` until its last piece was read; `move`, `resize` and `close` until all writes are done.
+    not taken yet; `load` until its last piece was read; `move`, `resize` and `close` until all that is under way is
+    done; `load_later` nothing.
 
     Args:
         files: owned by the queue from now on.
@@ -114,21 +61,28 @@ class DiskQueue:
         self._lost = [np.zeros(0, dtype=np.bool_) for _ in slot_bytes]
         # number of the last batch that writes a slot; batches end in order, so one counter tells which are done
         self._written_by: list[npt.NDArray[np.int64]] = [np.zeros(0, dtype=np.int64) for _ in slot_bytes]
+        # number of the last background load that reads a slot, and those that may be under way
+        self._read_by: list[npt.NDArray[np.int64]] = [np.zeros(0, dtype=np.int64) for _ in slot_bytes]
+        self._reading: dict[int, Future[dict[int, str]]] = {}
+        self._num_loads = 0
         self._num_queued = self._num_done = 0
         self._why_lost = ""
         self._changed = Condition()
         self._writer = ThreadPoolExecutor(1, "ssmcache-disk-writer")
         self._readers = ThreadPoolExecutor(_NUM_READERS, "ssmcache-disk-reader")
+        # of their own: those that wait for a stream keep no thread from the caller who waits for a read
+        self._loaders = ThreadPoolExecutor(_NUM_READERS, "ssmcache-disk-loader")
 
     def resize(self, num_slots: Sequence[int]) -> bool:
-        """See `DiskTier.resize`. Waits for all writes."""
-        self._wait_for_batch(self._num_queued)
+        """See `DiskTier.resize`. Waits for all that is under way."""
+        self._wait_for_all()
         if not self._files.resize(num_slots):
             return False
         self._lost = [_resized(flags, count) for flags, count in zip(self._lost, num_slots, strict=True)]
         self._written_by = [
             _resized(numbers, count) for numbers, count in zip(self._written_by, num_slots, strict=True)
         ]
+        self._read_by = [np.zeros(count, dtype=np.int64) for count in num_slots]
         return True
 
     def store(self, layer_group: int, slots: SlotArray, fill: Transfer) -> None:
@@ -139,7 +93,7 @@ class DiskQueue:
         the slots are lost then.
         """
         self._files.allocate(layer_group, slots)
-        batch = _Batch(layer_group, slots.copy())
+        batch = _Batch(layer_group, slots.copy(), self._readers_of(layer_group, slots))
         self._num_queued += 1
         self._written_by[layer_group][slots] = self._num_queued
         try:
@@ -189,9 +143,25 @@ class DiskQueue:
                 self._ring.give(index)
         self._files.raise_if_lost(lost, slots.size)
 
+    def load_later(
+        self, layer_group: int, slots: SlotArray, rows: ByteArray, into: SlotArray, ready: Callable[[], None]
+    ) -> Future[dict[int, str]]:
+        """Read slots, [n] and not empty, into `rows[into]` in the background, once `ready` has returned.
+
+        Returns a future of the positions that could not be read, and why; of what `ready` raises, if it does. Rows are
+        the caller's, [any, slot_bytes], and must stay until then.
+        """
+        written_by = int(self._written_by[layer_group][slots].max())
+        self._reading = {number: future for number, future in self._reading.items() if not future.done()}
+        self._num_loads += 1
+        self._read_by[layer_group][slots] = self._num_loads
+        future = self._loaders.submit(self._load_into, layer_group, slots.copy(), rows, into.copy(), ready, written_by)
+        self._reading[self._num_loads] = future
+        return future
+
     def move(self, layer_group: int, sources: SlotArray, destinations: SlotArray) -> None:
         """Copy slots to other slots, now. Errors: as of `load` and `store`."""
-        self._wait_for_batch(self._num_queued)
+        self._wait_for_all()
         lost = {int(position): self._why_lost for position in np.flatnonzero(self._lost[layer_group][sources])}
         self._files.raise_if_lost(lost, sources.size)
         self._files.move(layer_group, sources, destinations)
@@ -199,9 +169,22 @@ class DiskQueue:
 
     def close(self) -> None:
         """Finish what is under way and free the files. Safe to call twice."""
+        self._loaders.shutdown()
         self._writer.shutdown()
         self._readers.shutdown()
         self._files.close()
+
+    def _readers_of(self, layer_group: int, slots: SlotArray) -> tuple[Future[dict[int, str]], ...]:
+        """Background loads that still read some of these slots."""
+        if not self._reading:
+            return ()
+        numbers = set(self._read_by[layer_group][slots].tolist())
+        return tuple(future for number, future in self._reading.items() if number in numbers)
+
+    def _wait_for_all(self) -> None:
+        for future in self._reading.values():
+            future.exception()
+        self._wait_for_batch(self._num_queued)
 
     # -- in the threads ----------------------------------------------------------------------------------------------
 
@@ -212,9 +195,32 @@ class DiskQueue:
     def _read(self, layer_group: int, slots: SlotArray, index: int) -> dict[int, str]:
         return self._files.read(layer_group, slots, self._rows(layer_group, index, slots.size))
 
+    def _load_into(
+        self,
+        layer_group: int,
+        slots: SlotArray,
+        rows: ByteArray,
+        into: SlotArray,
+        ready: Callable[[], None],
+        batch: int,
+    ) -> dict[int, str]:
+        ready()
+        self._wait_for_batch(batch)
+        with self._changed:
+            lost = {int(position): self._why_lost for position in np.flatnonzero(self._lost[layer_group][slots])}
+        order = np.argsort(slots)
+        breaks = np.flatnonzero((np.diff(slots[order]) != 1) | (np.diff(into[order]) != 1)) + 1
+        for positions in np.split(order, breaks):  # neighbours on both sides
+            first = int(into[positions[0]])
+            found = self._files.read(layer_group, slots[positions], rows[first : first + positions.size])
+            lost.update((int(positions[row]), why) for row, why in found.items())
+        return lost
+
     def _write(self, batch: _Batch, slots: SlotArray, index: int, event: Event) -> None:
         try:
             event.synchronize()
+            for load in batch.read_before:
+                load.exception()
             if batch.error is None:
                 self._files.write(batch.layer_group, slots, self._rows(batch.layer_group, index, slots.size))
         except Exception as error:

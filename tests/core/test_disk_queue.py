@@ -17,7 +17,8 @@ import ssmcache.memory.disk_queue as queue_module
 from ssmcache.memory.base import TransferError
 from ssmcache.memory.batches import SlotArray
 from ssmcache.memory.disk import DiskTier
-from ssmcache.memory.disk_queue import BufferRing, DiskQueue, ring_shape
+from ssmcache.memory.disk_queue import DiskQueue
+from ssmcache.memory.disk_ring import BufferRing, ring_shape
 
 TIER, SLOT, NUM_SLOTS = 2, 1000, 64
 BUFFER_SLOTS, NUM_BUFFERS = 4, 3

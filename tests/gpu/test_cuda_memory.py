@@ -3,10 +3,14 @@
 PYTHONPATH=.:sim python -m pytest tests/gpu tests/core/test_memory_contract.py -m gpu -q
 """
 
+import errno
 import logging
+import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,7 @@ from ssmcache import (  # noqa: E402
     SsmLayerConfig,
 )
 from ssmcache.memory import cuda_pools  # noqa: E402
-from ssmcache.memory.base import SlotMoves  # noqa: E402
+from ssmcache.memory.base import SlotMoves, TransferError  # noqa: E402
 from ssmcache.memory.cuda import CudaMemory  # noqa: E402
 from ssmcache.memory.cuda_indices import MAX_SLOTS  # noqa: E402
 
@@ -397,3 +401,51 @@ def test_every_reused_page_and_state_holds_what_was_committed(shape: Shape, num_
         runner = GpuRunner(shape, str(tmp_path), num_streams, late=num_streams > 0)
         run_at_random(runner, random.Random(seed), 120)
         assert runner.num_checked > 100
+
+
+# -- the disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_from_the_disk_to_the_host_waits_for_no_file_and_who_reads_it_does(
+    memory: CudaMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(memory, [64 * KIB], [8], [8], [8], path=str(tmp_path))
+    before = fill_at_random(memory.view(0))
+    slots = list(range(8))
+    memory.copy(SlotMoves(0, GPU, slots, DISK, slots), None)
+    assert memory.resize(DISK, [8])  # it is written
+    may_read, real = threading.Event(), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: (may_read.wait(20), real(*args))[1])
+    start = time.monotonic()
+    memory.copy(SlotMoves(0, DISK, slots, HOST, slots[::-1]), None)
+    assert time.monotonic() - start < 10
+    memory.view(0).zero_()
+    release = threading.Timer(0.2, may_read.set)
+    release.start()
+    memory.copy(SlotMoves(0, HOST, slots[::-1], GPU, slots), None)
+    torch.cuda.synchronize()
+    assert torch.equal(memory.view(0), before)
+    release.join()
+
+
+def test_a_file_that_cannot_be_read_is_told_by_the_copy_that_needs_it(
+    memory: CudaMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(memory, [64 * KIB], [4], [4], [4], path=str(tmp_path))
+    before = fill_at_random(memory.view(0))
+    memory.copy(SlotMoves(0, GPU, [0, 1], DISK, [0, 1]), None)
+    assert memory.resize(DISK, [4])
+
+    def broken(*args: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", broken)
+        memory.copy(SlotMoves(0, DISK, [0], HOST, [2]), None)
+        with pytest.raises(TransferError, match="disk tier: cannot read 1 of 1 slots") as caught:
+            memory.copy(SlotMoves(0, HOST, [2], GPU, [3]), None)
+    assert (caught.value.tier, caught.value.lost) == (HOST, (0,))
+    memory.copy(SlotMoves(0, DISK, [1], HOST, [2]), None)
+    memory.copy(SlotMoves(0, HOST, [2], GPU, [3]), None)
+    torch.cuda.synchronize()
+    assert torch.equal(memory.view(0)[3], before[1])
