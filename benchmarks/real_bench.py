@@ -13,8 +13,9 @@ import numpy as np
 import torch
 import transformers
 
-from ssmcache import GpuCacheTierConfig, HostMemory, KVCache, KVCacheManager
+from ssmcache import GpuCacheTierConfig, KVCache, KVCacheManager
 from ssmcache.integrations.transformers import cache_config
+from ssmcache.integrations.transformers_memory import memory_of
 from ssmcache.integrations.transformers_runner import SequenceRunner
 from ssmcache.integrations.transformers_shapes import probe
 from ssmcache_sim.first_tokens import first_token
@@ -100,12 +101,7 @@ class Bench:
             ssm_reuse_interval=args.interval,
             ssm_fraction=args.ssm_fraction,
         )
-        if model.device.type == "cuda":
-            from ssmcache.memory.cuda import CudaMemory
-
-            self.manager = KVCacheManager(config, CudaMemory(model.device))
-        else:
-            self.manager = KVCacheManager(config, HostMemory())
+        self.manager = KVCacheManager(config, memory_of(model))
         self.runner = SequenceRunner(model, self.manager, probe(model), max_tokens=max_tokens)
         self.interval = args.interval
         self.clock = ManagerClock()

@@ -39,11 +39,8 @@ from real_bench import SHAPES, Bench, Row, bound_kernels, build_model, say, size
 
 from ssmcache.integrations.transformers import check_resumable
 from ssmcache.models import load_model
-from ssmcache_sim.cost import PrefillCost, prefill_cost
-from ssmcache_sim.device_profile import H100, calibrated
-from ssmcache_sim.first_tokens import count_parameters
-from ssmcache_sim.first_tokens import measure as measure_first_tokens
-from ssmcache_sim.prefill_fit import fit_calibration, relative_errors
+from ssmcache_sim.cost import PrefillCost
+from ssmcache_sim.first_tokens import calibrate_model
 
 
 def grid(bench: Bench, reused: Sequence[int], new: Sequence[int], repeats: int) -> Iterator[list[Row]]:
@@ -144,9 +141,6 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
 
 def calibrate(model: Any, longest: int) -> tuple[Row, PrefillCost]:
     """What `ssmcache doctor --calibrate` measures and fits, and the cost model with it."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        spec = load_model(folder)
     told = -1
 
     def progress(share: float) -> None:
@@ -155,14 +149,12 @@ def calibrate(model: Any, longest: int) -> tuple[Row, PrefillCost]:
             told = int(10 * share)
             say(f"calibration: {told}0%")
 
-    times = list(measure_first_tokens(model, longest, progress))
-    num_parameters = count_parameters(model)
-    cost = prefill_cost(spec, billion_parameters=num_parameters / 1e9)
-    found = fit_calibration(cost, spec.name, str(model.dtype), num_parameters, times)
-    device = calibrated(H100, found)
-    errors = np.abs(relative_errors(cost, device, times))
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        found, cost, errors = calibrate_model(model, load_model(folder), longest, progress)
+    errors = np.abs(errors)
     report = asdict(found) | {"median_error": float(np.median(errors)), "worst_error": float(errors.max())}
-    return report, replace(cost, device=replace(device, pass_tokens=1 << 30))
+    return report, replace(cost, device=replace(cost.device, pass_tokens=1 << 30))
 
 
 def predict(rows: list[Row], cost: PrefillCost, interval: int, fitted: set[tuple[int, int]]) -> Row:

@@ -41,7 +41,7 @@ class Calibration:
     times: tuple[FirstTokenTime, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"times": [asdict(each) for each in self.times]}
+        return asdict(self)
 
 
 def calibration_from_json(value: Any) -> Calibration:
@@ -53,8 +53,8 @@ def calibration_from_json(value: Any) -> Calibration:
     return Calibration(
         model=read.text("model"),
         dtype=read.text("dtype"),
-        num_parameters=int(read.number("num_parameters", above=0)),
-        flops_per_second=read.number("flops_per_second", above=0),
+        num_parameters=int(read.positive("num_parameters")),
+        flops_per_second=read.positive("flops_per_second"),
         attention_factor=read.number("attention_factor"),
         pass_seconds=read.number("pass_seconds"),
         pass_floor_seconds=read.number("pass_floor_seconds"),
@@ -65,8 +65,19 @@ def calibration_from_json(value: Any) -> Calibration:
 
 def _time(value: Any) -> FirstTokenTime:
     read = _Fields(value, FirstTokenTime)
-    counts = (int(read.number("cached_tokens")), int(read.number("new_tokens", above=0)))
-    return FirstTokenTime(*counts, read.number("seconds", above=0))
+    counts = (int(read.number("cached_tokens")), int(read.positive("new_tokens")))
+    return FirstTokenTime(*counts, read.positive("seconds"))
+
+
+def finite_number(value: Any) -> float | None:
+    """A number of a JSON file; None for anything else, and for one that no float holds."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            return None
+        return number if math.isfinite(number) else None
+    return None
 
 
 class _Fields:
@@ -85,10 +96,15 @@ class _Fields:
             raise ValueError(f"{name}: expected text, got {found!r}")
         return found
 
-    def number(self, name: str, above: float | None = None) -> float:
-        """0 or more, or above a number."""
-        found = self._value[name]
-        is_number = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-        if not is_number or found < 0 or (above is not None and found <= above):
-            raise ValueError(f"{name}: expected a {'positive' if above == 0 else 'non-negative'} number, got {found!r}")
-        return float(found)
+    def number(self, name: str) -> float:
+        """0 or more."""
+        found = finite_number(self._value[name])
+        if found is None or found < 0:
+            raise ValueError(f"{name}: expected a non-negative number, got {self._value[name]!r}")
+        return found
+
+    def positive(self, name: str) -> float:
+        found = finite_number(self._value[name])
+        if found is None or found <= 0:
+            raise ValueError(f"{name}: expected a positive number, got {self._value[name]!r}")
+        return found

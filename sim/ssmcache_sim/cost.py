@@ -120,11 +120,6 @@ class PrefillCost:
             seconds = seconds + self._equal_passes_seconds(size, start + offset, step, num_steps)
         return seconds + self._passes_seconds(prompt_tokens - last_start, last_start)
 
-    def one_pass_ns(self, new_tokens: Int64Array, cached_tokens: Int64Array) -> Int64Array:
-        """One pass over new tokens, at most `pass_tokens`, behind cached ones, with what is gathered of these."""
-        gather = cached_tokens * self.device.cached_token_seconds
-        return _whole_ns(gather + self._passes_seconds(new_tokens, cached_tokens))
-
     def front_ns(self, tokens: Int64Array) -> Int64Array:
         """Operations of the first `tokens` of a prompt."""
         return _whole_ns(self._operations_seconds(tokens, np.zeros_like(tokens)))

@@ -14,10 +14,8 @@ import numpy as np
 
 from ssmcache.models import ModelSpec, load_model
 from ssmcache_sim.cost import prefill_cost
-from ssmcache_sim.device_profile import H100, calibrated
 from ssmcache_sim.diagnosis import Diagnosis, one_line
 from ssmcache_sim.errors import SettingsError
-from ssmcache_sim.prefill_fit import fit_calibration, relative_errors
 
 TOKENS_STEP = 512
 _WHAT = "time to the first token"
@@ -80,15 +78,14 @@ def calibrate(diagnosis: Diagnosis, task: CalibrationTask, device_index: int, pr
         on_gpu = diagnosis.device is not None
         dtype = torch.bfloat16 if on_gpu else torch.float32
         model = task.first_tokens.random_model(task.config, f"cuda:{device_index}" if on_gpu else "cpu", dtype)
-        num_parameters = task.first_tokens.count_parameters(model)
-        times = list(task.first_tokens.measure(model, task.longest, lambda share: progress(round(100 * share))))
-        cost = prefill_cost(task.spec, billion_parameters=num_parameters / 1e9)
-        found = fit_calibration(cost, task.spec.name, str(dtype).removeprefix("torch."), num_parameters, times)
-        errors = np.abs(relative_errors(cost, calibrated(H100, found), times))
+        found, _, errors = task.first_tokens.calibrate_model(
+            model, task.spec, task.longest, lambda share: progress(round(100 * share))
+        )
+        errors = np.abs(errors)
         diagnosis.calibration = found
         diagnosis.notes.append(
-            f"{_WHAT.capitalize()}: {task.spec.name}, {num_parameters / 1e9:.3g} B parameters in {found.dtype} with "
-            f"random weights on {'the GPU' if on_gpu else 'the CPU'}, eager, one sequence; medians of "
-            f"{task.first_tokens.REPEATS} runs; fitted to {len(times)} of them with a median error of "
+            f"{_WHAT.capitalize()}: {task.spec.name}, {found.num_parameters / 1e9:.3g} B parameters in {found.dtype} "
+            f"with random weights on {'the GPU' if on_gpu else 'the CPU'}, eager, one sequence; medians of "
+            f"{task.first_tokens.REPEATS} runs; fitted to {len(found.times)} of them with a median error of "
             f"{np.median(errors):.1%}, at most {errors.max():.1%}."
         )

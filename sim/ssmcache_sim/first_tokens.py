@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from math import ceil
+from dataclasses import replace
 from os import sysconf
 from typing import Any
 
@@ -14,21 +14,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ssmcache.config import BatchDesc, GpuCacheTierConfig, KVCacheDesc
 from ssmcache.integrations.transformers import cache_config
+from ssmcache.integrations.transformers_memory import manager_with_room
 from ssmcache.integrations.transformers_runner import SequenceRunner
 from ssmcache.integrations.transformers_sequence import Prefilled
 from ssmcache.integrations.transformers_shapes import probe
-from ssmcache.layout import layer_groups, step_slots
-from ssmcache.manager import KVCacheManager
-from ssmcache.memory.base import Memory
-from ssmcache.memory.host import HostMemory
-from ssmcache_sim.calibration import FirstTokenTime
+from ssmcache.models import ModelSpec
+from ssmcache_sim.calibration import Calibration, FirstTokenTime
+from ssmcache_sim.cost import PrefillCost, prefill_cost
+from ssmcache_sim.device_profile import H100, calibrated
+from ssmcache_sim.prefill_fit import fit_calibration, relative_errors
+from ssmcache_sim.trace import Float64Array
 
 BLOCK_TOKENS = 32
 POINTS_PER_PROMPT = 16  # places of the longest prompt at which snapshots are kept
 _NEW = (256, 64, 16, 4, 2)  # the longest prompt by these
 _CACHED = (None, 4, 2)
 _WARM_UPS, REPEATS = 2, 5
-_ROOM_BYTES = 64 << 20  # pools on a GPU are whole pages of 2 MiB
 
 
 def load_config(path: str) -> Any:
@@ -73,6 +74,22 @@ def first_token(
     return run, time.perf_counter() - start
 
 
+def calibrate_model(
+    model: Any, spec: ModelSpec, longest: int, progress: Callable[[float], None]
+) -> tuple[Calibration, PrefillCost, Float64Array]:
+    """What `measure` found, fitted; the cost model with it, on one H100 otherwise; and its relative errors there.
+
+    Args:
+        spec: of the same config, for the operations of a token.
+    """
+    times = list(measure(model, longest, progress))
+    num_parameters = count_parameters(model)
+    cost = prefill_cost(spec, billion_parameters=num_parameters / 1e9)
+    found = fit_calibration(cost, spec.name, str(model.dtype).removeprefix("torch."), num_parameters, times)
+    device = calibrated(H100, found)
+    return found, replace(cost, device=device), relative_errors(cost, device, times)
+
+
 def measure(model: Any, longest: int, progress: Callable[[float], None]) -> Iterator[FirstTokenTime]:
     """Medians of prefills in one pass: short and long ones, behind nothing, a quarter and half of the longest prompt.
 
@@ -107,7 +124,6 @@ def measure(model: Any, longest: int, progress: Callable[[float], None]) -> Iter
 @contextmanager
 def _runner(model: Any, longest: int) -> Iterator[SequenceRunner]:
     """Over a cache for the prefix and two more prompts, with their snapshots."""
-    shapes = probe(model)
     snapshots = (KVCacheDesc(BLOCK_TOKENS),) * (POINTS_PER_PROMPT + 4)
     room = BatchDesc((KVCacheDesc(longest + BLOCK_TOKENS),) * 3 + snapshots)
 
@@ -120,18 +136,5 @@ def _runner(model: Any, longest: int) -> Iterator[SequenceRunner]:
             typical_step=room,
         )
 
-    draft = config(1)
-    step_bytes = sum(step_slots(group, room, draft) * group.slot_bytes for group in layer_groups(draft))
-    memory: Memory = HostMemory()
-    if model.device.type == "cuda":
-        from ssmcache.memory.cuda import CudaMemory
-
-        memory = CudaMemory(model.device)
-    manager = KVCacheManager(config(ceil(step_bytes * 1.1) + _ROOM_BYTES), memory)
-    try:
-        with torch.no_grad():
-            yield SequenceRunner(model, manager, shapes, max_tokens=longest + BLOCK_TOKENS)
-    finally:
-        for sequence in list(manager.open_sequences):
-            sequence.close()
-        manager.shutdown()
+    with manager_with_room(model, room, 1.1, config) as manager, torch.no_grad():
+        yield SequenceRunner(model, manager, probe(model), max_tokens=longest + BLOCK_TOKENS)

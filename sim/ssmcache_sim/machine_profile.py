@@ -1,14 +1,13 @@
 """The JSON file of a machine: what `ssmcache doctor` found and measured there, and the bandwidths that replays use."""
 
 import json
-import math
 import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
-from ssmcache_sim.calibration import Calibration, calibration_from_json
+from ssmcache_sim.calibration import Calibration, calibration_from_json, finite_number
 from ssmcache_sim.directories import TOOL, json_bytes, write_file
 from ssmcache_sim.errors import OutputError, ProfileError
 
@@ -139,13 +138,9 @@ def _calibration(path: Path, stated: Any) -> Calibration | None:
 
 
 def _bandwidth(path: Path, name: str, value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if number > 0 and math.isfinite(number):
-            return number
+    number = finite_number(value)
+    if number is not None and number > 0:
+        return number
     raise ProfileError(f"{path}: {name}: expected a positive number or null, got {_shown(value)}")
 
 

@@ -67,7 +67,8 @@ def relative_errors(cost: PrefillCost, device: DeviceProfile, times: Sequence[Fi
     """[n], predicted / measured - 1 of prefills in one pass."""
     cached, new, seconds = _arrays(times)
     in_one = replace(device, pass_tokens=int(new.max()))
-    return replace(cost, device=in_one).one_pass_ns(new, cached) / 1e9 / seconds - 1
+    uncut = replace(cost, device=in_one, prefill="reserved")
+    return uncut.prefill_ns(cached + new, cached, 1, "every") / 1e9 / seconds - 1
 
 
 def _arrays(times: Sequence[FirstTokenTime]) -> tuple[Int64Array, Int64Array, Float64Array]:

@@ -12,19 +12,16 @@ import torch
 from ssmcache.config import BatchDesc, GpuCacheTierConfig, KVCacheDesc, KVCacheManagerConfig
 from ssmcache.integrations.transformers_attention import Attention
 from ssmcache.integrations.transformers_cache import DynamicCache, cache_argument
+from ssmcache.integrations.transformers_memory import manager_with_room
 from ssmcache.integrations.transformers_runner import SequenceRunner
 from ssmcache.integrations.transformers_shapes import REFUSALS, ModelShapes, NotResumableError, probe
-from ssmcache.layout import layer_groups, step_slots
 from ssmcache.manager import KVCacheManager
-from ssmcache.memory.base import Memory
-from ssmcache.memory.host import HostMemory
 
 BLOCK_TOKENS = 16
 INTERVAL = 64
 PROMPT_TOKENS = 2 * INTERVAL + 33
 NUM_DECODED = 8
 _ROOM = BatchDesc((KVCacheDesc(PROMPT_TOKENS + NUM_DECODED + BLOCK_TOKENS),) * 3)
-_GPU_BYTES = 64 << 20  # pools there are whole pages of 2 MiB
 _ROUNDED_SHARE = 0.9  # of positions that are judged in 16-bit dtypes
 _NEAR = 4  # positions after a cut at which a wrong state shows most
 _POISON = 0xFF  # NaN in every dtype
@@ -97,29 +94,17 @@ def check_resumable(
 
 @contextmanager
 def _small_manager(model: Any, shapes: ModelShapes) -> Iterator[KVCacheManager]:
+    """Its pools are full of NaN."""
     layers = tuple(shapes.cache_layers(BLOCK_TOKENS, None))
 
     def config(quota: int) -> KVCacheManagerConfig:
         tiers = (GpuCacheTierConfig(quota),)
         return KVCacheManagerConfig(BLOCK_TOKENS, layers, tiers, ssm_reuse_interval=INTERVAL, typical_step=_ROOM)
 
-    draft = config(1)
-    step_bytes = sum(step_slots(group, _ROOM, draft) * group.slot_bytes for group in layer_groups(draft))
-    on_gpu = model.device.type == "cuda"
-    memory: Memory = HostMemory()
-    if on_gpu:
-        from ssmcache.memory.cuda import CudaMemory
-
-        memory = CudaMemory(model.device)
-    manager = KVCacheManager(config(2 * step_bytes + (_GPU_BYTES if on_gpu else 0)), memory)
-    try:
+    with manager_with_room(model, _ROOM, 2, config) as manager:
         for group in range(len(manager.groups)):
-            memory.view(group)[:] = _POISON
+            manager.memory.view(group)[:] = _POISON
         yield manager
-    finally:
-        for sequence in list(manager.open_sequences):
-            sequence.close()
-        manager.shutdown()
 
 
 class _Check:

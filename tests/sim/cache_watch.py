@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from hypothesis import strategies as st
 
 from ssmcache import (
     AttentionLayerConfig,
@@ -20,6 +21,10 @@ from ssmcache_sim.causes import SNAPSHOT_CAUSES
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.trace import Trace
 
+stretches = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 10)), min_size=1, max_size=3)
+branching_prompts = st.lists(
+    stretches.map(lambda parts: [token for token, length in parts for _ in range(length)]), min_size=1, max_size=25
+)
 _REASONS = ("crossed", "no_room", "history")
 
 

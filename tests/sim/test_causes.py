@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_watch import expected_causes, windowed
+from cache_watch import branching_prompts, expected_causes, windowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,11 +33,6 @@ TraceOf = Callable[..., Trace]
 TinyConfig = Callable[..., KVCacheManagerConfig]
 Prompts = list[list[int]]
 BLOCK, INTERVAL = 2, 4
-
-stretches = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 10)), min_size=1, max_size=3)
-branching_prompts = st.lists(
-    stretches.map(lambda parts: [token for token, length in parts for _ in range(length)]), min_size=1, max_size=25
-)
 
 
 def check_sums(result: ReplayResult) -> None:

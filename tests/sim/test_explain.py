@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_watch import Seen, scarce_windowed, watched
+from cache_watch import Seen, branching_prompts, scarce_windowed, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,11 +27,6 @@ TraceOf = Callable[..., Trace]
 TinyConfig = Callable[..., KVCacheManagerConfig]
 Prompts = list[list[int]]
 BLOCK, INTERVAL = 2, 4
-
-stretches = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 10)), min_size=1, max_size=3)
-branching_prompts = st.lists(
-    stretches.map(lambda parts: [token for token, length in parts for _ in range(length)]), min_size=1, max_size=25
-)
 
 
 def check_parts(explanation: Explanation, config: KVCacheManagerConfig, prefill: Prefill = "reserved") -> None:

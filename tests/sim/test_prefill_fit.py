@@ -114,6 +114,7 @@ def test_a_profile_without_a_calibration_is_as_good_as_before(tmp_path: Path) ->
     ("changes", "message"),
     [
         ({"flops_per_second": 0}, "flops_per_second: expected a positive number, got 0"),
+        ({"flops_per_second": 10**400}, "flops_per_second: expected a positive number, got 1000"),
         ({"pass_seconds": -1}, "pass_seconds: expected a non-negative number, got -1"),
         ({"attention_factor": True}, "attention_factor: expected a non-negative number, got True"),
         ({"model": 3}, "model: expected text, got 3"),
