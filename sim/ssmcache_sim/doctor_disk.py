@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssmcache.memory.batches import SlotArray
-from ssmcache.memory.disk import ByteArray, DiskTier, forget_cached, staging_bytes
+from ssmcache.memory.disk import ByteArray, DiskTier, staging_bytes
 from ssmcache.memory.disk_queue import DiskQueue
 from ssmcache.memory.disk_ring import BufferRing, ring_shape
+from ssmcache.memory.page_cache import forget_cached
 from ssmcache.memory.slot_timing import Call, WrongBytesError, wall_seconds
 from ssmcache_sim.diagnosis import LARGE_SLOT_BYTES, SMALL_SLOT_BYTES, Measurement
 

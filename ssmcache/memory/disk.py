@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from ssmcache.memory.base import TransferError
 from ssmcache.memory.batches import SlotArray
+from ssmcache.memory.page_cache import forget_cached
 
 ByteArray: TypeAlias = npt.NDArray[np.uint8]
 
 MAX_STAGING_BYTES = 8 << 20
 ALLOCATION_BYTES = 64 << 20
-_NUM_LOOKS = 16  # at places of a file, whether the system keeps it in memory
 
 # What a file system says that cannot allocate ahead; then a full disk shows only at the writes.
 _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -178,26 +178,6 @@ class DiskTier:
             yield
         except OSError as error:
             raise TransferError(self.tier, (), f"disk tier: cannot write: {error.strerror}") from error
-
-
-def forget_cached(descriptor: int) -> bool:
-    """Have the system drop what it keeps of a synced file in its memory.
-
-    False where it has not, or cannot tell: on a file system in memory, for instance. What keeps data below the file
-    system (the disk itself, the host of a virtual machine) is not known to the system.
-    """
-    if not hasattr(os, "RWF_NOWAIT"):
-        return False
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        size, byte = os.fstat(descriptor).st_size, bytearray(1)
-        for offset in range(0, size, max(1, size // _NUM_LOOKS)):
-            with suppress(BlockingIOError):  # it would have to wait for the disk
-                os.preadv(descriptor, [byte], offset, os.RWF_NOWAIT)
-                return False
-    except OSError:
-        return False
-    return True
 
 
 @dataclass(slots=True)

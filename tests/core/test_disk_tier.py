@@ -1,11 +1,14 @@
 """The disk tier: its files are nobody else's and leave nothing behind; transfers go in bounded pieces."""
 
+import ctypes
 import errno
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from disk_caches import DISK, GPU, NUM_SLOTS, SLOT, Cache, fail_after, open_file
 
 from ssmcache.config import DiskCacheTierConfig, GpuCacheTierConfig
 from ssmcache.memory.base import TransferError
-from ssmcache.memory.disk import MAX_STAGING_BYTES, DiskTier, forget_cached, staging_bytes
+from ssmcache.memory.disk import MAX_STAGING_BYTES, DiskTier, staging_bytes
 from ssmcache.memory.host import HostMemory
+from ssmcache.memory.page_cache import forget_cached, num_cached_pages
 
 
 @pytest.fixture
@@ -228,25 +232,52 @@ def test_a_file_that_the_system_has_been_asked_to_forget_has_its_bytes(tmp_path:
     with tempfile.TemporaryFile(dir=tmp_path, buffering=0) as file:
         file.write(content)
         os.fsync(file.fileno())
-        forgotten = forget_cached(file.fileno())
-        if forgotten:  # some file systems do not tell; what they say must hold
-            with pytest.raises(BlockingIOError):
-                os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        forget_cached(file.fileno())
         assert os.pread(file.fileno(), len(content) + 1, 0) == content
 
 
+def test_looking_at_what_the_system_keeps_of_a_file_brings_nothing_back(tmp_path: Path) -> None:
+    num_pages = 256
+    with tempfile.TemporaryFile(dir=tmp_path, buffering=0) as file:
+        assert num_cached_pages(file.fileno()) == 0
+        file.write(bytes(num_pages * mmap.PAGESIZE - 1))
+        os.fsync(file.fileno())
+        if not forget_cached(file.fileno()):
+            pytest.skip("this file system keeps what it is asked to forget, or does not tell")
+        for _ in range(3):
+            assert num_cached_pages(file.fileno()) == 0
+            time.sleep(0.001)
+        os.pread(file.fileno(), 1, 0)
+        assert num_cached_pages(file.fileno()) > 0
+        assert not _is_forgotten_without_being_asked(file.fileno())
+        os.pread(file.fileno(), num_pages * mmap.PAGESIZE, 0)
+        assert num_cached_pages(file.fileno()) == num_pages
+
+
+def _is_forgotten_without_being_asked(descriptor: int) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "posix_fadvise", lambda *arguments: None)
+        return forget_cached(descriptor)
+
+
 def test_a_system_that_cannot_tell_is_taken_to_keep_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> int:
+    def refuse(*arguments: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
     with tempfile.TemporaryFile(dir=tmp_path, buffering=0) as file:
         file.write(b"x" * 4096)
-        monkeypatch.setattr(os, "preadv", refuse)
-        assert not forget_cached(file.fileno())
-        monkeypatch.setattr(os, "posix_fadvise", refuse)
-        assert not forget_cached(file.fileno())
-        monkeypatch.delattr(os, "RWF_NOWAIT")
-        assert not forget_cached(file.fileno())
+        os.fsync(file.fileno())
+        with monkeypatch.context() as patch:
+            patch.setattr(ctypes, "CDLL", lambda *arguments, **options: object())
+            assert not forget_cached(file.fileno())
+        with monkeypatch.context() as patch:
+            patch.setattr(mmap, "mmap", refuse)
+            assert not forget_cached(file.fileno())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fadvise", refuse)
+            assert not forget_cached(file.fileno())
+            patch.delattr(os, "posix_fadvise")
+            assert not forget_cached(file.fileno())
 
 
 def test_a_file_system_in_memory_keeps_what_it_is_asked_to_forget() -> None:
