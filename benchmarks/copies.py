@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from itertools import product
@@ -186,12 +187,13 @@ def kernel_constants(repeats: int) -> Row:
 
 
 def ways_over_link(repeats: int) -> Row:
-    """The kernel and the copy engines for each size of slots, alone and beside matrix products on another stream."""
+    """The kernel and the copy engines for each size of slots: alone, and beside matrix products on another stream; both
+    take longer for it.
+    """
     rows = []
     kept = cuda_copies.ENGINE_BYTES
-    other = torch.cuda.Stream()
-    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    torch.matmul(matrix, matrix)
+    products = Products()
+    (undisturbed,) = medians(3, device_seconds, products.queue)
     try:
         for way, threshold in (("engine", 0), ("kernel", 1 << 62)):
             cuda_copies.ENGINE_BYTES = threshold
@@ -200,27 +202,46 @@ def ways_over_link(repeats: int) -> Row:
                     with opened(slot_bytes, num_slots, num_slots) as memory:
                         batches = RandomMoves(source, destination, num_slots)
                         (alone,) = medians(repeats, device_seconds, lambda m=memory, b=batches: m.copy(b.next(), None))
-                        found = [alone]
-                        for _ in range(3):
-                            torch.cuda.synchronize()
-                            with torch.cuda.stream(other):
-                                for _ in range(20):  # about 30 ms
-                                    torch.matmul(matrix, matrix)
-                            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                            start.record()
-                            memory.copy(batches.next(), None)
-                            end.record()
-                            torch.cuda.synchronize()
-                            found.append(start.elapsed_time(end) / 1e3)
-                        total = slot_bytes * num_slots / 1e9
-                        beside = statistics.median(found[1:])
-                        direction = "to gpu" if destination == GPU else "to host"
-                        rows.append(
-                            [way, direction, slot_bytes // KIB, round(total / alone, 1), round(total / beside, 1)]
-                        )
+                        both = [products.beside(lambda m=memory, b=batches: m.copy(b.next(), None)) for _ in range(3)]
+                    beside, disturbed = map(statistics.median, zip(*both, strict=True))
+                    gb = slot_bytes * num_slots / 1e9
+                    direction = "to gpu" if destination == GPU else "to host"
+                    lost = round((disturbed - undisturbed) * 1e3 / gb, 2)
+                    rows.append([way, direction, slot_bytes // KIB, round(gb / alone, 1), round(gb / beside, 1), lost])
     finally:
         cuda_copies.ENGINE_BYTES = kept
-    return {"columns": ["way", "direction", "slot_kib", "gb_s", "gb_s_beside_products"], "rows": rows}
+    columns = ["way", "direction", "slot_kib", "gb_s", "gb_s_beside_products", "ms_of_products_lost_per_gb"]
+    return {"columns": columns, "rows": rows}
+
+
+class Products:
+    """Matrix products that keep the GPU busy for some 40 ms, longer than any of the copies."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self._matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        self._into = torch.empty_like(self._matrix)
+        self.queue()
+        torch.cuda.synchronize()
+
+    def queue(self) -> None:
+        """On the current stream."""
+        for _ in range(24):
+            torch.matmul(self._matrix, self._matrix, out=self._into)
+
+    def beside(self, copy: Callable[[], None]) -> tuple[float, float]:
+        """Device seconds of a copy on the current stream, and of the products on another one."""
+        start, copied, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda.synchronize()
+        start.record()
+        self._stream.wait_event(start)
+        with torch.cuda.stream(self._stream):
+            self.queue()
+            end.record()
+        copy()
+        copied.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(copied) / 1e3, start.elapsed_time(end) / 1e3
 
 
 def versions() -> Row:
