@@ -16,11 +16,11 @@ from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 
 if TYPE_CHECKING:
-    from ssmcache.sequence import KVCache
+    from ssmcache.sequence_commits import SequenceCommits
     from ssmcache.store import BlockStore
 
 
-def commit_blocks(sequence: KVCache, keys: Int64Array, base: int, first: int, last: int) -> None:
+def commit_blocks(sequence: SequenceCommits, keys: Int64Array, base: int, first: int, last: int) -> None:
     """Put the blocks `first`..`last - 1` of a sequence into the tree; `keys` start from block `base`.
 
     Where a block is there already its page replaces the private one; on a tier below the GPU the private one, which is
@@ -63,7 +63,7 @@ def commit_blocks(sequence: KVCache, keys: Int64Array, base: int, first: int, la
         window.commit(cursor, start, last)
 
 
-def _append(sequence: KVCache, cursor: Run, keys: Int64Array, first: int, count: int, rank: int) -> Run:
+def _append(sequence: SequenceCommits, cursor: Run, keys: Int64Array, first: int, count: int, rank: int) -> Run:
     """Put `count` blocks, whose keys are those from block `first` of `keys` on, below a path where there are none."""
     width, own, pages = sequence.kind.width, sequence.own_pages, None
     if sequence.store.pages is not None:
@@ -93,7 +93,7 @@ def rebase(store: BlockStore, run: Run, own: SlotArray) -> None:
     tiers.cached[GPU_TIER] += num_blocks
 
 
-def _check_shared(sequence: KVCache, keys: Int64Array, base: int, first: int, last: int) -> None:
+def _check_shared(sequence: SequenceCommits, keys: Int64Array, base: int, first: int, last: int) -> None:
     """The shared pages of blocks `first`..`last - 1` must be those of the committed tokens."""
     run, kind = sequence.cursor, sequence.kind
     while run.end > first and run.parent is not None:
@@ -110,7 +110,7 @@ def _check_shared(sequence: KVCache, keys: Int64Array, base: int, first: int, la
         run = run.parent
 
 
-def _stretches(sequence: KVCache, first: int, last: int) -> Iterable[tuple[int, int]]:
+def _stretches(sequence: SequenceCommits, first: int, last: int) -> Iterable[tuple[int, int]]:
     """Neighbouring blocks of equal priority: (number of blocks, rank) of each stretch."""
     pages, priority = sequence.store.pages, sequence.priority
     assert priority is not None
@@ -173,7 +173,7 @@ def _raise_sparse(store: SparseStore, segment: SparseSegment, priority: Priority
         store.drop_empty(run)
 
 
-def commit_tail(sequence: KVCache) -> Run | None:
+def commit_tail(sequence: SequenceCommits) -> Run | None:
     """Offer the last, partial block of a sequence that closes as a leaf, unless a block that begins with the same
     tokens is there, or history is so far ahead that a window has passed it. Returns the run to be touched with the
     path, if there is one.

@@ -9,7 +9,7 @@ from ssmcache.compaction import private_slots, segments_of
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pins import Pin
 from ssmcache.segments import Segment, SparseSegment
-from ssmcache.sparse import SparseStore
+from ssmcache.sparse_segments import SparseSegments
 from ssmcache.tiers import Tiers
 from ssmcache.tree import Root, Run
 
@@ -125,7 +125,7 @@ def _check_run(run: Run, has_pages: bool, has_tiers: bool) -> None:
     _expect((run.pages is not None) == has_pages, f"{name}: pages where none belong, or none where they do")
     if run.pages is not None:
         _check_pages_of(run, name, has_tiers)
-    by_store: dict[SparseStore, list[int]] = {}
+    by_store: dict[SparseSegments, list[int]] = {}
     for segment in run.items:
         _expect(segment.run is run, f"{name}: a sparse segment belongs to another run")
         _expect(len(segment.ordinals) == len(segment.slots) > 0, f"{name}: empty or uneven sparse segment")

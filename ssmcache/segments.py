@@ -15,7 +15,7 @@ import numpy as np
 from ssmcache.pools import IntArray, SlotArray, int_array
 
 if TYPE_CHECKING:
-    from ssmcache.sparse import SparseStore
+    from ssmcache.sparse_segments import SparseSegments
     from ssmcache.tree import Run
 
 # a run that grows gets this much room ahead: long conversations copy each block O(1) times
@@ -136,7 +136,7 @@ class SparseSegment(Segment):
     __slots__ = ("ordinals", "slots", "store")
 
     def __init__(
-        self, store: SparseStore, run: Run, stamp: int, rank: int, serial: int, tier: int, ordinals: IntArray,
+        self, store: SparseSegments, run: Run, stamp: int, rank: int, serial: int, tier: int, ordinals: IntArray,
         slots: IntArray,
     ) -> None:  # fmt: skip
         self.store = store

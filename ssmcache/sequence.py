@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ssmcache import resuming
-from ssmcache.committing import commit_blocks, commit_tail
-from ssmcache.keys import BlockKeys, Int64Array, ReuseScope, Tokens
+from ssmcache.committing import commit_tail
+from ssmcache.keys import Int64Array, ReuseScope, Tokens
 from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.parking import Parked
 from ssmcache.pools import NO_SLOTS
 from ssmcache.priority import Priority, PriorityCallback, default_priority
-from ssmcache.sequence_pages import ACTIVE, CLOSED, SUSPENDED, SequencePages, StateError
+from ssmcache.sequence_commits import NO_TOKENS, SequenceCommits
+from ssmcache.sequence_pages import ACTIVE, CLOSED, SUSPENDED, StateError
 from ssmcache.sequence_windows import SequenceWindow
 from ssmcache.states import SequenceStates
 from ssmcache.stats import ReuseMatch, Shortage
@@ -23,10 +21,8 @@ from ssmcache.stats import ReuseMatch, Shortage
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
 
-_NO_TOKENS: Int64Array = np.empty(0, dtype=np.int64)
 
-
-class KVCache(SequencePages):
+class KVCache(SequenceCommits):
     """The cache of one sequence; made by `KVCacheManager.create_kv_cache`.
 
     Lengths are in tokens: `num_committed_tokens` <= `history_length` <= `capacity`. Blocks below `cursor.end` lie in
@@ -39,8 +35,7 @@ class KVCache(SequencePages):
     """
 
     __slots__ = (
-        "_input", "_stopped", "adopt", "id", "kind", "partly", "pending", "priority", "reuse_match",
-        "usable_tokens_by_tier", "version",
+        "_input", "adopt", "id", "partly", "usable_tokens_by_tier", "version",
     )  # fmt: skip
 
     def __init__(
@@ -66,7 +61,7 @@ class KVCache(SequencePages):
         self.stream: Any = None
         self.parked: Parked | None = None
         self.own_pages = NO_SLOTS
-        self.pending = _NO_TOKENS  # the committed tokens of the last, unfinished block
+        self.pending = NO_TOKENS  # the committed tokens of the last, unfinished block
         self._input: tuple[Int64Array, int, int] | None = (keys, num_blocks, num_tokens)
         self.usable_tokens_by_tier: tuple[int, ...] = ()  # where the match lay at the first resume, with several tiers
         self._stopped = False
@@ -93,15 +88,6 @@ class KVCache(SequencePages):
         )
         short = "" if self.shortage is None else f"; refused: {self.shortage.reason}"
         return f"<{name} {self.status.name}: tokens {lengths}{short}>"
-
-    # -- what it has -------------------------------------------------------------------------------------------------
-
-    @property
-    def num_attention_tokens(self) -> int:
-        """KV exists, in shared pages or in a copy of one, up to here: kernels must not write KV below it."""
-        if not (self.soft or self.locked):
-            return 0
-        return max(self.cursor.end * self.manager.tokens_per_block, self.reuse_match.usable_tokens)
 
     # -- status ------------------------------------------------------------------------------------------------------
 
@@ -237,147 +223,6 @@ class KVCache(SequencePages):
         if self.parked is not None:
             self.parked.discard()
             self.parked = None
-
-    # -- committing --------------------------------------------------------------------------------------------------
-
-    def snapshot_points(self, end: int) -> range:
-        """Positions after the committed tokens, up to `end`, at which a snapshot is wanted, ascending: where prefill
-        chunks must stop, or what to hand to `reserve_snapshots`.
-        """
-        if self.states is None:
-            return range(0)
-        return self.states.admission.points(self.num_committed_tokens, end, self.states.prompt_tokens)
-
-    def next_snapshot_point(self) -> int | None:
-        """The next position at which a snapshot is wanted; None without SSM layers. For decoding."""
-        if self.states is None:
-            return None
-        return self.states.admission.next_point(self.num_committed_tokens, self.states.prompt_tokens)
-
-    def reserve_snapshots(self, points: Iterable[int]) -> dict[int, int]:
-        """Slots for states that a kernel writes itself while it passes `points`: {position: slot}, with those of
-        earlier calls since the last commit.
-
-        Where room is short the shallowest points are served, and the commit counts the rest as skipped; snapshots of
-        the sequence's own path are never given up for it. Slots that the next commit does not cover go back.
-
-        Errors: StateError unless ACTIVE; ValueError for points that are not after the committed tokens and within
-        the capacity, or without SSM layers.
-        """
-        lock = self.manager.lock
-        lock.acquire()
-        try:
-            if self.status is not ACTIVE:
-                self._require_active("reserve_snapshots")
-            wanted = points if isinstance(points, range) and points.step > 0 else sorted(points)
-            if self.states is None:
-                if wanted:
-                    raise ValueError("reserve_snapshots: expected a model with SSM layers, got none")
-                return {}
-            if wanted and not self.num_committed_tokens < wanted[0] <= wanted[-1] <= self.capacity:
-                raise ValueError(
-                    f"reserve_snapshots: expected points in {self.num_committed_tokens + 1}..{self.capacity}, "
-                    f"got {wanted}"
-                )
-            if self.manager.streams.only is not self.stream:
-                self.manager.streams.acquire(self.stream)
-            slots = self.states.reserve(wanted, self.cursor)
-            if self.manager.streams.only is not self.stream:
-                self.manager.streams.release(self.stream)
-            return slots
-        finally:
-            lock.release()
-
-    def commit(self, tokens: Tokens) -> None:
-        """Offer the next computed tokens, from `num_committed_tokens` on, for reuse by others.
-
-        Full blocks go into the tree; where a block is there already, its page replaces the private one. A snapshot
-        is kept at each reserved point that the commit covers, and copied from the live state at the end of the commit
-        if one is wanted there. No room for a snapshot is counted, never an error.
-
-        Args:
-            tokens: [n] integers or digests, or the part of the prompt's `BlockKeys` that starts at
-                `num_committed_tokens`.
-        Cost: O(n) NumPy work, a few dictionary look-ups for each run met.
-        Errors: StateError unless ACTIVE and committing; ValueError for tokens beyond the capacity, or that differ
-        from those that the sequence was created with where it shares pages.
-        """
-        lock = self.manager.lock
-        lock.acquire()
-        try:
-            if self.status is not ACTIVE:
-                self._require_active("commit")
-            if self._stopped:
-                raise StateError("commit: expected a sequence that commits, got one after stop_committing")
-            block = self.manager.tokens_per_block
-            start = self.num_committed_tokens
-            end = start + len(tokens)
-            if end > self.capacity:
-                raise ValueError(
-                    f"commit: expected at most {self.capacity - start} tokens (capacity), got {end - start}"
-                )
-            first, last = start // block, end // block
-            keys, base, pending = self._keys_of_commit(tokens, first, last)
-            if self.priority is not None:
-                self.priority.prepare(last + 1)
-            if self.manager.streams.only is not self.stream:  # it may go on with pages that others have written
-                self.manager.streams.acquire(self.stream)
-            if last > first:
-                commit_blocks(self, keys, base, first, last)
-            self.pending = pending
-            if self.states is not None:
-                self.states.commit(self.cursor, start, end, self.history_length)
-            self.num_committed_tokens = end
-            if end > self.history_length:
-                self.history_length = end
-                for window in self.windows:
-                    window.forget_stale(end, -(-self.capacity // block))
-            if self.manager.streams.only is not self.stream:
-                self.manager.streams.release(self.stream)
-            if self._rows is not None:
-                self._rows.refresh()
-        finally:
-            lock.release()
-
-    def _keys_of_commit(self, tokens: Tokens, first: int, last: int) -> tuple[Int64Array, int, Int64Array]:
-        """Keys that cover the blocks that a commit completes, the block that they start from, and the tokens of the
-        block that is left unfinished.
-        """
-        if isinstance(tokens, BlockKeys):
-            if tokens.start != self.num_committed_tokens or not self.kind.prefix_unique:
-                raise ValueError(
-                    f"commit: expected {self.kind} from token {self.num_committed_tokens} on, "
-                    f"got ready block keys from token {tokens.start} on"
-                )
-            return tokens.keys, 0, _NO_TOKENS
-        array = self.manager.token_array(tokens)
-        if self.kind.prefix_unique:
-            raise ValueError("commit: expected ready block keys, as at creation, got tokens")
-        if self.pending.size:
-            array = np.concatenate((self.pending, array))
-        # the run that these keys become must not keep the memory of more tokens than its own
-        size = (last - first) * self.kind.width
-        if size == array.size:
-            return array, first, _NO_TOKENS
-        return array[:size].copy(), first, array[size:].copy()
-
-    def stop_committing(self) -> None:
-        """Commit nothing more: later tokens stay private. Idempotent."""
-        self._stopped = True
-
-    # -- states --------------------------------------------------------------------------------------------------------
-
-    def ssm_slot(self, layer_group: int) -> int:
-        """Slot of the live state. Errors: StateError before the first resume; ValueError for another layer group."""
-        with self.manager.lock:
-            if self.states is None or layer_group != self.manager.state_group:
-                raise ValueError(f"ssm_slot: expected the SSM layer group, got {layer_group}")
-            if self.states.live_slot < 0:
-                raise StateError("ssm_slot: expected a resumed sequence")
-            return self.states.live_slot
-
-    def touch_own_snapshot(self, stamp: int) -> int:
-        return -1 if self.states is None else self.states.touch_own(self.cursor, self.num_committed_tokens, stamp)
 
     def set_stream(self, stream: Any) -> None:
         """Go on computing on another stream, which waits for what the present one was given so far.

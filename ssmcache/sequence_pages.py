@@ -14,7 +14,7 @@ from ssmcache.rows import PageRows
 from ssmcache.sequence_windows import SequenceWindow
 from ssmcache.soft_holds import PathHolder
 from ssmcache.states import SequenceStates
-from ssmcache.stats import Shortage
+from ssmcache.stats import ReuseMatch, Shortage
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
@@ -42,8 +42,8 @@ class SequencePages(PathHolder):
     """
 
     __slots__ = (
-        "_rows", "capacity", "history_length", "manager", "num_committed_tokens", "own_pages", "parked", "shortage",
-        "states", "status", "store", "stream", "windows",
+        "_rows", "capacity", "history_length", "manager", "num_committed_tokens", "own_pages", "parked", "reuse_match",
+        "shortage", "states", "status", "store", "stream", "windows",
     )  # fmt: skip
 
     # set by `KVCache`
@@ -54,12 +54,20 @@ class SequencePages(PathHolder):
     num_committed_tokens: int
     own_pages: SlotArray
     parked: Parked | None
+    reuse_match: ReuseMatch
     shortage: Shortage | None
     states: SequenceStates | None
     status: KVCacheStatus
     store: BlockStore
     stream: Any
     windows: tuple[SequenceWindow, ...]
+
+    @property
+    def num_attention_tokens(self) -> int:
+        """KV exists, in shared pages or in a copy of one, up to here: kernels must not write KV below it."""
+        if not (self.soft or self.locked):
+            return 0
+        return max(self.cursor.end * self.manager.tokens_per_block, self.reuse_match.usable_tokens)
 
     @property
     def num_own_pages(self) -> int:

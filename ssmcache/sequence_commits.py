@@ -1,0 +1,163 @@
+"""What a sequence commits: its tokens as blocks of the tree, and snapshots of its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from ssmcache.committing import commit_blocks
+from ssmcache.keys import BlockKeys, Int64Array, KeyKind, Tokens
+from ssmcache.priority import Priority
+from ssmcache.sequence_pages import ACTIVE, SequencePages, StateError
+
+NO_TOKENS: Int64Array = np.empty(0, dtype=np.int64)
+
+
+class SequenceCommits(SequencePages):
+    """The calls that offer something for reuse, and those that say where a snapshot is wanted."""
+
+    __slots__ = ("_stopped", "kind", "pending", "priority")
+
+    # set by `KVCache`
+    _stopped: bool
+    kind: KeyKind
+    pending: Int64Array
+    priority: Priority | None
+
+    def snapshot_points(self, end: int) -> range:
+        """Positions after the committed tokens, up to `end`, at which a snapshot is wanted, ascending: where prefill
+        chunks must stop, or what to hand to `reserve_snapshots`.
+        """
+        if self.states is None:
+            return range(0)
+        return self.states.admission.points(self.num_committed_tokens, end, self.states.prompt_tokens)
+
+    def next_snapshot_point(self) -> int | None:
+        """The next position at which a snapshot is wanted; None without SSM layers. For decoding."""
+        if self.states is None:
+            return None
+        return self.states.admission.next_point(self.num_committed_tokens, self.states.prompt_tokens)
+
+    def reserve_snapshots(self, points: Iterable[int]) -> dict[int, int]:
+        """Slots for states that a kernel writes itself while it passes `points`: {position: slot}, with those of
+        earlier calls since the last commit.
+
+        Where room is short the shallowest points are served, and the commit counts the rest as skipped; snapshots of
+        the sequence's own path are never given up for it. Slots that the next commit does not cover go back.
+
+        Errors: StateError unless ACTIVE; ValueError for points that are not after the committed tokens and within
+        the capacity, or without SSM layers.
+        """
+        lock = self.manager.lock
+        lock.acquire()
+        try:
+            if self.status is not ACTIVE:
+                self._require_active("reserve_snapshots")
+            wanted = points if isinstance(points, range) and points.step > 0 else sorted(points)
+            if self.states is None:
+                if wanted:
+                    raise ValueError("reserve_snapshots: expected a model with SSM layers, got none")
+                return {}
+            if wanted and not self.num_committed_tokens < wanted[0] <= wanted[-1] <= self.capacity:
+                raise ValueError(
+                    f"reserve_snapshots: expected points in {self.num_committed_tokens + 1}..{self.capacity}, "
+                    f"got {wanted}"
+                )
+            if self.manager.streams.only is not self.stream:
+                self.manager.streams.acquire(self.stream)
+            slots = self.states.reserve(wanted, self.cursor)
+            if self.manager.streams.only is not self.stream:
+                self.manager.streams.release(self.stream)
+            return slots
+        finally:
+            lock.release()
+
+    def commit(self, tokens: Tokens) -> None:
+        """Offer the next computed tokens, from `num_committed_tokens` on, for reuse by others.
+
+        Full blocks go into the tree; where a block is there already, its page replaces the private one. A snapshot
+        is kept at each reserved point that the commit covers, and copied from the live state at the end of the commit
+        if one is wanted there. No room for a snapshot is counted, never an error.
+
+        Args:
+            tokens: [n] integers or digests, or the part of the prompt's `BlockKeys` that starts at
+                `num_committed_tokens`.
+        Cost: O(n) NumPy work, a few dictionary look-ups for each run met.
+        Errors: StateError unless ACTIVE and committing; ValueError for tokens beyond the capacity, or that differ
+        from those that the sequence was created with where it shares pages.
+        """
+        lock = self.manager.lock
+        lock.acquire()
+        try:
+            if self.status is not ACTIVE:
+                self._require_active("commit")
+            if self._stopped:
+                raise StateError("commit: expected a sequence that commits, got one after stop_committing")
+            block = self.manager.tokens_per_block
+            start = self.num_committed_tokens
+            end = start + len(tokens)
+            if end > self.capacity:
+                raise ValueError(
+                    f"commit: expected at most {self.capacity - start} tokens (capacity), got {end - start}"
+                )
+            first, last = start // block, end // block
+            keys, base, pending = self._keys_of_commit(tokens, first, last)
+            if self.priority is not None:
+                self.priority.prepare(last + 1)
+            if self.manager.streams.only is not self.stream:  # it may go on with pages that others have written
+                self.manager.streams.acquire(self.stream)
+            if last > first:
+                commit_blocks(self, keys, base, first, last)
+            self.pending = pending
+            if self.states is not None:
+                self.states.commit(self.cursor, start, end, self.history_length)
+            self.num_committed_tokens = end
+            if end > self.history_length:
+                self.history_length = end
+                for window in self.windows:
+                    window.forget_stale(end, -(-self.capacity // block))
+            if self.manager.streams.only is not self.stream:
+                self.manager.streams.release(self.stream)
+            if self._rows is not None:
+                self._rows.refresh()
+        finally:
+            lock.release()
+
+    def _keys_of_commit(self, tokens: Tokens, first: int, last: int) -> tuple[Int64Array, int, Int64Array]:
+        """Keys that cover the blocks that a commit completes, the block that they start from, and the tokens of the
+        block that is left unfinished.
+        """
+        if isinstance(tokens, BlockKeys):
+            if tokens.start != self.num_committed_tokens or not self.kind.prefix_unique:
+                raise ValueError(
+                    f"commit: expected {self.kind} from token {self.num_committed_tokens} on, "
+                    f"got ready block keys from token {tokens.start} on"
+                )
+            return tokens.keys, 0, NO_TOKENS
+        array = self.manager.token_array(tokens)
+        if self.kind.prefix_unique:
+            raise ValueError("commit: expected ready block keys, as at creation, got tokens")
+        if self.pending.size:
+            array = np.concatenate((self.pending, array))
+        # the run that these keys become must not keep the memory of more tokens than its own
+        size = (last - first) * self.kind.width
+        if size == array.size:
+            return array, first, NO_TOKENS
+        return array[:size].copy(), first, array[size:].copy()
+
+    def stop_committing(self) -> None:
+        """Commit nothing more: later tokens stay private. Idempotent."""
+        self._stopped = True
+
+    def ssm_slot(self, layer_group: int) -> int:
+        """Slot of the live state. Errors: StateError before the first resume; ValueError for another layer group."""
+        with self.manager.lock:
+            if self.states is None or layer_group != self.manager.state_group:
+                raise ValueError(f"ssm_slot: expected the SSM layer group, got {layer_group}")
+            if self.states.live_slot < 0:
+                raise StateError("ssm_slot: expected a resumed sequence")
+            return self.states.live_slot
+
+    def touch_own_snapshot(self, stamp: int) -> int:
+        return -1 if self.states is None else self.states.touch_own(self.cursor, self.num_committed_tokens, stamp)
