@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ssmcache_sim.scratch import spans
 from ssmcache_sim.trace import BoolArray, Int64Array, Trace
 
 
@@ -62,11 +63,12 @@ def _seen_before(trace: Trace, num_blocks: Int64Array, put: BoolArray | None) ->
     block, for all requests at once.
     """
     first_place = np.full(trace.num_keys, trace.block_keys.size, dtype=np.int64)
-    places = np.arange(trace.block_keys.size, dtype=np.int64)
-    if put is not None:
-        places = places[np.repeat(put, np.diff(trace.offsets))]
     # Of several values for one index the last one stays: written back to front, that is the first place of a key.
-    first_place[trace.block_keys[places[::-1]]] = places[::-1]
+    for begin, end in reversed(spans(trace.block_keys.size)):
+        places = np.arange(begin, end, dtype=np.int64)
+        if put is not None:
+            places = places[put[np.searchsorted(trace.offsets, places, side="right") - 1]]
+        first_place[trace.block_keys[places[::-1]]] = places[::-1]
     starts = trace.offsets[:-1]
     low, high = np.zeros_like(starts), num_blocks.copy()  # the answer lies in low..high
     while (open_requests := np.flatnonzero(low < high)).size:

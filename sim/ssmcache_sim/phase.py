@@ -17,6 +17,7 @@ import numpy as np
 
 from ssmcache_sim.ceilings import blocks_seen_before
 from ssmcache_sim.errors import TraceError
+from ssmcache_sim.scratch import new_ids
 from ssmcache_sim.trace import Int64Array, Trace, offsets_of
 
 # A hit rate hangs on the phase when the worst shift certainly loses this share of what the best one certainly has, ..
@@ -155,7 +156,7 @@ def shifted(trace: Trace, num_tokens: int) -> Trace:
     is_own = np.ones(int(offsets[-1]), dtype=np.bool_)
     in_front = offsets[:-1, np.newaxis] + np.arange(front)
     is_own[in_front] = False
-    keys = np.empty(is_own.size, dtype=np.int64)
+    keys = new_ids(is_own.size)
     keys[is_own] = trace.block_keys
     keys[in_front] = trace.num_keys + np.arange(front)
     return replace(

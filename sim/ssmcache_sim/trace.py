@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ssmcache.keys import BlockKeys
 from ssmcache.units import plural
 from ssmcache_sim.errors import TraceError
+from ssmcache_sim.scratch import gather
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
@@ -204,11 +205,11 @@ class Trace:
         if not self.has_outputs:
             return self
         num_blocks = self.prompt_tokens // self.tokens_per_block
-        is_prompt = _positions(self.offsets) < np.repeat(num_blocks, np.diff(self.offsets))
+        offsets = offsets_of(num_blocks)
         return replace(
             self,
-            block_keys=self.block_keys[is_prompt],
-            offsets=offsets_of(num_blocks),
+            block_keys=gather(self.block_keys, self.offsets[:-1], offsets),
+            offsets=offsets,
             reading=", ".join(part for part in self.reading.split(", ") if part != _OUTPUTS),
             output_known=None,
         )
@@ -228,7 +229,6 @@ class Trace:
             return self
         num_coarse = np.diff(self.offsets) // factor
         offsets = offsets_of(num_coarse)
-        last_fine = np.repeat(self.offsets[:-1], num_coarse) + (_positions(offsets) + 1) * factor - 1
         # The rest of a prompt is named by its last id, but only where that id reaches to the prompt's end.
         num_prompt, rest_tokens = np.divmod(self.prompt_tokens, self.tokens_per_block)
         ends_full = (rest_tokens == 0) & (num_prompt % factor > 0)
@@ -237,7 +237,7 @@ class Trace:
         return replace(
             self,
             tokens_per_block=tokens_per_block,
-            block_keys=self.block_keys[last_fine],
+            block_keys=gather(self.block_keys, self.offsets[:-1] + factor - 1, offsets, factor),
             offsets=offsets,
             partial_ids=partial_ids,
         )

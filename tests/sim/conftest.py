@@ -1,7 +1,7 @@
 """Traces for the tests: made from token lists, so that what they share is known without looking at ids."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,10 +9,21 @@ from typing import Any, Protocol
 import pytest
 
 from ssmcache import AttentionLayerConfig, BufferConfig, GpuCacheTierConfig, KVCacheManagerConfig, SsmLayerConfig
+from ssmcache_sim import scratch
 from ssmcache_sim.formats import ReadOptions, read_trace
 from ssmcache_sim.trace import Trace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", params=[None, (8, 3)], ids=["in_memory", "in_files"])
+def wherever_ids_lie(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that use this run twice: the second time ids lie in files, and are worked on three at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param is not None:
+            patch.setattr(scratch, "LARGE", request.param[0])
+            patch.setattr(scratch, "PIECE", request.param[1])
+        yield
 
 
 class TinyConfig(Protocol):

@@ -17,6 +17,8 @@ from ssmcache_sim.formats.binary import write_binary
 from ssmcache_sim.sessions import SessionStart
 from ssmcache_sim.trace import Trace
 
+pytestmark = pytest.mark.usefixtures("wherever_ids_lie")
+
 WriteTrace = Callable[..., Path]
 ARRAYS = ("arrival_ms", "prompt_tokens", "output_tokens", "block_keys", "offsets", "partial_ids")
 

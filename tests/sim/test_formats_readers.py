@@ -18,6 +18,8 @@ from ssmcache_sim.formats import ReadOptions, read_requests, read_trace
 from ssmcache_sim.sessions import parse_session_start
 from ssmcache_sim.trace import LengthTrace, Trace
 
+pytestmark = pytest.mark.usefixtures("wherever_ids_lie")
+
 WriteTrace = Callable[..., Path]
 Prompts = list[list[int]]
 

@@ -11,6 +11,8 @@ import pytest
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats import read_trace
 
+pytestmark = pytest.mark.usefixtures("wherever_ids_lie")
+
 WriteTrace = Callable[..., Path]
 
 

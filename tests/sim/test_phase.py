@@ -21,6 +21,8 @@ from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.sweep import PlannedCell, SweepSpec, plan_sweep, run_sweep
 from ssmcache_sim.trace import Trace
 
+pytestmark = pytest.mark.usefixtures("wherever_ids_lie")
+
 TraceOf = Callable[..., Trace]
 TinyConfig = Callable[..., KVCacheManagerConfig]
 GIB = 1 << 30

@@ -14,6 +14,8 @@ from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.trace import Trace
 
+pytestmark = pytest.mark.usefixtures("wherever_ids_lie")
+
 TraceOf = Callable[..., Trace]
 Prompts = list[list[int]]
 

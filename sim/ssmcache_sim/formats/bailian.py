@@ -23,6 +23,7 @@ from ssmcache_sim.formats.fields import (
 from ssmcache_sim.formats.numbering import fold_contents
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import SourceFile
+from ssmcache_sim.scratch import dense
 from ssmcache_sim.trace import Trace
 
 NAME = "qwen-bailian"
@@ -63,7 +64,7 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
     block = _BLOCK if tokens_per_block is None else tokens_per_block
     rows = replace(columns.rows(), parent_lines=np.frombuffer(parent_lines, np.int64))
     rows = check_id_counts(source, rows, block)
-    distinct, contents = np.unique(rows.ids, return_inverse=True)
+    distinct, contents = dense(rows.ids)
     ids, num_keys = fold_contents(contents, rows.num_ids, distinct.size)
     outputs: Outputs = "revealed" if options.outputs else "none"
     return build_trace(source, replace(rows, ids=ids), block, num_keys, format_name=NAME, outputs=outputs)

@@ -17,17 +17,19 @@ without them, as asked.
 
 import json
 import zipfile
-from io import BytesIO
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ssmcache_sim.directories import write_file
+from ssmcache_sim.directories import whole_file
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import SourceFile
+from ssmcache_sim.scratch import new_ids, spans
 from ssmcache_sim.trace import Int64Array, Sessions, Trace, offsets_of, path_lengths
 
 NAME = "ssmcache-npz"
@@ -35,6 +37,7 @@ SUFFIX = ".npz"
 _MAGIC = "ssmcache trace"
 _VERSION = 1
 _ZIP = b"PK\x03\x04"
+_KEY_STEPS = "key_steps"
 _PER_REQUEST = ("arrival_ms", "prompt_tokens", "output_tokens", "partial_ids")
 
 
@@ -55,18 +58,30 @@ def write_binary(trace: Trace, path: Path) -> None:
         "num_broken": trace.num_broken,
         "session_names": None if sessions is None else sessions.names,
     }
-    steps = np.diff(trace.block_keys, prepend=0)
-    small = trace.num_keys <= np.iinfo(np.int32).max
     arrays: dict[str, npt.NDArray[Any]] = {name: getattr(trace, name) for name in _PER_REQUEST}
-    arrays["key_steps"] = steps.astype(np.int32) if small else steps
     arrays["header"] = np.frombuffer(json.dumps(header, ensure_ascii=False).encode(), np.uint8)
     if trace.output_known is not None:
         arrays["output_known"] = trace.output_known
     if sessions is not None:
         arrays |= {"session_index": sessions.index, "session_turns": sessions.turns}
-    content = BytesIO()
-    np.savez_compressed(content, allow_pickle=False, **arrays)
-    write_file(path, content.getvalue())
+    dtype = np.dtype(np.int32 if trace.num_keys <= np.iinfo(np.int32).max else np.int64)
+    with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, values in arrays.items():
+            with _member(archive, name, values.dtype, values.size) as member:
+                member.write(values.tobytes())
+        with _member(archive, _KEY_STEPS, dtype, trace.block_keys.size) as member:
+            for start, stop in spans(trace.block_keys.size):
+                before = trace.block_keys[start - 1] if start else 0
+                member.write(np.diff(trace.block_keys[start:stop], prepend=before).astype(dtype).tobytes())
+
+
+@contextmanager
+def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], size: int) -> Iterator[IO[bytes]]:
+    """A member of an .npz to write the values of an array into."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
+        np.lib.format.write_array_header_1_0(member, header)
+        yield member
 
 
 def recognises(first: FirstRow) -> bool:
@@ -82,7 +97,7 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
             if header["format"] != _MAGIC or header["version"] != _VERSION:
                 found = f"{header['format']!r} version {header['version']!r}"
                 raise TraceError(f"{source.name}: format: expected {_MAGIC!r} version {_VERSION}, got {found}")
-            trace = _trace(archive, header)
+            trace = _trace(archive, header, _keys(source.path))
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         if isinstance(error, TraceError):
             raise
@@ -98,12 +113,28 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
     return trace
 
 
-def _trace(archive: Any, header: dict[str, Any]) -> Trace:
+def _keys(path: Path) -> Int64Array:
+    """The keys of all blocks, from their differences, a piece at a time."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{_KEY_STEPS}.npy") as member:
+        np.lib.format.read_magic(member)
+        (size,), _, dtype = np.lib.format.read_array_header_1_0(member)
+        if dtype not in (np.int32, np.int64):
+            raise ValueError(f"key steps of {dtype}")
+        keys, last = new_ids(size), 0
+        for start, stop in spans(size):
+            steps = np.frombuffer(member.read((stop - start) * dtype.itemsize), dtype)
+            np.cumsum(steps, dtype=np.int64, out=keys[start:stop])
+            keys[start:stop] += last
+            last = int(keys[stop - 1])
+        if member.read(1):
+            raise ValueError("key steps after the last one")
+    return keys
+
+
+def _trace(archive: Any, header: dict[str, Any], keys: Int64Array) -> Trace:
     block = int(header["tokens_per_block"])
     has_outputs = "output_known" in archive
     columns = {name: archive[name] for name in (*_PER_REQUEST, *["output_known"] * has_outputs)}
-    keys = archive["key_steps"].astype(np.int64)
-    np.cumsum(keys, out=keys)  # in place: a trace may have more keys than memory has room for twice
     lengths = columns["prompt_tokens"], columns["output_tokens"]
     offsets = offsets_of((path_lengths(*lengths) if has_outputs else lengths[0]) // block)
     num_requests = columns["prompt_tokens"].shape

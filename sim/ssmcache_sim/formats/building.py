@@ -12,6 +12,7 @@ from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats.numbering import first_wrong_place, rows_that_agree
 from ssmcache_sim.formats.outputs import with_revealed_outputs
 from ssmcache_sim.formats.source import SourceFile
+from ssmcache_sim.scratch import GrowingIds, dense, gather
 from ssmcache_sim.trace import Float64Array, Int64Array, Sessions, Trace, offsets_of, path_lengths, reading_with_outputs
 
 Outputs = Literal["none", "revealed", "recorded"]
@@ -44,7 +45,9 @@ class Rows:
         per_row = ("line_numbers", "arrival_ms", "prompt_tokens", "output_tokens", "num_ids", "session", "turn")
         changes = {name: getattr(self, name)[kept] for name in per_row}
         parents = None if self.parent_lines is None else self.parent_lines[kept]
-        return replace(self, ids=self.ids[np.repeat(kept, self.num_ids)], parent_lines=parents, **changes)
+        starts = np.cumsum(self.num_ids) - self.num_ids
+        ids = gather(self.ids, starts[kept], offsets_of(self.num_ids[kept]))
+        return replace(self, ids=ids, parent_lines=parents, **changes)
 
 
 class RowColumns:
@@ -53,7 +56,7 @@ class RowColumns:
     def __init__(self, id_type: str = "q") -> None:
         self._ints = tuple(array("q") for _ in range(6))
         self._arrival_ms = array("d")
-        self._ids: array[int] = array(id_type)
+        self._ids = GrowingIds(id_type)
         self._sessions: dict[str, int] = {}
 
     def add(
@@ -72,23 +75,17 @@ class RowColumns:
         values = (line_number, prompt_tokens, output_tokens, len(ids), index, turn)
         for column, value in zip(self._ints, values, strict=True):
             column.append(value)
-        if isinstance(ids, np.ndarray):
-            self._ids.frombytes(ids.tobytes())
-        else:
-            self._ids.extend(ids)
+        self._ids.extend(ids)
 
     def rows(self) -> Rows:
         """All rows, without a copy; nothing can be added afterwards."""
-        ids: IdArray = np.frombuffer(self._ids, np.int64)
-        if self._ids.typecode == "Q":
-            ids = ids.view(np.uint64)
         lines, prompts, outputs, num_ids, session, turn = (np.frombuffer(column, np.int64) for column in self._ints)
         return Rows(
             line_numbers=lines,
             arrival_ms=np.frombuffer(self._arrival_ms, np.float64),
             prompt_tokens=prompts,
             output_tokens=outputs,
-            ids=ids,
+            ids=self._ids.all(),
             num_ids=num_ids,
             session=session,
             turn=turn,
@@ -127,7 +124,7 @@ def number_prefix_ids(source: SourceFile, rows: Rows, field: str = "hash_ids") -
     Errors: TraceError with the line of an id that follows two different ids, unless broken rows are skipped: then a
     row that contradicts the rows before it is left out.
     """
-    distinct_ids, ids = np.unique(rows.ids, return_inverse=True)
+    distinct_ids, ids = dense(rows.ids)
     wrong = first_wrong_place(ids, rows.num_ids, distinct_ids.size)
     if wrong is not None:
         row = int(np.searchsorted(np.cumsum(rows.num_ids), wrong.place, side="right"))
@@ -142,8 +139,7 @@ def number_prefix_ids(source: SourceFile, rows: Rows, field: str = "hash_ids") -
         )
         kept = rows_that_agree(ids, rows.num_ids, distinct_ids.size)
         source.num_broken += int(np.count_nonzero(~kept)) - 1  # one is counted above
-        ids = ids[np.repeat(kept, rows.num_ids)]
-        rows = rows.keep(kept)
+        return replace(rows, ids=ids).keep(kept), distinct_ids.size
     return replace(rows, ids=ids), distinct_ids.size
 
 
@@ -190,7 +186,7 @@ def build_trace(
         arrival_ms=arrivals(rows, order, rebase),
         prompt_tokens=rows.prompt_tokens[order],
         output_tokens=rows.output_tokens[order],
-        block_keys=_gather(rows.ids, starts, offsets),
+        block_keys=gather(rows.ids, starts, offsets),
         offsets=offsets,
         partial_ids=partial_ids,
         num_keys=num_keys,
@@ -237,15 +233,6 @@ def all_repairs(rows: Rows, repairs: Iterable[tuple[str, int]], ordered: bool) -
     num_late = int(np.count_nonzero(np.diff(rows.arrival_ms) < 0)) if ordered else 0
     late = ("rows earlier than the row before, sorted by arrival", num_late)
     return tuple((what, count) for what, count in (*repairs, late) if count)
-
-
-def _gather(ids: IdArray, starts: Int64Array, offsets: Int64Array) -> Int64Array:
-    """The ids of the full blocks of all prompts: prompt by prompt, since an index of each would be larger than they."""
-    keys = np.empty(offsets[-1], dtype=np.int64)
-    places = offsets.tolist()
-    for start, begin, end in zip(starts.tolist(), places, places[1:], strict=False):
-        keys[begin:end] = ids[start : start + end - begin]
-    return keys
 
 
 def _sessions(rows: Rows, order: Int64Array) -> Sessions | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ssmcache_sim.scratch import new_ids, spans
 from ssmcache_sim.trace import Int64Array
 
 _FIRST = -1  # in place of the id before the first one of a prompt
@@ -28,24 +29,27 @@ def first_wrong_place(ids: Int64Array, num_ids: Int64Array, num_distinct: int) -
     Args:
         ids: dense ids of all rows, one row after the other; num_ids: how many each row has.
     """
-    previous = _previous(ids, num_ids)
+    starts = (np.cumsum(num_ids) - num_ids)[num_ids > 0]
     usual = np.empty(num_distinct, dtype=np.int64)
-    usual[ids[::-1]] = previous[::-1]  # back to front: the first place of each id stays
-    wrong = previous != usual[ids]
-    if not wrong.any():
-        return None
-    place = int(wrong.argmax())
-    return WrongPlace(place, int(previous[place]), int(usual[ids[place]]))
+    for start, stop in reversed(spans(ids.size)):  # back to front: the first place of each id stays
+        usual[ids[start:stop][::-1]] = _previous(ids, starts, start, stop)[::-1]
+    for start, stop in spans(ids.size):
+        previous = _previous(ids, starts, start, stop)
+        wrong = previous != usual[ids[start:stop]]
+        if wrong.any():
+            place = int(wrong.argmax())
+            return WrongPlace(start + place, int(previous[place]), int(usual[ids[start + place]]))
+    return None
 
 
 def rows_that_agree(ids: Int64Array, num_ids: Int64Array, num_distinct: int) -> npt.NDArray[np.bool_]:
     """[num_rows] whether each row agrees with itself and with the rows before it that do."""
-    previous = _previous(ids, num_ids)
     usual = np.full(num_distinct, _UNSEEN, dtype=np.int64)
     agrees = np.ones(num_ids.size, dtype=np.bool_)
     start = 0
     for row, count in enumerate(num_ids.tolist()):
-        own, before = ids[start : start + count], previous[start : start + count]
+        own = ids[start : start + count]
+        before = np.concatenate(([_FIRST], own))[:count]
         known = usual[own]
         usual[own] = before
         if (usual[own] != before).any() or ((known != _UNSEEN) & (known != before)).any():
@@ -69,7 +73,7 @@ def fold_contents(contents: Int64Array, num_ids: Int64Array, num_contents: int) 
     starts = np.cumsum(num_ids) - num_ids
     by_length = np.argsort(-num_ids, kind="stable")
     lengths = -num_ids[by_length]  # ascending, so that it can be searched
-    ids = np.empty(contents.size, dtype=np.int64)
+    ids = new_ids(contents.size)
     before = np.zeros(num_ids.size, dtype=np.int64)  # one more than the id, 0 at the start
     num_prefixes = 0
     for block in range(int(num_ids.max(initial=0))):
@@ -83,8 +87,11 @@ def fold_contents(contents: Int64Array, num_ids: Int64Array, num_contents: int) 
     return ids, num_prefixes
 
 
-def _previous(ids: Int64Array, num_ids: Int64Array) -> Int64Array:
-    previous = np.empty_like(ids)
-    previous[1:] = ids[:-1]
-    previous[(np.cumsum(num_ids) - num_ids)[num_ids > 0]] = _FIRST
+def _previous(ids: Int64Array, starts: Int64Array, start: int, stop: int) -> Int64Array:
+    """What comes before each of the ids from `start` to `stop`; `starts`: where rows with ids begin."""
+    previous = np.empty(stop - start, dtype=np.int64)
+    previous[1:] = ids[start : stop - 1]
+    previous[0] = ids[start - 1]  # of the first of all, which begins a row, anything
+    first, last = np.searchsorted(starts, (start, stop))
+    previous[starts[first:last] - start] = _FIRST
     return previous

@@ -22,6 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from ssmcache_sim.errors import TraceError
+from ssmcache_sim.scratch import new_ids
 from ssmcache_sim.trace import BoolArray, Int64Array, Trace, offsets_of, path_lengths
 
 _NOBODY = -1
@@ -129,7 +130,7 @@ def _with_outputs(trace: Trace, revealed_by: Int64Array) -> Trace:
     copied = np.where(known, num_blocks, np.diff(trace.offsets))
     sources = np.where(known, revealed_by, np.arange(trace.num_requests))
     offsets = offsets_of(num_blocks)
-    keys = np.empty(offsets[-1], dtype=np.int64)
+    keys = new_ids(int(offsets[-1]))
     is_own = np.ones(keys.size, dtype=np.bool_)  # of an output that nobody reveals
     begins = trace.offsets[sources].tolist()
     for place, begin, count in zip(offsets[:-1].tolist(), begins, copied.tolist(), strict=True):
