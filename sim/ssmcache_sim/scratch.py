@@ -8,7 +8,7 @@ process ends. What works on such arrays goes through them in pieces.
 import os
 import tempfile
 from array import array
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ def new_ids(size: int) -> Int64Array:
     """[size] int64 of any content. Errors: TraceError where there is no room for a file."""
     if size < LARGE:
         return np.empty(size, dtype=np.int64)
-    with tempfile.TemporaryFile(prefix="ssmcache-") as file:
+    with _new_file() as file:
         num_bytes = 8 * size
         try:
             # a hole that the disk has no room for later would end the process
@@ -64,7 +64,7 @@ class GrowingIds:
 
     def __init__(self, id_type: str) -> None:
         self._ids: array[int] = array(id_type)
-        self._file: Any = None
+        self._file: IO[bytes] | None = None
         self._num_filed = 0
 
     def extend(self, ids: Any) -> None:
@@ -78,7 +78,7 @@ class GrowingIds:
 
     def _flush(self) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="ssmcache-")  # noqa: SIM115  goes with the array
+            self._file = _new_file()
         try:
             self._ids.tofile(self._file)
             self._file.flush()
@@ -131,7 +131,16 @@ def _ascending(*ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return found[np.concatenate(([True], found[1:] != found[:-1]))]
 
 
-def _mapped(file: Any, dtype: Any, size: int) -> npt.NDArray[Any]:
+def _new_file() -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile(prefix="ssmcache-")
+    except OSError as error:
+        raise TraceError(
+            f"block ids: expected a folder for temporary files to write to (TMPDIR names another), got: {error}"
+        ) from error
+
+
+def _mapped(file: IO[bytes], dtype: Any, size: int) -> npt.NDArray[Any]:
     # a plain array: what NumPy makes of a memmap is one again, also where it is in memory
     return np.asarray(np.memmap(file, dtype, "r+", shape=size)).view(np.ndarray)
 

@@ -111,6 +111,14 @@ def test_a_folder_without_room_is_a_line(in_files: Path, monkeypatch: pytest.Mon
     assert str(caught.value).startswith(message)
 
 
+def test_a_folder_that_is_not_there_is_a_line(in_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(in_files / "nowhere"))
+    with pytest.raises(TraceError, match=r"expected a folder for temporary files to write to .*, got: .*nowhere"):
+        new_ids(10_000)
+    with pytest.raises(TraceError):
+        GrowingIds("q").extend(np.arange(10_000))
+
+
 def test_stretches_are_gathered(in_files: Path) -> None:
     ids = np.arange(0, 9000, 3)
     found = gather(ids, np.array([2000, 0, 1000]), np.array([0, 400, 400, 1200]), step=2)
