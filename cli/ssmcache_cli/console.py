@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
-from ssmcache_sim.formats import ReadOptions
+from ssmcache_sim.formats import Progress, ReadOptions
 from ssmcache_sim.machine_profile import MachineProfile, read_profile
 from ssmcache_sim.results import RunTimes
 from ssmcache_sim.sessions import parse_session_start
 from ssmcache_sim.trace import LengthTrace, Trace
 
+Requests = TypeVar("Requests", Trace, Trace | LengthTrace)
 TraceArgument = Annotated[Path, typer.Argument(help="A request trace, plain or compressed (gzip, xz, zstd).")]
 ModelOption = Annotated[
     str, typer.Option(help="A preset (see `ssmcache models`), or the path of a config.json.", metavar="NAME|PATH")
@@ -117,6 +118,18 @@ def read_options(
     )
 
 
+def read_shown(
+    read: Callable[[Path, int | None, ReadOptions, Progress], Requests],
+    path: Path,
+    trace_block: int | None,
+    options: ReadOptions,
+    shown: bool,
+) -> Requests:
+    """What `read`, one of the library's two, gives for a trace; with progress if `shown`."""
+    with progress_bar(f"read {path.name}", 100, shown) as progress:
+        return read(path, trace_block, options, lambda share: progress(int(100 * share)))
+
+
 def note_broken_rows(requests: Trace | LengthTrace) -> None:
     """Says on stderr how many rows were left out: results of a part of a trace must not pass for the whole."""
     if requests.num_broken:
@@ -163,7 +176,7 @@ def progress_bar(what: str, total: int, shown: bool) -> Iterator[Callable[[int],
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)

@@ -74,7 +74,7 @@ def explain_command(
     )  # fmt: skip
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"):
-        inputs = read_inputs(asked, trace, trace_block, reading, num_requests)
+        inputs = read_inputs(asked, trace, trace_block, reading, num_requests, shown=True)
         requests, settings, config = inputs.requests, inputs.settings, inputs.config
         chosen = None if session is None else requests_of_session(requests, session)
         if request is not None:

@@ -30,6 +30,7 @@ from ssmcache_cli.console import (
     progress_bar,
     read_machine,
     read_options,
+    read_shown,
 )
 from ssmcache_cli.recommend_report import print_report
 from ssmcache_sim.candidates import Question
@@ -132,7 +133,7 @@ def recommend_command(
     )
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"), recommend_directory(out) if out else nullcontext() as folder:
-        requests = read_trace(trace, trace_block, reading)
+        requests = read_shown(read_trace, trace, trace_block, reading, shown=not (quiet or as_json))
         note_broken_rows(requests)
         with progress_bar("recommend", 100, shown=not (quiet or as_json)) as progress:
             answer = recommend(requests, spec, question, progress=progress)

@@ -103,7 +103,7 @@ def replay_command(
     )  # fmt: skip
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:
-        inputs = read_inputs(asked, trace, trace_block, reading, num_requests)
+        inputs = read_inputs(asked, trace, trace_block, reading, num_requests, shown=not (quiet or as_json))
         log = None if folder is None else folder / DECISIONS
         result, payload = _replay(inputs, memory, verify, log, shown=not (quiet or as_json))
         manifest, times = (

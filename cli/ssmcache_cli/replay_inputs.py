@@ -10,7 +10,7 @@ import typer
 from ssmcache import KVCacheManagerConfig
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache.models import ModelSpec, load_model
-from ssmcache_cli.console import note_broken_rows, read_machine
+from ssmcache_cli.console import note_broken_rows, read_machine, read_shown
 from ssmcache_sim.errors import SettingsError, SizeError, UserError
 from ssmcache_sim.formats import ReadOptions, read_trace
 from ssmcache_sim.settings import ReplaySettings, build_config, make_settings, parse_admission, parse_prefill
@@ -61,9 +61,9 @@ class ReplayInputs:
 
 
 def read_inputs(
-    asked: Asked, trace: Path, trace_block: int | None, reading: ReadOptions, num_requests: int | None
+    asked: Asked, trace: Path, trace_block: int | None, reading: ReadOptions, num_requests: int | None, shown: bool
 ) -> ReplayInputs:
-    """Checks the options, the cheap ones before the trace is read. Errors: UserError, ModelError."""
+    """Checks the options, the cheap ones before the trace is read, which is `shown`. Errors: UserError, ModelError."""
     gpu_bytes, how = parse_size(asked.gpu_memory), parse_prefill(asked.prefill)
     admitted = parse_admission(asked.admission)
     host_bytes = parse_tier_size(asked.host_memory, "--host-memory")
@@ -82,7 +82,7 @@ def read_inputs(
         )
     bandwidths = DEFAULT_BANDWIDTHS if profile is None else read_machine(profile).bandwidths
     spec = load_model(asked.model)
-    requests = read_trace(trace, trace_block, reading)
+    requests = read_shown(read_trace, trace, trace_block, reading, shown)
     note_broken_rows(requests)
     if num_requests is not None:
         requests = requests.first_requests(num_requests)

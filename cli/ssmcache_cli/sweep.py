@@ -33,6 +33,7 @@ from ssmcache_cli.console import (
     note_broken_rows,
     progress_bar,
     read_options,
+    read_shown,
 )
 from ssmcache_cli.tables import phase_table, sweep_table
 from ssmcache_sim.cluster import LOCAL, cluster_workers
@@ -143,7 +144,7 @@ def sweep_command(
     with interruptible(hint), _workers(cluster, jobs) as workers:
         sweeps = []
         for path, directory in zip(traces, sweep_directories(traces, out), strict=True):
-            requests = read_trace(path, trace_block, reading)
+            requests = read_shown(read_trace, path, trace_block, reading, shown=not quiet)
             note_broken_rows(requests)
             sweep = SweepSpec(
                 tokens_per_block=blocks or (requests.tokens_per_block,),

@@ -19,6 +19,7 @@ from ssmcache_cli.console import (
     interruptible,
     note_broken_rows,
     read_options,
+    read_shown,
 )
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats import read_requests, read_trace
@@ -58,9 +59,10 @@ def info_command(
     with interruptible("nothing was written"):
         requests: Trace | LengthTrace
         if tokens_per_block is None:
-            requests = read_requests(trace, trace_block, reading)
+            requests = read_shown(read_requests, trace, trace_block, reading, shown=not as_json)
         else:
-            requests = read_trace(trace, trace_block, reading).with_block(tokens_per_block)
+            requests = read_shown(read_trace, trace, trace_block, reading, shown=not as_json)
+            requests = requests.with_block(tokens_per_block)
         info = describe(requests, intervals)
         if plot is not None:
             from ssmcache_sim.directories import write_file
@@ -97,7 +99,7 @@ def convert_command(
         raise TraceError(f"converted trace: expected a name that ends in {SUFFIX}, got {out.name!r}")
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
     with interruptible("nothing was written"):
-        requests = read_trace(trace, trace_block, reading)
+        requests = read_shown(read_trace, trace, trace_block, reading, shown=True)
         note_broken_rows(requests)
         write_binary(requests, out)
     typer.echo(f"{out}: {requests.num_requests:,} requests, blocks of {requests.tokens_per_block} tokens")

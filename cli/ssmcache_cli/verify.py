@@ -84,7 +84,7 @@ def verify_command(
     from ssmcache_sim.verify import verify
 
     with interruptible("nothing was verified"), real_memory(memory) as real:
-        inputs = read_inputs(asked, trace, trace_block, reading, num_requests)
+        inputs = read_inputs(asked, trace, trace_block, reading, num_requests, shown=not (quiet or as_json))
         requests, settings = inputs.requests, inputs.settings
         with progress_bar("verify", 2 * requests.num_requests, shown=not (quiet or as_json)) as progress:
             answer = verify(requests, inputs.config, real, prefill=settings.prefill, progress=progress, log=log)

@@ -3,7 +3,9 @@
 A new format is a module with a `TraceFormat`, and a place in `_FORMATS`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats import azure, bailian, binary, dynamo, mooncake, text, tokens, weka
@@ -12,7 +14,9 @@ from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import RowError, SourceFile
 from ssmcache_sim.trace import LengthTrace, Trace
 
-__all__ = ["ReadOptions", "format_names", "read_requests", "read_trace"]
+Progress: TypeAlias = Callable[[float], None]
+
+__all__ = ["Progress", "ReadOptions", "format_names", "read_requests", "read_trace"]
 
 # asked in this order; the mooncake format, which others have borrowed fields of, comes last
 _FORMATS: tuple[TraceFormat, ...] = (
@@ -33,17 +37,23 @@ def format_names() -> tuple[str, ...]:
     return tuple(sorted(trace_format.name for trace_format in _FORMATS))
 
 
-def read_trace(path: str | Path, tokens_per_block: int | None = None, options: ReadOptions | None = None) -> Trace:
+def read_trace(
+    path: str | Path,
+    tokens_per_block: int | None = None,
+    options: ReadOptions | None = None,
+    progress: Progress = lambda share: None,
+) -> Trace:
     """Reads a trace file of any known format, requests in order of arrival.
 
     Args:
         path: the file; may be compressed with gzip, xz or zstd.
         tokens_per_block: tokens that one recorded id stands for, or that blocks of recorded tokens should have; None:
             told by the content.
+        progress: called with the share of the file that has been read, 0 to 1.
 
     Errors: TraceError, one line, for anything wrong with the file or its rows, and for a file that tells lengths only.
     """
-    requests = read_requests(path, tokens_per_block, options)
+    requests = read_requests(path, tokens_per_block, options, progress)
     if isinstance(requests, LengthTrace):
         raise TraceError(
             f"{requests.name}: hit rates: expected a trace that tells what prompts share, got lengths only "
@@ -53,13 +63,16 @@ def read_trace(path: str | Path, tokens_per_block: int | None = None, options: R
 
 
 def read_requests(
-    path: str | Path, tokens_per_block: int | None = None, options: ReadOptions | None = None
+    path: str | Path,
+    tokens_per_block: int | None = None,
+    options: ReadOptions | None = None,
+    progress: Progress = lambda share: None,
 ) -> Trace | LengthTrace:
     """As `read_trace`, and reads files that tell lengths only, too."""
     options = options or ReadOptions()
     if tokens_per_block is not None and tokens_per_block < 1:
         raise TraceError(f"trace block: expected a positive integer, got {tokens_per_block}")
-    source = SourceFile(Path(path), options.skip_broken)
+    source = SourceFile(Path(path), options.skip_broken, progress)
     trace_format = _tell_format(source) if options.format_name is None else _named_format(options.format_name)
     for name in options.given():
         if name not in trace_format.options:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,15 +27,19 @@ class SourceFile:
     Args:
         path: plain, or compressed with gzip, xz or zstd: told by the first bytes.
         skip_broken: leave broken rows out and count them.
+        progress: called with the share of the file that has been read, 0 to 1.
 
     Errors: TraceError when the file cannot be read, at once or while its lines are read.
     """
 
-    def __init__(self, path: Path, skip_broken: bool = False) -> None:
+    def __init__(
+        self, path: Path, skip_broken: bool = False, progress: Callable[[float], None] = lambda share: None
+    ) -> None:
         self.path = path
         self.name = path.name
         self.num_broken = 0
         self._skip_broken = skip_broken
+        self._progress = progress
         self._hash = hashlib.sha256()
         self._lines = self._numbered_lines()
         self._peeked: list[tuple[int, bytes]] = []
@@ -98,7 +103,10 @@ class SourceFile:
     def _chunks(self) -> Iterator[bytes]:
         try:
             with self.path.open("rb") as file:
-                yield from _content(file, self.name)
+                num_bytes = max(os.fstat(file.fileno()).st_size, 1)
+                for chunk in _content(file, self.name):
+                    yield chunk
+                    self._progress(min(file.tell() / num_bytes, 1.0))
         except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
             raise TraceError(f"{self.path}: expected whole compressed content, got: {error}") from error
         except OSError as error:
