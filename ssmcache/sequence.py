@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from ssmcache import resuming
@@ -35,7 +37,7 @@ class KVCache(SequenceCommits):
     """
 
     __slots__ = (
-        "_input", "adopt", "id", "partly", "usable_tokens_by_tier", "version",
+        "_input", "_loads", "adopt", "id", "partly", "usable_tokens_by_tier", "version",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +66,7 @@ class KVCache(SequenceCommits):
         self.pending = NO_TOKENS  # the committed tokens of the last, unfinished block
         self._input: tuple[Int64Array, int, int] | None = (keys, num_blocks, num_tokens)
         self.usable_tokens_by_tier: tuple[int, ...] = ()  # where the match lay at the first resume, with several tiers
+        self._loads: Sequence[Future[Any]] = ()
         self._stopped = False
         self._rows = None
         self.states = None if store.snapshots is None else SequenceStates(manager, self.priority, num_tokens + 1)
@@ -165,7 +168,8 @@ class KVCache(SequenceCommits):
             self.manager.num_active -= 1
 
     def prefetch(self, tier: int = GPU_TIER) -> bool:
-        """Bring what the sequence holds up to a tier (0 is the GPU) before it is needed there, while not ACTIVE.
+        """Bring what the sequence holds up to a tier (0 is the GPU) before it is needed there, while not ACTIVE. What
+        comes from files to a host tier may still be read after the call: see `is_loading`.
 
         Returns False, with `shortage` set and nothing changed, if there is no room.
         """
@@ -177,7 +181,15 @@ class KVCache(SequenceCommits):
             self.manager.streams.acquire(self.stream)
             self.shortage = resuming.prefetch(self, tier)
             self.manager.streams.release(self.stream)
+            self._loads = self.manager.memory.loads()
             return self.shortage is None
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether files are still being read that the last `prefetch` asked for, or found others to have asked for:
+        `resume` would wait for them.
+        """
+        return not all(load.done() for load in self._loads)
 
     def close(self) -> None:
         """Leave: committed blocks stay for reuse, everything private goes back. Idempotent."""

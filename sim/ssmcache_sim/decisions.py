@@ -19,6 +19,7 @@ neighbours; blocks by the key that the trace has for the last of a stretch, whic
 import gzip
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,9 @@ class _WatchedMemory:
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         self._log.copied(moves)
         self._memory.copy(moves, stream)
+
+    def loads(self) -> Sequence[Future[Any]]:
+        return self._memory.loads()
 
     @property
     def bytes_in_use(self) -> int:

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -81,6 +82,11 @@ class Memory(Protocol):
     def view(self, layer_group: int) -> Any:
         """The GPU pool of a layer group as an array of bytes, [num_slots, slot_bytes], not a copy; None if there are no
         bytes. It is good until the next `resize`.
+        """
+
+    def loads(self) -> Sequence[Future[Any]]:
+        """What is still being read from files for copies that were queued; once all of it is done, a copy from where it
+        goes to waits for no file. For callers that have other work meanwhile: no decision depends on it.
         """
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
@@ -37,7 +38,7 @@ class CudaMemory:
     - `copy` between GPU and host: nothing, or what is still being read from the disk into one of the slots.
     - `copy` to the disk: only a ring that is full; see `DiskQueue`. From the disk to the host: nothing; to the GPU:
       reading the file. So whoever must not wait for a file brings pages to the host tier first
-      (`KVCache.prefetch(1)`), while the request waits for its turn.
+      (`KVCache.prefetch(1)`), and resumes once `KVCache.is_loading` is over.
     - What goes to the disk is written after the call, and what goes from there to the host is read after it: a failure
       loses those slots, and the copy that would read one raises `TransferError`.
     - `open`, `resize` and `close` wait for all that was queued on the device.
@@ -246,6 +247,10 @@ class CudaMemory:
         pools = self._tiers[GPU_TIER]
         assert not isinstance(pools, DiskQueue)
         return pools.pools[layer_group].rows
+
+    def loads(self) -> Sequence[Future[Any]]:
+        """See `Memory.loads`: those from the disk to the host tier."""
+        return [future for loaded in self._loaded.values() for future in loaded.under_way()]
 
     @property
     def bytes_in_use(self) -> int:

@@ -78,6 +78,10 @@ class LoadedSlots:
         self._settle(layer_group, slots)
         self._lost[layer_group][slots] = False
 
+    def under_way(self) -> list[Future[dict[int, str]]]:
+        """The loads that are not done yet."""
+        return [future for _, _, future in self._loads.values() if not future.done()]
+
     def wait(self) -> None:
         """Until nothing is loaded any more."""
         for number in list(self._loads):

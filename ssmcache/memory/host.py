@@ -3,6 +3,7 @@
 import operator
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,9 @@ class HostMemory:
         pools = self._tiers[GPU_TIER]
         assert not isinstance(pools, DiskTier)
         return pools[layer_group]
+
+    def loads(self) -> Sequence[Future[Any]]:
+        return ()
 
     @property
     def bytes_in_use(self) -> int:

@@ -1,6 +1,7 @@
 """Memory without bytes: counts what would be moved, and when the move would be done."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -135,6 +136,9 @@ class SimulatedMemory:
     def num_copied_bytes(self) -> int:
         """Of all directions together."""
         return sum(self.copied(*pair).num_bytes for pair in product(range(len(self._directions)), repeat=2))
+
+    def loads(self) -> Sequence[Future[Any]]:
+        return ()
 
     @property
     def bytes_in_use(self) -> int:

@@ -304,6 +304,17 @@ def test_a_destination_that_is_a_source_is_refused_within_a_tier_alone(opened: S
             opened.copy(0, tier, [1], GPU_TIER, [1])
 
 
+@each(list(MEMORIES))
+def test_loads_from_files_come_to_an_end(opened: Subject) -> None:
+    opened.resize(*[[4, 4]] * len(opened.tiers))
+    assert list(opened.memory.loads()) == []
+    for source, target in product(range(len(opened.tiers)), repeat=2):
+        opened.copy(0, source, [0, 1], target, [2, 3])
+        for load in opened.memory.loads():
+            load.exception(timeout=20)
+        assert list(opened.memory.loads()) == []
+
+
 # -- pools -----------------------------------------------------------------------------------------------------------
 
 

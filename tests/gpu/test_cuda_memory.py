@@ -428,6 +428,48 @@ def test_a_copy_from_the_disk_to_the_host_waits_for_no_file_and_who_reads_it_doe
     release.join()
 
 
+def test_a_sequence_says_for_how_long_files_are_read_for_it(
+    memory: CudaMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = AttentionLayerConfig(0, [BufferConfig("key", MIB), BufferConfig("value", MIB)])
+    tiers = [GpuCacheTierConfig(8 * MIB), HostCacheTierConfig(8 * MIB), DiskCacheTierConfig(16 * MIB, str(tmp_path))]
+    manager = KVCacheManager(KVCacheManagerConfig(tokens_per_block=1, cache_tiers=tiers, layers=[layer]), memory)
+    keys = manager.buffer(0, "key")
+    for prompt in ([1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]):
+        kv = manager.create_kv_cache(prompt)
+        assert kv.resume()
+        assert kv.resize(3)
+        for token, page in zip(prompt, kv.page_indices(0), strict=True):
+            keys[int(page)] = token
+        kv.commit(prompt)
+        kv.close()
+    assert memory.resize(DISK, [8])  # what went there is written
+    kv = manager.create_kv_cache([1, 2, 3])
+    assert (kv.num_committed_tokens, kv.is_loading) == (3, False)
+    assert manager.memory_usage().tiers[DISK][0].used_slots > 2
+    may_read, real = threading.Event(), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: (may_read.wait(20), real(*args))[1])
+    assert kv.prefetch(HOST)
+    assert kv.is_loading
+    another = manager.create_kv_cache([1, 2, 3])
+    assert not another.is_loading  # it has not asked
+    assert another.prefetch(HOST)
+    assert another.is_loading
+    another.close()
+    may_read.set()
+    deadline = time.monotonic() + 20
+    while kv.is_loading:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    monkeypatch.setattr(os, "preadv", lambda *args: pytest.fail("nothing is left to be read"))
+    assert kv.resume()
+    torch.cuda.synchronize()
+    assert [int(keys[int(page), 0]) for page in kv.page_indices(0)] == [1, 2, 3]
+    assert [int(keys[int(page), -1]) for page in kv.page_indices(0)] == [1, 2, 3]
+    kv.close()
+    manager.shutdown()
+
+
 def test_a_file_that_cannot_be_read_is_told_by_the_copy_that_needs_it(
     memory: CudaMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
