@@ -23,10 +23,10 @@ PIECE = 1 << 20
 """Entries that are worked on at once."""
 
 
-def new_ids(size: int) -> Int64Array:
-    """[size] int64 of any content. Errors: TraceError where there is no room for a file."""
+def new_ids(size: int, dtype: npt.DTypeLike = np.int64) -> npt.NDArray[Any]:
+    """[size] integers of 8 bytes and any content. Errors: TraceError where there is no room for a file."""
     if size < LARGE:
-        return np.empty(size, dtype=np.int64)
+        return np.empty(size, dtype=dtype)
     with _new_file() as file:
         num_bytes = 8 * size
         try:
@@ -37,7 +37,7 @@ def new_ids(size: int) -> Int64Array:
                 file.truncate(num_bytes)
         except OSError as error:
             raise _no_room(num_bytes, error) from error
-        return _mapped(file, np.int64, size)
+        return _mapped(file, dtype, size)
 
 
 def spans(size: int) -> list[tuple[int, int]]:
@@ -45,14 +45,14 @@ def spans(size: int) -> list[tuple[int, int]]:
     return [(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
 
 
-def gather(ids: npt.NDArray[Any], starts: Int64Array, offsets: Int64Array, step: int = 1) -> Int64Array:
+def gather(ids: npt.NDArray[Any], starts: Int64Array, offsets: Int64Array, step: int = 1) -> npt.NDArray[Any]:
     """Stretches of `ids`, one after the other.
 
     Args:
         starts: [n] where each begins; offsets: [n + 1] where each goes, and the end.
         step: only each so manieth entry, the first one included.
     """
-    found = new_ids(int(offsets[-1]))
+    found = new_ids(int(offsets[-1]), ids.dtype)
     places = offsets.tolist()
     for start, begin, end in zip(starts.tolist(), places, places[1:], strict=False):
         found[begin:end] = ids[start : start + (end - begin) * step : step]

@@ -119,8 +119,9 @@ def test_a_folder_that_is_not_there_is_a_line(in_files: Path, monkeypatch: pytes
         GrowingIds("q").extend(np.arange(10_000))
 
 
-def test_stretches_are_gathered(in_files: Path) -> None:
-    ids = np.arange(0, 9000, 3)
+@pytest.mark.parametrize("largest", [2**63 - 1, 2**64 - 1])
+def test_stretches_are_gathered(in_files: Path, largest: int) -> None:
+    ids = largest - np.arange(0, 9000, 3, dtype=np.array(largest).dtype)
     found = gather(ids, np.array([2000, 0, 1000]), np.array([0, 400, 400, 1200]), step=2)
     assert found.tolist() == [*ids[2000:2800:2].tolist(), *ids[1000:2600:2].tolist()]
 
