@@ -53,9 +53,17 @@ def gather(ids: npt.NDArray[Any], starts: Int64Array, offsets: Int64Array, step:
         step: only each so manieth entry, the first one included.
     """
     found = new_ids(int(offsets[-1]), ids.dtype)
-    places = offsets.tolist()
-    for start, begin, end in zip(starts.tolist(), places, places[1:], strict=False):
-        found[begin:end] = ids[start : start + (end - begin) * step : step]
+    first = 0
+    while first < starts.size:  # whole stretches that are a piece together, or one that is longer
+        fitting = int(np.searchsorted(offsets, offsets[first] + PIECE, side="right")) - 1
+        last = max(first + 1, fitting)
+        begin, end = offsets[first], offsets[last]
+        places = np.arange(0, (end - begin) * step, step, dtype=np.int64)
+        places += np.repeat(
+            starts[first:last] - (offsets[first:last] - begin) * step, np.diff(offsets[first : last + 1])
+        )
+        found[begin:end] = ids[places]
+        first = last
     return found
 
 

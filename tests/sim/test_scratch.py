@@ -120,10 +120,18 @@ def test_a_folder_that_is_not_there_is_a_line(in_files: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("largest", [2**63 - 1, 2**64 - 1])
-def test_stretches_are_gathered(in_files: Path, largest: int) -> None:
-    ids = largest - np.arange(0, 9000, 3, dtype=np.array(largest).dtype)
-    found = gather(ids, np.array([2000, 0, 1000]), np.array([0, 400, 400, 1200]), step=2)
-    assert found.tolist() == [*ids[2000:2800:2].tolist(), *ids[1000:2600:2].tolist()]
+@given(data=st.data(), size=st.integers(1, 12), step=st.integers(1, 3))
+def test_stretches_are_gathered(largest: int, data: st.DataObject, size: int, step: int) -> None:
+    ids = largest - np.arange(40, dtype=np.array(largest).dtype)
+    stretch = st.tuples(st.integers(0, 20), st.integers(0, 6))
+    stretches = data.draw(st.lists(stretch, min_size=1, max_size=9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch, "PIECE", size)
+        counts = np.array([count for _, count in stretches], np.int64)
+        starts = np.array([start for start, _ in stretches], np.int64)
+        found = gather(ids, starts, np.concatenate(([0], np.cumsum(counts))), step)
+    expected = [largest - start - index * step for start, count in stretches for index in range(count)]
+    assert found.tolist() == expected
 
 
 @pytest.mark.parametrize("outputs", [False, True])
