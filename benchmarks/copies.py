@@ -200,9 +200,9 @@ def ways_over_link(repeats: int) -> Row:
             for slot_bytes, num_slots in SIZES:
                 for source, destination in ((HOST, GPU), (GPU, HOST)):
                     with opened(slot_bytes, num_slots, num_slots) as memory:
-                        batches = RandomMoves(source, destination, num_slots)
-                        (alone,) = medians(repeats, device_seconds, lambda m=memory, b=batches: m.copy(b.next(), None))
-                        both = [products.beside(lambda m=memory, b=batches: m.copy(b.next(), None)) for _ in range(3)]
+                        copy = next_copy(memory, RandomMoves(source, destination, num_slots))
+                        (alone,) = medians(repeats, device_seconds, copy)
+                        both = [products.beside(copy) for _ in range(3)]
                     beside, disturbed = map(statistics.median, zip(*both, strict=True))
                     gb = slot_bytes * num_slots / 1e9
                     direction = "to gpu" if destination == GPU else "to host"
@@ -212,6 +212,11 @@ def ways_over_link(repeats: int) -> Row:
         cuda_copies.ENGINE_BYTES = kept
     columns = ["way", "direction", "slot_kib", "gb_s", "gb_s_beside_products", "ms_of_products_lost_per_gb"]
     return {"columns": columns, "rows": rows}
+
+
+def next_copy(memory: CudaMemory, batches: RandomMoves) -> Callable[[], None]:
+    """Each call queues the next batch on the current stream."""
+    return lambda: memory.copy(batches.next(), None)
 
 
 class Products:

@@ -36,9 +36,7 @@ class KVCache(SequenceCommits):
     time. (Those made for every request do so by hand: `with` costs twice as much.)
     """
 
-    __slots__ = (
-        "_input", "_loads", "adopt", "id", "partly", "usable_tokens_by_tier", "version",
-    )  # fmt: skip
+    __slots__ = ("_input", "_loads", "adopt", "id", "partly", "usable_tokens_by_tier", "version")
 
     def __init__(
         self, manager: KVCacheManager, tokens: Tokens, scope: ReuseScope, id: object,
@@ -186,8 +184,8 @@ class KVCache(SequenceCommits):
 
     @property
     def is_loading(self) -> bool:
-        """Whether files are still being read that the last `prefetch` asked for, or found others to have asked for:
-        `resume` would wait for them.
+        """Whether files are still being read that the last `prefetch` asked for, or found others to have asked for.
+        Until they are read `resume` may wait for them.
         """
         return not all(load.done() for load in self._loads)
 
@@ -235,6 +233,20 @@ class KVCache(SequenceCommits):
         if self.parked is not None:
             self.parked.discard()
             self.parked = None
+
+    # -- states and streams --------------------------------------------------------------------------------------------
+
+    def ssm_slot(self, layer_group: int) -> int:
+        """Slot of the live state. Errors: StateError before the first resume; ValueError for another layer group."""
+        with self.manager.lock:
+            if self.states is None or layer_group != self.manager.state_group:
+                raise ValueError(f"ssm_slot: expected the SSM layer group, got {layer_group}")
+            if self.states.live_slot < 0:
+                raise StateError("ssm_slot: expected a resumed sequence")
+            return self.states.live_slot
+
+    def touch_own_snapshot(self, stamp: int) -> int:
+        return -1 if self.states is None else self.states.touch_own(self.cursor, self.num_committed_tokens, stamp)
 
     def set_stream(self, stream: Any) -> None:
         """Go on computing on another stream, which waits for what the present one was given so far.

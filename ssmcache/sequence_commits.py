@@ -149,15 +149,3 @@ class SequenceCommits(SequencePages):
     def stop_committing(self) -> None:
         """Commit nothing more: later tokens stay private. Idempotent."""
         self._stopped = True
-
-    def ssm_slot(self, layer_group: int) -> int:
-        """Slot of the live state. Errors: StateError before the first resume; ValueError for another layer group."""
-        with self.manager.lock:
-            if self.states is None or layer_group != self.manager.state_group:
-                raise ValueError(f"ssm_slot: expected the SSM layer group, got {layer_group}")
-            if self.states.live_slot < 0:
-                raise StateError("ssm_slot: expected a resumed sequence")
-            return self.states.live_slot
-
-    def touch_own_snapshot(self, stamp: int) -> int:
-        return -1 if self.states is None else self.states.touch_own(self.cursor, self.num_committed_tokens, stamp)

@@ -118,8 +118,7 @@ class SparseStore(SparseSegments):
     def _evict(self, run: Run, tier: int, ordinals: IntArray, slots: IntArray) -> None:
         """Slots that were taken out of a run go."""
         count = len(slots)
-        self.pools[tier].give_back(slots)
-        self.cached[tier] -= count
+        self.give_back(tier, slots)
         self.num_evicted += count
         self.num_evicted_unused += count - self._forgotten(tier, slots)
         self._store.version += 1

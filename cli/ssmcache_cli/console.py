@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from ssmcache_sim.formats import Progress, ReadOptions
+from ssmcache_sim.formats import ReadOptions, ReadProgress
 from ssmcache_sim.machine_profile import MachineProfile, read_profile
 from ssmcache_sim.results import RunTimes
 from ssmcache_sim.sessions import parse_session_start
@@ -119,7 +119,7 @@ def read_options(
 
 
 def read_shown(
-    read: Callable[[Path, int | None, ReadOptions, Progress], Requests],
+    read: Callable[[Path, int | None, ReadOptions, ReadProgress], Requests],
     path: Path,
     trace_block: int | None,
     options: ReadOptions,

@@ -132,10 +132,11 @@ def recommend_command(
         num_replays=replays,
     )
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
+    shown = not (quiet or as_json)
     with interruptible("nothing was written"), recommend_directory(out) if out else nullcontext() as folder:
-        requests = read_shown(read_trace, trace, trace_block, reading, shown=not (quiet or as_json))
+        requests = read_shown(read_trace, trace, trace_block, reading, shown)
         note_broken_rows(requests)
-        with progress_bar("recommend", 100, shown=not (quiet or as_json)) as progress:
+        with progress_bar("recommend", 100, shown=shown) as progress:
             answer = recommend(requests, spec, question, progress=progress)
         manifest, times = recommend_manifest(requests, spec.name, question), stopwatch.times()
         if folder is not None:

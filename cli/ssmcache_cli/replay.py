@@ -102,10 +102,11 @@ def replay_command(
         kv_dtype, state_dtype, prefill, memory, bandwidth_profile, admission,
     )  # fmt: skip
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
+    shown = not (quiet or as_json)
     with interruptible("nothing was written"), replay_directory(out) if out else nullcontext() as folder:
-        inputs = read_inputs(asked, trace, trace_block, reading, num_requests, shown=not (quiet or as_json))
+        inputs = read_inputs(asked, trace, trace_block, reading, num_requests, shown)
         log = None if folder is None else folder / DECISIONS
-        result, payload = _replay(inputs, memory, verify, log, shown=not (quiet or as_json))
+        result, payload = _replay(inputs, memory, verify, log, shown=shown)
         manifest, times = (
             replay_manifest(inputs.requests, inputs.settings, inputs.bandwidths, memory),
             stopwatch.times(),

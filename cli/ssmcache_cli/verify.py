@@ -80,13 +80,14 @@ def verify_command(
         kv_dtype, state_dtype, prefill, memory, admission=admission,
     )  # fmt: skip
     reading = read_options(format_name, session_start, seed, tokenizer, skip_broken, outputs)
+    shown = not (quiet or as_json)
     from ssmcache_sim.real_memory import real_memory
     from ssmcache_sim.verify import verify
 
     with interruptible("nothing was verified"), real_memory(memory) as real:
-        inputs = read_inputs(asked, trace, trace_block, reading, num_requests, shown=not (quiet or as_json))
+        inputs = read_inputs(asked, trace, trace_block, reading, num_requests, shown)
         requests, settings = inputs.requests, inputs.settings
-        with progress_bar("verify", 2 * requests.num_requests, shown=not (quiet or as_json)) as progress:
+        with progress_bar("verify", 2 * requests.num_requests, shown) as progress:
             answer = verify(requests, inputs.config, real, prefill=settings.prefill, progress=progress, log=log)
         name = real.name
     if as_json:

@@ -150,7 +150,7 @@ def _new_file() -> IO[bytes]:
 
 def _mapped(file: IO[bytes], dtype: Any, size: int) -> npt.NDArray[Any]:
     # a plain array: what NumPy makes of a memmap is one again, also where it is in memory
-    return np.asarray(np.memmap(file, dtype, "r+", shape=size)).view(np.ndarray)
+    return np.asarray(np.memmap(file, dtype, "r+", shape=size))
 
 
 def _no_room(num_bytes: int, error: OSError) -> TraceError:

@@ -3,20 +3,16 @@
 A new format is a module with a `TraceFormat`, and a place in `_FORMATS`.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
 
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats import azure, bailian, binary, dynamo, mooncake, text, tokens, weka
 from ssmcache_sim.formats.fields import parse_object
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
-from ssmcache_sim.formats.source import RowError, SourceFile
+from ssmcache_sim.formats.source import ReadProgress, RowError, SourceFile
 from ssmcache_sim.trace import LengthTrace, Trace
 
-Progress: TypeAlias = Callable[[float], None]
-
-__all__ = ["Progress", "ReadOptions", "format_names", "read_requests", "read_trace"]
+__all__ = ["ReadOptions", "ReadProgress", "format_names", "read_requests", "read_trace"]
 
 # asked in this order; the mooncake format, which others have borrowed fields of, comes last
 _FORMATS: tuple[TraceFormat, ...] = (
@@ -41,7 +37,7 @@ def read_trace(
     path: str | Path,
     tokens_per_block: int | None = None,
     options: ReadOptions | None = None,
-    progress: Progress = lambda share: None,
+    progress: ReadProgress | None = None,
 ) -> Trace:
     """Reads a trace file of any known format, requests in order of arrival.
 
@@ -66,7 +62,7 @@ def read_requests(
     path: str | Path,
     tokens_per_block: int | None = None,
     options: ReadOptions | None = None,
-    progress: Progress = lambda share: None,
+    progress: ReadProgress | None = None,
 ) -> Trace | LengthTrace:
     """As `read_trace`, and reads files that tell lengths only, too."""
     options = options or ReadOptions()

@@ -97,7 +97,7 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
             if header["format"] != _MAGIC or header["version"] != _VERSION:
                 found = f"{header['format']!r} version {header['version']!r}"
                 raise TraceError(f"{source.name}: format: expected {_MAGIC!r} version {_VERSION}, got {found}")
-            trace = _trace(archive, header, _keys(source.path))
+            trace = _trace(archive, header, _keys(archive.zip))
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         if isinstance(error, TraceError):
             raise
@@ -113,9 +113,9 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
     return trace
 
 
-def _keys(path: Path) -> Int64Array:
+def _keys(archive: zipfile.ZipFile) -> Int64Array:
     """The keys of all blocks, from their differences, a piece at a time."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{_KEY_STEPS}.npy") as member:
+    with archive.open(f"{_KEY_STEPS}.npy") as member:
         np.lib.format.read_magic(member)
         (size,), _, dtype = np.lib.format.read_array_header_1_0(member)
         if dtype not in (np.int32, np.int64):

@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TypeAlias, TypeVar
 
 from ssmcache_sim.errors import TraceError
 
@@ -15,6 +15,7 @@ _CHUNK_BYTES = 1 << 20
 _GZIP, _XZ, _ZSTD = b"\x1f\x8b", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 
 Row = TypeVar("Row")
+ReadProgress: TypeAlias = Callable[[float], None]
 
 
 class RowError(ValueError):
@@ -32,9 +33,7 @@ class SourceFile:
     Errors: TraceError when the file cannot be read, at once or while its lines are read.
     """
 
-    def __init__(
-        self, path: Path, skip_broken: bool = False, progress: Callable[[float], None] = lambda share: None
-    ) -> None:
+    def __init__(self, path: Path, skip_broken: bool, progress: ReadProgress | None) -> None:
         self.path = path
         self.name = path.name
         self.num_broken = 0
@@ -106,7 +105,8 @@ class SourceFile:
                 num_bytes = max(os.fstat(file.fileno()).st_size, 1)
                 for chunk in _content(file, self.name):
                     yield chunk
-                    self._progress(min(file.tell() / num_bytes, 1.0))
+                    if self._progress is not None:
+                        self._progress(min(file.tell() / num_bytes, 1.0))
         except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
             raise TraceError(f"{self.path}: expected whole compressed content, got: {error}") from error
         except OSError as error:
