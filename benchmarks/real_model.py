@@ -16,8 +16,8 @@ snapshot position; "miss" is one pass over the whole prompt without a manager. A
 time. Times are the host's, from the call to the first token on the host. "manager" is the time inside calls of the
 manager and its sequences, closing included, of the time to the first token and of closing.
 
-Prediction: at the end the cost model of the simulator is fitted, as `ssmcache doctor --calibrate` does it.
-"predicted_ms" is what it says of a case, and the errors are those of cases that it was not fitted to.
+Prediction: at the end the cost model of the simulator is fitted, as `ssmcache doctor --calibrate` does it, and judged
+as `real_predict.py` says.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -36,11 +36,12 @@ from typing import Any
 import numpy as np
 import torch
 from real_bench import SHAPES, Bench, Row, bound_kernels, build_model, say, size
+from real_predict import predictions
 
 from ssmcache.integrations.transformers import check_resumable
 from ssmcache.models import load_model
-from ssmcache_sim.cost import PrefillCost
-from ssmcache_sim.first_tokens import calibrate_model
+from ssmcache_sim.calibration import Calibration
+from ssmcache_sim.first_tokens import calibrate_model, count_parameters
 
 
 def grid(bench: Bench, reused: Sequence[int], new: Sequence[int], repeats: int) -> Iterator[list[Row]]:
@@ -139,8 +140,8 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
     return [f"{event.self_device_time_total / 1e3:.3f} ms {event.count} x {event.key[:100]}" for event in events[:25]]
 
 
-def calibrate(model: Any, longest: int) -> tuple[Row, PrefillCost]:
-    """What `ssmcache doctor --calibrate` measures and fits, and the cost model with it."""
+def calibrate(model: Any, longest: int) -> tuple[Row, Calibration]:
+    """What `ssmcache doctor --calibrate` measures and fits, as a row with its errors."""
     told = -1
 
     def progress(share: float) -> None:
@@ -151,38 +152,9 @@ def calibrate(model: Any, longest: int) -> tuple[Row, PrefillCost]:
 
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
-        found, cost, errors = calibrate_model(model, load_model(folder), longest, progress)
+        found, _, errors = calibrate_model(model, load_model(folder), longest, progress)
     errors = np.abs(errors)
-    report = asdict(found) | {"median_error": float(np.median(errors)), "worst_error": float(errors.max())}
-    return report, replace(cost, device=replace(cost.device, pass_tokens=1 << 30))
-
-
-def predict(rows: list[Row], cost: PrefillCost, interval: int, fitted: set[tuple[int, int]]) -> Row:
-    """Adds what the cost model says to the rows of the grid. Errors are of rows that it was not fitted to."""
-    for row in rows:
-        start, end = row["reused"] * (row["kind"] == "hit"), row["reused"] + row["new"]
-        prompt, starts = np.array([end]), np.array([start])
-        if row["kind"] == "hit":
-            taken = int(end // interval > start // interval)
-            nanoseconds = int(cost.prefill_ns(prompt, starts, interval, "last")[0])
-            nanoseconds += cost.snapshots_ns(taken, int(start > 0))
-        else:
-            nanoseconds = int(cost.plain_ns(prompt)[0])
-        row["predicted_ms"], row["was_fitted"] = nanoseconds / 1e6, (start, end - start) in fitted
-    errors = [abs(row["predicted_ms"] / row["p50_ms"] - 1) for row in rows if not row["was_fitted"]]
-    by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("hit", "miss")}
-    speed_ups = [
-        (miss["predicted_ms"] / hit["predicted_ms"]) / (miss["p50_ms"] / hit["p50_ms"]) - 1
-        for hit, miss in zip(by_kind["hit"], by_kind["miss"], strict=True)
-        if hit["reused"] and not hit["was_fitted"]
-    ]
-    return {
-        "points": len(errors),
-        "median_error": float(np.median(errors)),
-        "worst_error": max(errors),
-        "median_speed_up_error": float(np.median(np.abs(speed_ups))) if speed_ups else None,
-        "worst_speed_up_error": max(map(abs, speed_ups), default=None),
-    }
+    return asdict(found) | {"median_error": float(np.median(errors)), "worst_error": float(errors.max())}, found
 
 
 def table(report: Row) -> Iterator[str]:
@@ -197,8 +169,9 @@ def table(report: Row) -> Iterator[str]:
     for name in ("shared_prompt", "conversation"):
         row = report[name]
         yield f"{name}: {row['speed_up_after_the_first']:.2f}x after the first, manager {row['manager_share']:.2%}"
-    if report["prediction"]:
-        yield "prediction: " + ", ".join(f"{key} {value:.3g}" for key, value in report["prediction"].items() if value)
+    for prediction in report["prediction"]:
+        errors = (f"{key} {value:.3g}" for key, value in prediction.items() if key.endswith("error") and value)
+        yield f"prediction by {prediction['by']}, {prediction['points']} points: {', '.join(errors)}"
 
 
 def measure(args: argparse.Namespace) -> Row:
@@ -214,12 +187,13 @@ def measure(args: argparse.Namespace) -> Row:
     bench = Bench(model, args, longest + args.question + args.block)
     report: Row = {
         "shape": args.shape, "config": model.config.to_dict(), "dtype": str(model.dtype),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()), "kernels": kernels,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "counted_parameters": count_parameters(model), "kernels": kernels,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {name: version_of(name) for name in ("torch", "transformers", "triton", "fla-core", "numpy")},
         "settings": {key: str(value) for key, value in vars(args).items() if key != "out"},
         "check": asdict(check), "page_bytes": bench.page_bytes, "state_bytes": bench.state_bytes,
-        "calibration": None, "prediction": None,
+        "calibration": None, "prediction": [],
     }  # fmt: skip
     save(report, args.out)
     with torch.no_grad(), bench.clock.running():
@@ -235,10 +209,10 @@ def measure(args: argparse.Namespace) -> Row:
         bench.first_token(prompt, reuse=True)
         report["kernels_of_a_hit"] = kernels_of(lambda: bench.first_token(prompt, reuse=True))
     bench.manager.check()
+    calibration = None
     if args.calibrate_tokens:
-        report["calibration"], cost = calibrate(model, args.calibrate_tokens)
-        fitted = {(each["cached_tokens"], each["new_tokens"]) for each in report["calibration"]["times"]}
-        report["prediction"] = predict(report["grid"], cost, args.interval, fitted)
+        report["calibration"], calibration = calibrate(model, args.calibrate_tokens)
+    report["prediction"] = list(predictions(report, calibration))
     report["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
     save(report, args.out)
     return report

@@ -119,9 +119,9 @@ def _prefills(calibration: Calibration) -> Table:
 def _fit(calibration: Calibration) -> str:
     return (
         f"Fitted: {calibration.flops_per_second / 1e12:.3g} TFLOP/s, attention {calibration.attention_factor:.3g} "
-        f"times as dear as other operations; a pass takes {calibration.pass_seconds * 1e3:.3g} ms beside, and at "
-        f"least {calibration.pass_floor_seconds * 1e3:.3g} ms; a cached token "
-        f"{calibration.cached_token_seconds * 1e6:.3g} us."
+        f"times as dear as other operations, behind cached tokens {calibration.cached_attention_factor:.3g} times; a "
+        f"pass takes {calibration.pass_seconds * 1e3:.3g} ms beside, and at least "
+        f"{calibration.pass_floor_seconds * 1e3:.3g} ms."
     )
 
 

@@ -26,7 +26,7 @@ class Calibration:
         dtype: of its weights.
         num_parameters: that the linear part was counted with.
         flops_per_second: of linear layers.
-        attention_factor, pass_seconds, pass_floor_seconds, cached_token_seconds: as in `DeviceProfile`.
+        attention_factor, cached_attention_factor, pass_seconds, pass_floor_seconds: as in `DeviceProfile`.
         times: what they were fitted to.
     """
 
@@ -35,9 +35,9 @@ class Calibration:
     num_parameters: int
     flops_per_second: float
     attention_factor: float
+    cached_attention_factor: float
     pass_seconds: float
     pass_floor_seconds: float
-    cached_token_seconds: float
     times: tuple[FirstTokenTime, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -56,9 +56,9 @@ def calibration_from_json(value: Any) -> Calibration:
         num_parameters=int(read.positive("num_parameters")),
         flops_per_second=read.positive("flops_per_second"),
         attention_factor=read.number("attention_factor"),
+        cached_attention_factor=read.number("cached_attention_factor"),
         pass_seconds=read.number("pass_seconds"),
         pass_floor_seconds=read.number("pass_floor_seconds"),
-        cached_token_seconds=read.number("cached_token_seconds"),
         times=tuple(_time(each) for each in times),
     )
 

@@ -11,10 +11,10 @@ which is the forward pass of Kaplan et al. (2001.08361, section 2.1: 2 N + 2 n_l
 a causal prompt) with a cached prefix. It takes
 
     seconds = sum over passes of max(floor, pass_seconds + FLOPs / (peak FLOP/s * utilisation))
-            + c * gather + copies of snapshots + lifts
+            + copies of snapshots + lifts
 
-with the FLOPs of attention times a factor. Floor, gather and factor are 0, 0 and 1 unless they were measured
-(`calibration.py`).
+with the FLOPs of attention times a factor, which is another one in passes behind cached tokens. The floor is 0 and the
+factors are 1 unless they were measured (`calibration.py`).
 
 What passes and copies count depends on how snapshots inside a prompt are made:
 
@@ -25,9 +25,9 @@ What passes and copies count depends on how snapshots inside a prompt are made:
 
 Both copy one snapshot into the live state where a request starts from one. A copy reads and writes its bytes:
 launch_seconds + bytes / gpu_bytes_per_second; writing alone takes half as long, without a launch. Pages of KV are read
-where they lie: nothing is gathered. What lies in host memory or on disk is lifted to the GPU first, bytes / bandwidth
-of that tier, and nothing is computed meanwhile; what moves down does so in the other direction, beside the
-computation, and is not counted.
+where they lie: gathering them, as a runner of unmodified models does, is left out (about a millisecond a GB). What lies
+in host memory or on disk is lifted to the GPU first, bytes / bandwidth of that tier, and nothing is computed meanwhile;
+what moves down does so in the other direction, beside the computation, and is not counted.
 
 What this leaves out: other requests in the same pass (each request is served alone), decoding (also the copies of
 snapshots of outputs: one in an interval of decode steps, each of which takes longer than a copy), the embedding and the
@@ -45,7 +45,7 @@ from ssmcache.models import ModelSpec, SsmSpec
 from ssmcache_sim.device_profile import H100, DeviceProfile
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.settings import Prefill
-from ssmcache_sim.trace import Float64Array, Int64Array
+from ssmcache_sim.trace import BoolArray, Float64Array, Int64Array
 
 _NS_PER_SECOND = 1e9
 _MAMBA2_CHUNK = 256  # tokens that the scans compute at once: mamba_ssm's default, and that of the delta rules of fla
@@ -106,15 +106,14 @@ class PrefillCost:
     def _prefill_seconds(
         self, prompt_tokens: Int64Array, start: Int64Array, step: int, admission: Admission
     ) -> Float64Array:
-        seconds = start * self.device.cached_token_seconds
         if not self.snapshot_bytes or self.prefill != "chunked":
-            return seconds + self._passes_seconds(prompt_tokens - start, start)
+            return self._passes_seconds(prompt_tokens - start, start)
         if admission == "last":
             cut = np.maximum(prompt_tokens // step * step, start)
-            seconds = seconds + self._passes_seconds(cut - start, start)
-            return seconds + self._passes_seconds(prompt_tokens - cut, cut)
+            return self._passes_seconds(cut - start, start) + self._passes_seconds(prompt_tokens - cut, cut)
         last_start = np.maximum(prompt_tokens - 1, 0) // step * step
         num_steps = (last_start - start) // step
+        seconds = np.zeros(prompt_tokens.shape)
         for offset in range(0, step, self.device.pass_tokens):  # the passes of each step, in turn
             size = np.full_like(start, min(self.device.pass_tokens, step - offset))
             seconds = seconds + self._equal_passes_seconds(size, start + offset, step, num_steps)
@@ -162,13 +161,23 @@ class PrefillCost:
     def _equal_passes_seconds(
         self, size: Int64Array, cached_tokens: Int64Array, stride: int, num_passes: Int64Array
     ) -> Float64Array:
-        """Passes of one size, each behind `stride` tokens more than the one before.
+        """Passes of one size, each behind `stride` tokens more than the one before."""
+        if self.device.cached_attention_factor == self.device.attention_factor:
+            return self._series_seconds(size, cached_tokens, stride, num_passes)
+        cold = np.where(cached_tokens == 0, np.minimum(num_passes, 1), 0)
+        alone = self._series_seconds(size, np.zeros_like(size), 0, cold)
+        return alone + self._series_seconds(size, cached_tokens + cold * stride, stride, num_passes - cold)
+
+    def _series_seconds(
+        self, size: Int64Array, cached_tokens: Int64Array, stride: int, num_passes: Int64Array
+    ) -> Float64Array:
+        """Passes that are all behind cached tokens, or none.
 
         Each takes as much longer than the one before, so the first ones are at the floor, if any, and the others are a
         series whose sum is known.
         """
         first = self._operations_seconds(size, cached_tokens) + self.device.pass_seconds
-        more = self._attention_seconds(size.astype(np.float64) * stride)
+        more = self._attention_seconds(size.astype(np.float64) * stride, cached_tokens > 0)
         below = self.device.pass_floor_seconds - first
         with np.errstate(divide="ignore", invalid="ignore"):  # passes that do not get longer: all at the floor, or none
             num_below = np.where(more > 0, np.ceil(below / more), np.inf)
@@ -180,11 +189,11 @@ class PrefillCost:
     def _operations_seconds(self, new_tokens: Int64Array, cached_tokens: Int64Array) -> Float64Array:
         pairs = pairs_seen(new_tokens, cached_tokens)
         tokens = new_tokens.astype(np.float64) * float(self.linear_flops_per_token + self.ssm_flops_per_token)
-        return tokens / self._flops_per_second + self._attention_seconds(pairs)
+        return tokens / self._flops_per_second + self._attention_seconds(pairs, cached_tokens > 0)
 
-    def _attention_seconds(self, pairs: Float64Array) -> Float64Array:
-        factor = self.device.attention_factor * self.attention_flops_per_pair
-        return pairs * (factor / self._flops_per_second)
+    def _attention_seconds(self, pairs: Float64Array, is_cached: BoolArray) -> Float64Array:
+        factor = np.where(is_cached, self.device.cached_attention_factor, self.device.attention_factor)
+        return pairs * (factor * self.attention_flops_per_pair / self._flops_per_second)
 
     @property
     def _flops_per_second(self) -> float:

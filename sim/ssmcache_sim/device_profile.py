@@ -19,8 +19,8 @@ class DeviceProfile:
         pass_tokens: the most tokens of one prompt in one pass over the layers, a setting of the engine.
         pass_seconds: what one pass costs beyond its operations.
         attention_factor: time of an operation between queries and keys, as multiples of one of a linear layer.
+        cached_attention_factor: the same, in passes behind cached tokens: libraries have other kernels for them.
         pass_floor_seconds: the least that a pass takes, however few its tokens: what the host needs to launch it.
-        cached_token_seconds: for each token that a prefill starts behind, where KV is gathered before.
     """
 
     name: str
@@ -31,8 +31,8 @@ class DeviceProfile:
     pass_tokens: int
     pass_seconds: float
     attention_factor: float = 1.0
+    cached_attention_factor: float = 1.0
     pass_floor_seconds: float = 0.0
-    cached_token_seconds: float = 0.0
 
 
 # Peak: NVIDIA's data sheet of the H100 SXM, bf16 without sparsity. Copies: measured. Tokens of a pass: vLLM's default
@@ -67,6 +67,6 @@ def calibrated(device: DeviceProfile, calibration: Calibration) -> DeviceProfile
         utilisation=1.0,
         pass_seconds=calibration.pass_seconds,
         attention_factor=calibration.attention_factor,
+        cached_attention_factor=calibration.cached_attention_factor,
         pass_floor_seconds=calibration.pass_floor_seconds,
-        cached_token_seconds=calibration.cached_token_seconds,
     )

@@ -2,11 +2,12 @@
 
 Of one pass over n new tokens behind c cached ones:
 
-    seconds = max(floor, pass_seconds + linear FLOPs / rate + factor * attention FLOPs / rate) + c * gather
+    seconds = max(floor, pass_seconds + linear FLOPs / rate + factor * attention FLOPs / rate)
 
-a roofline whose floor is the host, which needs so long to launch a pass however little the device has to do. None of
-the five numbers is negative, and the sum of the squared relative errors is the least that was found: for every number
-of points at the floor, least squares on the points as they lie on both sides, until no point changes sides.
+a roofline whose floor is the host, which needs so long to launch a pass however little the device has to do. The factor
+is one number for c = 0 and another one for c > 0, where libraries have other kernels. None of the five numbers is
+negative, and the sum of the squared relative errors is the least that was found: for every number of points at the
+floor, least squares on the points as they lie on both sides, until no point changes sides.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from ssmcache_sim.calibration import Calibration, FirstTokenTime
 from ssmcache_sim.cost import PrefillCost, pairs_seen
 from ssmcache_sim.device_profile import DeviceProfile
 from ssmcache_sim.errors import SettingsError
-from ssmcache_sim.trace import Float64Array, Int64Array
+from ssmcache_sim.trace import BoolArray, Float64Array, Int64Array
 
 _MAX_ROUNDS = 20
 _ROUNDING = 1e-12
@@ -36,6 +37,8 @@ def fit_calibration(
 ) -> Calibration:
     """The numbers for a model, whose FLOPs `cost` counts.
 
+    Where no time above the floor is behind cached tokens, or all are, both factors of attention are the same.
+
     Cost: O(n) small least squares for n times.
     Errors: SettingsError where the times do not grow with the tokens, or are fewer than five.
     """
@@ -44,7 +47,7 @@ def fit_calibration(
     cached, new, seconds = _arrays(times)
     tokens_flops = new.astype(np.float64) * float(cost.linear_flops_per_token + cost.ssm_flops_per_token)
     attention_flops = pairs_seen(new, cached) * float(cost.attention_flops_per_pair)
-    numbers = _fit(tokens_flops, attention_flops, cached.astype(np.float64), seconds)
+    numbers = _fit(tokens_flops, attention_flops, cached > 0, seconds)
     if numbers is None or numbers[_LINEAR] * tokens_flops.max() < _MIN_SHARE * seconds.max():
         raise SettingsError(
             f"calibration: expected times that grow with the tokens, got {seconds.min() * 1e3:.4g} to "
@@ -56,9 +59,9 @@ def fit_calibration(
         num_parameters=num_parameters,
         flops_per_second=float(1 / numbers[_LINEAR]),
         attention_factor=float(numbers[_ATTENTION] / numbers[_LINEAR]),
+        cached_attention_factor=float(numbers[_CACHED] / numbers[_LINEAR]),
         pass_seconds=float(numbers[_PASS]),
         pass_floor_seconds=float(numbers[_FLOOR]),
-        cached_token_seconds=float(numbers[_CACHED]),
         times=tuple(times),
     )
 
@@ -78,7 +81,7 @@ def _arrays(times: Sequence[FirstTokenTime]) -> tuple[Int64Array, Int64Array, Fl
 
 
 def _fit(
-    linear: Float64Array, attention: Float64Array, cached: Float64Array, seconds: Float64Array
+    linear: Float64Array, attention: Float64Array, is_cached: BoolArray, seconds: Float64Array
 ) -> Float64Array | None:
     """The five numbers, or None where no rate of linear layers explains the times."""
     best, least = None, np.inf
@@ -87,12 +90,12 @@ def _fit(
         at_floor = np.zeros(seconds.size, dtype=np.bool_)
         at_floor[order[:count]] = True
         for _ in range(_MAX_ROUNDS):
-            numbers = _least_squares(at_floor, linear, attention, cached, seconds)
+            numbers = _least_squares(at_floor, linear, attention, is_cached, seconds)
             if numbers is None:
                 break
-            device = numbers[_PASS] + numbers[_LINEAR] * linear + numbers[_ATTENTION] * attention
-            predicted = np.maximum(numbers[_FLOOR], device) + numbers[_CACHED] * cached
-            error = float((((predicted / seconds) - 1) ** 2).sum())
+            factors = np.where(is_cached, numbers[_CACHED], numbers[_ATTENTION])
+            device = numbers[_PASS] + numbers[_LINEAR] * linear + factors * attention
+            error = float(((np.maximum(numbers[_FLOOR], device) / seconds - 1) ** 2).sum())
             if error < least - _ROUNDING:  # as good with fewer points at the floor: there may be none
                 best, least = numbers, error
             before, at_floor = at_floor, device < numbers[_FLOOR]
@@ -102,20 +105,29 @@ def _fit(
 
 
 def _least_squares(
-    at_floor: np.ndarray, linear: Float64Array, attention: Float64Array, cached: Float64Array, seconds: Float64Array
+    at_floor: BoolArray, linear: Float64Array, attention: Float64Array, is_cached: BoolArray, seconds: Float64Array
 ) -> Float64Array | None:
     """The best numbers of which none is negative and the rate is finite, with the points on these sides."""
     above = ~at_floor
-    design = np.stack((at_floor, above, above * linear, above * attention, cached), axis=1) / seconds[:, None]
+    is_cold = ~is_cached
+    is_one = not (above & is_cached).any() or not (above & is_cold).any()
+    if is_one:
+        is_cold, is_cached = np.ones_like(is_cached), np.zeros_like(is_cached)
+    kinds = np.stack((at_floor, above, above, above & is_cold, above & is_cached), axis=1)
+    ones = np.ones_like(linear)
+    values = np.stack((ones, ones, linear, attention, attention), axis=1)
+    design: Float64Array = kinds * values / seconds[:, None]
     scales = np.abs(design).max(axis=0)
     best, least = None, np.inf
-    for columns, found in _solutions(design, scales):
+    for chosen, found in _solutions(design, scales):
         if (found >= 0).all() and found[0] > 0:
             numbers = np.zeros(5)
-            numbers[list(columns)] = found
+            numbers[list(chosen)] = found
             error = float(((design @ numbers - 1) ** 2).sum())
             if error < least:
                 best, least = numbers, error
+    if best is not None and is_one:
+        best[_CACHED] = best[_ATTENTION]
     return best
 
 

@@ -82,21 +82,22 @@ def test_a_request_costs_what_a_walk_token_by_token_costs(
 
 @pytest.mark.parametrize("admission", ["every", "last"])
 @given(
-    st.integers(1, 90), st.integers(1, 25), st.integers(0, 4000), st.sampled_from([0, 0.5, 3]), st.integers(0, 9),
-    st.data(),
+    st.integers(1, 90), st.integers(1, 25), st.integers(0, 4000), st.sampled_from([0, 0.5, 3]),
+    st.sampled_from([0, 0.5, 3]), st.data(),
 )  # fmt: skip
 def test_a_floor_holds_pass_by_pass(
-    admission: Admission, prompt: int, step: int, floor: int, factor: float, gather: int, data: st.DataObject
+    admission: Admission, prompt: int, step: int, floor: int, cold: float, cached: float, data: st.DataObject
 ) -> None:
-    """Against a walk over the passes, for measured devices: a floor, dearer attention, gathered KV."""
+    """Against a walk over the passes, for measured devices: a floor, and attention of other prices."""
     start = step * data.draw(st.integers(0, (prompt - 1) // step))
-    device = replace(SLOW, pass_floor_seconds=floor * 1e-9, attention_factor=factor, cached_token_seconds=gather * 1e-9)
+    device = replace(SLOW, pass_floor_seconds=floor * 1e-9, attention_factor=cold, cached_attention_factor=cached)
     cost = PrefillCost(device, "chunked", 100, 10, attention_flops_per_pair=4, snapshot_bytes=50)
     cuts = {*range(step, prompt, step)} if admission == "every" else {prompt // step * step}
-    expected, position = gather * start, start
+    expected, position = 0.0, start
     while position < prompt:
         end = min([position + 10, prompt, *(cut for cut in cuts if cut > position)])
         pairs = sum(token + 0.5 for token in range(position, end))
+        factor = cached if position else cold
         expected += max(floor, 1000 + 110 * (end - position) + 4 * factor * pairs)
         position = end
     (got,) = cost.prefill_ns(array(prompt), array(start), step, admission).tolist()

@@ -26,10 +26,10 @@ FITTED = [*product((0, 8192, 16384), (128, 512, 2048, 8192, 16384)), (0, 32768)]
 OTHERS = list(product((0, 2048, 16384, 32768), (64, 1024, 4096, 8192)))
 
 
-def seconds(cached: int, new: int, floor: float, fixed: float, rate: float, factor: float, gather: float) -> float:
-    pairs = cached * new + new**2 / 2
-    device = fixed + (new * LINEAR + factor * pairs * COST.attention_flops_per_pair) / rate
-    return max(floor, device) + gather * cached
+def seconds(cached: int, new: int, floor: float, fixed: float, rate: float, factor: float, behind: float) -> float:
+    pairs = (behind if cached else factor) * (cached * new + new**2 / 2)
+    device = fixed + (new * LINEAR + pairs * COST.attention_flops_per_pair) / rate
+    return max(floor, device)
 
 
 def times(points: list[tuple[int, int]], *numbers: float, noise: float = 0, seed: int = 0) -> list[FirstTokenTime]:
@@ -46,36 +46,43 @@ def fit(found: list[FirstTokenTime]) -> Calibration:
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from([0, 0.03, 0.1]), st.sampled_from([0, 0.005]), st.floats(1e14, 8e14), st.floats(0, 4),
-    st.sampled_from([0, 1e-7]),
+    st.floats(0, 4),
 )  # fmt: skip
 def test_exact_times_of_other_lengths_are_predicted_exactly(
-    floor: float, fixed: float, rate: float, factor: float, gather: float
+    floor: float, fixed: float, rate: float, factor: float, behind: float
 ) -> None:
-    numbers = floor, fixed, rate, factor, gather
+    numbers = floor, fixed, rate, factor, behind
     device = calibrated(H100, fit(times(FITTED, *numbers)))
     np.testing.assert_allclose(relative_errors(COST, device, times(OTHERS, *numbers)), 0, atol=1e-6)
 
 
 def test_the_numbers_themselves_are_found() -> None:
-    found = fit(times(FITTED, 0.1, 0.004, 3.5e14, 2.5, 2e-7))
+    found = fit(times(FITTED, 0.1, 0.004, 3.5e14, 2.5, 3.5))
     assert found.pass_floor_seconds == pytest.approx(0.1)
     assert found.pass_seconds == pytest.approx(0.004)
     assert found.flops_per_second == pytest.approx(3.5e14)
     assert found.attention_factor == pytest.approx(2.5)
-    assert found.cached_token_seconds == pytest.approx(2e-7)
+    assert found.cached_attention_factor == pytest.approx(3.5)
     assert (found.model, found.dtype, found.num_parameters) == ("some model", "bfloat16", 9_000_000_000)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_of_a_few_percent_stays_a_few_percent(seed: int) -> None:
-    numbers = 0.1, 0.002, 3.5e14, 2.0, 1e-7
+    numbers = 0.1, 0.002, 3.5e14, 1.0, 2.0
     device = calibrated(H100, fit(times(FITTED, *numbers, noise=0.05, seed=seed)))
     assert np.abs(relative_errors(COST, device, times(OTHERS, *numbers))).max() < 0.08
 
 
+@pytest.mark.parametrize("points", [[each for each in FITTED if not each[0]], [(8192, new) for _, new in FITTED[:5]]])
+def test_times_of_one_kind_give_one_factor_of_attention(points: list[tuple[int, int]]) -> None:
+    found = fit(times(points, 0.03, 0.004, 3.5e14, 2.5, 2.5))
+    assert found.attention_factor == pytest.approx(2.5)
+    assert found.cached_attention_factor == found.attention_factor
+
+
 def test_a_device_without_a_floor_is_predicted_as_the_plain_cost_model_has_it() -> None:
     rate = H100.peak_flops_per_second * H100.utilisation
-    found = times(FITTED, 0, H100.pass_seconds, rate, 1, 0)
+    found = times(FITTED, 0, H100.pass_seconds, rate, 1, 1)
     np.testing.assert_allclose(relative_errors(COST, replace(H100, pass_tokens=1 << 20), found), 0, atol=1e-6)
 
 
@@ -85,12 +92,12 @@ def test_times_that_do_not_grow_are_refused_in_one_line() -> None:
         fit([FirstTokenTime(*point, 0.05) for point in FITTED])
     assert "\n" not in str(e.value)
     with pytest.raises(SettingsError, match="expected at least 5 times for 5 numbers, got 4"):
-        fit(times(FITTED[:4], 0, 0, 1e14, 1, 0))
+        fit(times(FITTED[:4], 0, 0, 1e14, 1, 1))
 
 
 def stored(tmp_path: Path, **changes: Any) -> Path:
     """A profile with a calibration of which some fields were changed by hand."""
-    profile = profile_json(None, {}, {}, [], fit(times(FITTED, 0.1, 0, 3e14, 1, 0)))
+    profile = profile_json(None, {}, {}, [], fit(times(FITTED, 0.1, 0, 3e14, 1, 2)))
     profile["calibration"] |= changes
     path = tmp_path / "machine.json"
     write_profile(path, profile)
@@ -98,7 +105,7 @@ def stored(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_a_profile_keeps_a_calibration(tmp_path: Path) -> None:
-    assert read_profile(stored(tmp_path)).calibration == fit(times(FITTED, 0.1, 0, 3e14, 1, 0))
+    assert read_profile(stored(tmp_path)).calibration == fit(times(FITTED, 0.1, 0, 3e14, 1, 2))
 
 
 def test_a_profile_without_a_calibration_is_as_good_as_before(tmp_path: Path) -> None:
@@ -120,7 +127,7 @@ def test_a_profile_without_a_calibration_is_as_good_as_before(tmp_path: Path) ->
         ({"model": 3}, "model: expected text, got 3"),
         ({"times": {}}, "times: expected a list, got dict"),
         ({"times": [{"cached_tokens": 0}]}, "expected cached_tokens, new_tokens, seconds, got ['cached_tokens']"),
-        ({"more": 1}, "expected attention_factor, cached_token_seconds,"),
+        ({"more": 1}, "expected attention_factor, cached_attention_factor,"),
     ],
 )
 def test_a_broken_calibration_is_an_error_of_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
