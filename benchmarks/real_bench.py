@@ -117,6 +117,10 @@ class Bench:
     def last_cut(self, end: int) -> tuple[int, ...]:
         return (end - end % self.interval,)
 
+    def keep(self, prefix: Any) -> None:
+        """In the cache, with a snapshot at its end."""
+        self.runner.close(self.runner.prefill(np.append(prefix, 0), cuts=(len(prefix),)))
+
     def first_token(self, prompt: Any, reuse: bool, decode: int = 0) -> tuple[Row, list[int]]:
         """A row of times of one prompt, and the tokens decoded after it."""
         copied, self.clock.seconds = self.manager.stats().copied_bytes, 0.0

@@ -49,7 +49,7 @@ def grid(bench: Bench, reused: Sequence[int], new: Sequence[int], repeats: int) 
     prefixes = {count: bench.tokens(count) for count in reused}
     for count, prefix in prefixes.items():
         if count:
-            bench.runner.close(bench.runner.prefill(np.append(prefix, 0), cuts=(count,)))
+            bench.keep(prefix)
     cases = [(*point, kind) for point in product(reused, new) for kind in ("hit", "miss")]
     rows: dict[tuple[int, int, str], list[Row]] = {case: [] for case in cases}
     order = random.Random(0)
@@ -205,8 +205,8 @@ def measure(args: argparse.Namespace) -> Row:
         report["conversation"] = second(
             lambda: conversation(bench, args.system, args.turns, args.question, args.answer)
         )
-        prompt = np.append(bench.tokens(args.interval), bench.tokens(min(args.new)))
-        bench.first_token(prompt, reuse=True)
+        prompt = bench.tokens(args.interval + min(args.new))
+        bench.keep(prompt[: args.interval])
         report["kernels_of_a_hit"] = kernels_of(lambda: bench.first_token(prompt, reuse=True))
     bench.manager.check()
     calibration = None
