@@ -193,7 +193,6 @@ def ways_over_link(repeats: int) -> Row:
     rows = []
     kept = cuda_copies.ENGINE_BYTES
     products = Products()
-    (undisturbed,) = medians(3, device_seconds, products.queue)
     try:
         for way, threshold in (("engine", 0), ("kernel", 1 << 62)):
             cuda_copies.ENGINE_BYTES = threshold
@@ -202,8 +201,8 @@ def ways_over_link(repeats: int) -> Row:
                     with opened(slot_bytes, num_slots, num_slots) as memory:
                         copy = next_copy(memory, RandomMoves(source, destination, num_slots))
                         (alone,) = medians(repeats, device_seconds, copy)
-                        both = [products.beside(copy) for _ in range(3)]
-                    beside, disturbed = map(statistics.median, zip(*both, strict=True))
+                        both = [(device_seconds(products.queue), *products.beside(copy)) for _ in range(5)]
+                    undisturbed, beside, disturbed = map(statistics.median, zip(*both, strict=True))
                     gb = slot_bytes * num_slots / 1e9
                     direction = "to gpu" if destination == GPU else "to host"
                     lost = round((disturbed - undisturbed) * 1e3 / gb, 2)

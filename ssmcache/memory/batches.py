@@ -25,36 +25,55 @@ def _as_array(slots: MovedSlots) -> SlotArray:
     return np.asarray(slots, dtype=np.int64)
 
 
-def checked_slots(moves: SlotMoves, num_source_slots: int, num_destination_slots: int) -> tuple[SlotArray, SlotArray]:
-    """Sources and destinations of a batch, [n] each, in pools of so many slots; lent like the batch's own.
+class BatchCheck:
+    """Checks batches against the rules of `SlotMoves`, for one memory. Calls come from one thread at a time.
 
-    Cost: O(n), and a byte for each slot of the destination's pool.
-
-    Errors: AssertionError for a batch that breaks the rules of `SlotMoves`, or leaves its pools.
+    Memory: 4 bytes for each slot of the largest pool that it has seen as a destination.
     """
-    sources = _as_array(moves.sources)
-    destinations = _as_array(moves.destinations)
-    count = sources.size
-    if count != destinations.size:
-        _expect(False, moves, f"{count} sources, {destinations.size} destinations")
-    if count == 0:
+
+    def __init__(self) -> None:
+        # the position in a batch that was last written for a slot; what other batches left is never looked at
+        self._position = np.empty(0, dtype=np.int32)
+        self._count_up = np.empty(0, dtype=np.int32)
+
+    def slots(self, moves: SlotMoves, num_source_slots: int, num_destination_slots: int) -> tuple[SlotArray, SlotArray]:
+        """Sources and destinations of a batch, [n] each, in pools of so many slots; lent like the batch's own.
+
+        Cost: O(n), whatever the size of the pools.
+
+        Errors: AssertionError for a batch that breaks the rules of `SlotMoves`, or leaves its pools.
+        """
+        sources = _as_array(moves.sources)
+        destinations = _as_array(moves.destinations)
+        count = sources.size
+        if count != destinations.size:
+            _expect(False, moves, f"{count} sources, {destinations.size} destinations")
+        if count == 0:
+            return sources, destinations
+        if count == 1:  # a state, most of the time: no arrays
+            _check_one(moves, int(sources[0]), num_source_slots, int(destinations[0]), num_destination_slots)
+            return sources, destinations
+        _check_range(moves, "source", sources, num_source_slots)
+        _check_range(moves, "destination", destinations, num_destination_slots)
+        if count > self._count_up.size:
+            self._count_up = np.arange(count, dtype=np.int32)
+        if num_destination_slots > self._position.size:
+            self._position = np.zeros(num_destination_slots, dtype=np.int32)
+        expected = self._count_up[:count]
+        self._position[destinations] = expected
+        if moves.source_tier == moves.destination_tier:
+            self._position[sources] = -1
+        # a place that was written twice is not what it was
+        if (self._position.take(destinations) != expected).any():
+            is_twice = np.unique(destinations).size < count
+            _expect(False, moves, "a destination comes twice" if is_twice else "a destination is a source as well")
         return sources, destinations
-    if count == 1:  # a state, most of the time: no arrays
-        _check_one(moves, int(sources[0]), num_source_slots, int(destinations[0]), num_destination_slots)
-        return sources, destinations
-    for what, slots, limit in (
-        ("source", sources, num_source_slots),
-        ("destination", destinations, num_destination_slots),
-    ):
-        # one look at each slot: negative ones are huge without their sign
-        if int(slots.view(np.uint64).max()) >= limit:
-            _expect(False, moves, f"{what} slots {slots.min()}..{slots.max()} in a pool of {limit}")
-    taken = np.zeros(num_destination_slots, dtype=np.bool_)
-    taken[destinations] = True
-    _expect(np.count_nonzero(taken) == count, moves, "a destination comes twice")
-    if moves.source_tier == moves.destination_tier:
-        _expect(not taken[sources].any(), moves, "a destination is a source as well")
-    return sources, destinations
+
+
+def _check_range(moves: SlotMoves, what: str, slots: SlotArray, limit: int) -> None:
+    # one look at each slot: negative ones are huge without their sign
+    if int(slots.view(np.uint64).max()) >= limit:
+        _expect(False, moves, f"{what} slots {slots.min()}..{slots.max()} in a pool of {limit}")
 
 
 def _check_one(moves: SlotMoves, source: int, num_source_slots: int, into: int, num_destination_slots: int) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from ssmcache.config import CacheTierConfig, DiskCacheTierConfig
 from ssmcache.memory.base import GPU_TIER, SlotMoves
-from ssmcache.memory.batches import SlotArray, checked_slots
+from ssmcache.memory.batches import BatchCheck, SlotArray
 from ssmcache.memory.cuda_copies import SlotBatch, SlotCopier
 from ssmcache.memory.cuda_device import cuda_device, recorded
 from ssmcache.memory.cuda_pools import PinnedMemory, SlotPool, TierPools, gpu_pools
@@ -61,6 +61,7 @@ class CudaMemory:
         self._tiers: list[TierPools | DiskQueue] = []
         self._loaded: dict[int, LoadedSlots] = {}  # by tier: those of the host, beside a disk
         self._ring: list[list[SlotPool]] = []  # by layer group and buffer
+        self._check = BatchCheck()
         self._end = ExitStack()
 
     @property
@@ -155,7 +156,7 @@ class CudaMemory:
         on = self._stream("copy", stream)
         group = moves.layer_group
         num_slots = self._num_slots[moves.source_tier][group], self._num_slots[moves.destination_tier][group]
-        sources, destinations = checked_slots(moves, *num_slots)
+        sources, destinations = self._check.slots(moves, *num_slots)
         if sources.size == 0:
             return
         source, destination = self._tiers[moves.source_tier], self._tiers[moves.destination_tier]

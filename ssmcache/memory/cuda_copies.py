@@ -18,7 +18,7 @@ from ssmcache.memory.cuda_vmm import CudaDriverError
 ENGINE_BYTES = 512 << 10
 """Slots from this size on go over the host link by the copy engines. They lose about 1.3 microseconds a copy (26 GB/s
 at 64 KiB where the link has 54.6), which is half of their rate at 64 KiB and 4 % at 2 MiB. A kernel has about nine
-tenths of the link at any size, and needs multiprocessors.
+tenths of the link at any size, and needs multiprocessors. Beside a busy GPU the faster one is the same.
 """
 
 _ALIGNMENT = 16  # of addresses, which Triton makes use of

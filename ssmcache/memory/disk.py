@@ -48,7 +48,7 @@ class DiskTier:
         slot_bytes: of each layer group.
         staging: [at least `staging_bytes(slot_bytes)`] buffer that all transfers go through; the caller's own.
 
-    Slots are not checked: the caller has done so (`batches.checked_slots`).
+    Slots are not checked: the caller has done so (`batches.BatchCheck`).
 
     Errors: ValueError for a directory in which no file can be made.
     """

@@ -10,7 +10,7 @@ import numpy as np
 
 from ssmcache.config import CacheTierConfig, DiskCacheTierConfig
 from ssmcache.memory.base import GPU_TIER, SlotMoves
-from ssmcache.memory.batches import SlotArray, checked_slots
+from ssmcache.memory.batches import BatchCheck, SlotArray
 from ssmcache.memory.disk import MAX_STAGING_BYTES, ByteArray, DiskTier, staging_bytes
 
 POISON = 0xA5
@@ -29,6 +29,7 @@ class HostMemory:
         self._slot_bytes: tuple[int, ...] = ()
         self._num_slots: list[list[int]] = []
         self._tiers: list[list[ByteArray] | DiskTier] = []
+        self._check = BatchCheck()
 
     def open(self, tiers: Sequence[CacheTierConfig], slot_bytes: Sequence[int]) -> None:
         if self._was_opened:
@@ -75,7 +76,7 @@ class HostMemory:
         group = moves.layer_group
         source, destination = self._tiers[moves.source_tier], self._tiers[moves.destination_tier]
         num_slots = self._num_slots[moves.source_tier][group], self._num_slots[moves.destination_tier][group]
-        sources, destinations = checked_slots(moves, *num_slots)
+        sources, destinations = self._check.slots(moves, *num_slots)
         if isinstance(source, DiskTier):
             if isinstance(destination, DiskTier):
                 source.move(group, sources, destinations)  # there is only one disk
