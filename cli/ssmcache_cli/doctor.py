@@ -109,10 +109,11 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
 def _prefills(calibration: Calibration) -> Table:
     """Times to the first token."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("cached tokens", "new tokens", "first token"):
+    for title in ("cached tokens", "new tokens", "first token", "spread"):
         table.add_column(title, justify="right")
     for each in calibration.times:
-        table.add_row(f"{each.cached_tokens:,}", f"{each.new_tokens:,}", f"{each.seconds * 1e3:,.1f} ms")
+        counts = f"{each.cached_tokens:,}", f"{each.new_tokens:,}"
+        table.add_row(*counts, f"{each.seconds * 1e3:,.1f} ms", f"{each.spread:.0%}")
     return table
 
 

@@ -10,11 +10,15 @@ from typing import Any
 class FirstTokenTime:
     """Seconds from the call to the first token on the host, the median of some runs: new tokens in one pass, behind
     tokens that were cached.
+
+    Attributes:
+        spread: the longest run less the shortest, as a share of the median. A prediction is no better than that.
     """
 
     cached_tokens: int
     new_tokens: int
     seconds: float
+    spread: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ def calibration_from_json(value: Any) -> Calibration:
 def _time(value: Any) -> FirstTokenTime:
     read = _Fields(value, FirstTokenTime)
     counts = (int(read.number("cached_tokens")), int(read.positive("new_tokens")))
-    return FirstTokenTime(*counts, read.positive("seconds"))
+    return FirstTokenTime(*counts, read.positive("seconds"), read.number("spread"))
 
 
 def finite_number(value: Any) -> float | None:

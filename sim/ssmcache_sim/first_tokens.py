@@ -118,7 +118,8 @@ def measure(model: Any, longest: int, progress: Callable[[float], None]) -> Iter
                     seconds[cached, new].append(took)
                 progress((repeat + (number + 1) / len(cases)) / (_WARM_UPS + REPEATS))
     for (cached, new), found in seconds.items():
-        yield FirstTokenTime(cached, new, statistics.median(found))
+        median = statistics.median(found)
+        yield FirstTokenTime(cached, new, median, (max(found) - min(found)) / median)
 
 
 @contextmanager

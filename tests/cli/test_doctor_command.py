@@ -196,12 +196,13 @@ def test_a_calibration_is_printed_kept_and_used_by_recommend(
     assert code == 0
     assert max(map(len, out.splitlines()[:-1])) <= 70  # the last one is the path
     words = " ".join(out.split())
-    assert "cached tokens new tokens first token" in words
+    assert "cached tokens new tokens first token spread" in words
     found = read_profile(path).calibration
     if found is None:  # on a busy machine such short times may not grow with the tokens: then it says so
         assert "not measured: time to the first token of tiny: calibration: expected times that grow" in words
         pytest.skip("the times did not grow with the tokens")
     assert (found.model, found.dtype, len(found.times)) == ("tiny", "float32", 16)
+    assert all(each.spread > 0 for each in found.times)
     assert {(each.cached_tokens, each.new_tokens) for each in found.times} >= {(0, 2), (128, 128), (256, 256), (0, 512)}
     options = ("--gpu-memory", "1GiB", "--bandwidth-profile", path, "--json")
     code, out, err = run_here("recommend", sample, "--model", shape, *options)

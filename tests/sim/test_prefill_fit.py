@@ -126,7 +126,10 @@ def test_a_profile_without_a_calibration_is_as_good_as_before(tmp_path: Path) ->
         ({"attention_factor": True}, "attention_factor: expected a non-negative number, got True"),
         ({"model": 3}, "model: expected text, got 3"),
         ({"times": {}}, "times: expected a list, got dict"),
-        ({"times": [{"cached_tokens": 0}]}, "expected cached_tokens, new_tokens, seconds, got ['cached_tokens']"),
+        (
+            {"times": [{"cached_tokens": 0}]},
+            "expected cached_tokens, new_tokens, seconds, spread, got ['cached_tokens']",
+        ),
         ({"more": 1}, "expected attention_factor, cached_attention_factor,"),
     ],
 )
