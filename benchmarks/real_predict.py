@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ssmcache.models import load_model
-from ssmcache_sim.calibration import Calibration, FirstTokenTime, calibration_from_json
+from ssmcache_sim.calibration import Calibration, FirstTokenTime
 from ssmcache_sim.cost import PrefillCost, prefill_cost
 from ssmcache_sim.device_profile import H100, calibrated
 from ssmcache_sim.prefill_fit import fit_calibration
@@ -125,20 +125,28 @@ def worst(errors: Sequence[float]) -> float | None:
     return max(map(abs, errors), default=None)
 
 
-def calibration_of(report: Row) -> Calibration:
-    """The one in a report, which has errors beside it."""
-    return calibration_from_json({key: value for key, value in report["calibration"].items() if "error" not in key})
+def read(path: str) -> Row:
+    """A report. For argparse, which makes one line of what is wrong with it."""
+    try:
+        report: Row = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not report["grid"]:
+            raise ValueError("its grid is empty")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: expected a report of real_model.py: {error!r}") from error
+    return report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", type=Path, help="report with the grid")
-    parser.add_argument("--calibration", type=Path, help="report with a calibration of the same model and machine")
+    parser.add_argument("grid", type=read, help="report with the grid")
+    parser.add_argument("--calibration", type=read, help="report with a calibration of the same model and machine")
     options = parser.parse_args()
-    report = json.loads(options.grid.read_text())
-    found = None
-    if options.calibration is not None:
-        kept = json.loads(options.calibration.read_text())
+    report, kept, found = options.grid, options.calibration, None
+    if kept is not None:
+        if kept["shape"] != report["shape"] or not kept["calibration"]:
+            parser.error(
+                f"--calibration: expected a report with a calibration of {report['shape']}, got {kept['shape']}"
+            )
         times = [FirstTokenTime(**each) for each in kept["calibration"]["times"]]
         found = fit_calibration(cost_of(report), kept["shape"], kept["dtype"], report["counted_parameters"], times)
     for prediction in predictions(report, found):
