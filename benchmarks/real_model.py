@@ -152,7 +152,7 @@ def calibrate(model: Any, longest: int) -> tuple[Row, Calibration]:
 
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
-        found, _, errors = calibrate_model(model, load_model(folder), longest, progress)
+        found, errors = calibrate_model(model, load_model(folder), longest, progress)
     errors = np.abs(errors)
     return asdict(found) | {"median_error": float(np.median(errors)), "worst_error": float(errors.max())}, found
 

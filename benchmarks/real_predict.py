@@ -147,6 +147,7 @@ def main() -> None:
             parser.error(
                 f"--calibration: expected a report with a calibration of {report['shape']}, got {kept['shape']}"
             )
+        # fitted anew: the numbers in a report are those of the cost model of its time
         times = [FirstTokenTime(**each) for each in kept["calibration"]["times"]]
         found = fit_calibration(cost_of(report), kept["shape"], kept["dtype"], report["counted_parameters"], times)
     for prediction in predictions(report, found):

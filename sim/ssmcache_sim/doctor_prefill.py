@@ -78,7 +78,7 @@ def calibrate(diagnosis: Diagnosis, task: CalibrationTask, device_index: int, pr
         on_gpu = diagnosis.device is not None
         dtype = torch.bfloat16 if on_gpu else torch.float32
         model = task.first_tokens.random_model(task.config, f"cuda:{device_index}" if on_gpu else "cpu", dtype)
-        found, _, errors = task.first_tokens.calibrate_model(
+        found, errors = task.first_tokens.calibrate_model(
             model, task.spec, task.longest, lambda share: progress(round(100 * share))
         )
         errors = np.abs(errors)

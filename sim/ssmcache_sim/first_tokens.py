@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from os import sysconf
 from typing import Any
 
@@ -20,7 +19,7 @@ from ssmcache.integrations.transformers_sequence import Prefilled
 from ssmcache.integrations.transformers_shapes import probe
 from ssmcache.models import ModelSpec
 from ssmcache_sim.calibration import Calibration, FirstTokenTime
-from ssmcache_sim.cost import PrefillCost, prefill_cost
+from ssmcache_sim.cost import prefill_cost
 from ssmcache_sim.device_profile import H100, calibrated
 from ssmcache_sim.prefill_fit import fit_calibration, relative_errors
 from ssmcache_sim.trace import Float64Array
@@ -76,8 +75,8 @@ def first_token(
 
 def calibrate_model(
     model: Any, spec: ModelSpec, longest: int, progress: Callable[[float], None]
-) -> tuple[Calibration, PrefillCost, Float64Array]:
-    """What `measure` found, fitted; the cost model with it, on one H100 otherwise; and its relative errors there.
+) -> tuple[Calibration, Float64Array]:
+    """What `measure` found, fitted, and the relative errors of the cost model there.
 
     Args:
         spec: of the same config, for the operations of a token.
@@ -86,8 +85,7 @@ def calibrate_model(
     num_parameters = count_parameters(model)
     cost = prefill_cost(spec, billion_parameters=num_parameters / 1e9)
     found = fit_calibration(cost, spec.name, str(model.dtype).removeprefix("torch."), num_parameters, times)
-    device = calibrated(H100, found)
-    return found, replace(cost, device=device), relative_errors(cost, device, times)
+    return found, relative_errors(cost, calibrated(H100, found), times)
 
 
 def measure(model: Any, longest: int, progress: Callable[[float], None]) -> Iterator[FirstTokenTime]:
