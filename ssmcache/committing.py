@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ssmcache.store import BlockStore
 
 
-def commit_blocks(sequence: SequenceCommits, keys: Int64Array, base: int, first: int, last: int) -> None:
-    """Put the blocks `first`..`last - 1` of a sequence into the tree; `keys` start from block `base`.
+def commit_blocks(sequence: SequenceCommits, keys: Int64Array, base: int, last: int) -> None:
+    """Put the blocks of a sequence up to `last - 1` into the tree; `keys` start from block `base`.
 
     Where a block is there already its page replaces the private one; on a tier below the GPU the private one, which is
     a copy, replaces it.
@@ -30,8 +30,6 @@ def commit_blocks(sequence: SequenceCommits, keys: Int64Array, base: int, first:
     cursor = sequence.cursor
     one_key = kind.width == 1
     start = position = cursor.end
-    if position > first:
-        _check_shared(sequence, keys, base, first, min(position, last))
     while position < last:
         child = cursor.children.get(keys.item(position - base) if one_key else kind.edge_key(keys, position - base))
         if child is None:
@@ -93,7 +91,7 @@ def rebase(store: BlockStore, run: Run, own: SlotArray) -> None:
     tiers.cached[GPU_TIER] += num_blocks
 
 
-def _check_shared(sequence: SequenceCommits, keys: Int64Array, base: int, first: int, last: int) -> None:
+def check_shared(sequence: SequenceCommits, keys: Int64Array, base: int, first: int, last: int) -> None:
     """The shared pages of blocks `first`..`last - 1` must be those of the committed tokens."""
     run, kind = sequence.cursor, sequence.kind
     while run.end > first and run.parent is not None:

@@ -6,11 +6,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ssmcache.integers import is_integer, to_integer
+
 Int64Array = npt.NDArray[np.int64]
 EdgeKey = int | bytes
 
 _DIGEST_BYTES = 32
 _MAX_TOKEN = np.iinfo(np.int64).max
+_NO_ID = np.iinfo(np.int64).min  # of a digest that no sequence has had
 
 
 class KeyKind:
@@ -66,6 +69,15 @@ class ReuseScope(NamedTuple):
     salt: int | None = None
 
 
+def check_scope(call: str, scope: object) -> None:
+    """Errors: TypeError for anything but a `ReuseScope` of integers, or None in their place."""
+    if type(scope) is not ReuseScope:
+        raise TypeError(f"{call}: expected a ReuseScope, got {scope!r}")
+    for name, value in zip(scope._fields, scope, strict=True):
+        if value is not None and not is_integer(value):  # True would be the same scope as 1
+            raise TypeError(f"{call}: expected an integer or None as {name} of the scope, got {value!r}")
+
+
 class BlockKeys:
     """Ready keys in place of tokens: a prompt of which only the identity of each full block is known.
 
@@ -79,13 +91,18 @@ class BlockKeys:
     its end: `prompt[:-1]` may know the key of a block whose last token it leaves out, and a lookup then finds the
     KV of that block, although the prompt itself does not skip the token.
 
-    Errors: ValueError when a full block has no key.
+    Errors: ValueError when a full block has no key, or keys are no integers of 64 bits.
     """
 
     __slots__ = ("keys", "start", "stop", "tokens_per_block")
 
     def __init__(self, keys: npt.ArrayLike, tokens_per_block: int, num_tokens: int) -> None:
-        array = np.asarray(keys, dtype=np.int64)
+        tokens_per_block = to_integer("BlockKeys", "tokens_per_block", tokens_per_block, 1)
+        num_tokens = to_integer("BlockKeys", "num_tokens", num_tokens)
+        array = np.asarray(keys)
+        if array.size and array.dtype.kind not in "iu":
+            raise ValueError(f"keys of BlockKeys: expected integers of 64 bits, got {array.dtype}")
+        array = array.astype(np.int64, copy=False)  # those without a sign stay as different as they are
         if array.flags.writeable:
             array = array.copy()
             array.flags.writeable = False
@@ -141,13 +158,15 @@ class TokenIds:
             known = self._ids[digest] = -len(self._digests)
         return known
 
-    def array(self, tokens: "Tokens") -> Int64Array:
-        """[n] int64, a copy. Errors: ValueError unless all are integers >= 0 or digests, in one dimension."""
+    def array(self, tokens: "Tokens", keep_digests: bool = True) -> Int64Array:
+        """[n] int64, a copy. Digests that are new are kept for good, or, where they are only compared, all named by an
+        id that nothing else has. Errors: ValueError unless all are integers >= 0 or digests, in one dimension.
+        """
         array = np.array(tokens)
         if array.size == 0:
             return np.empty(0, dtype=np.int64)
         if array.dtype.kind in "SO" and any(isinstance(token, bytes) for token in tokens):  # type: ignore[union-attr]
-            return self._with_digests(tokens)  # type: ignore[arg-type]
+            return self._with_digests(tokens, keep_digests)  # type: ignore[arg-type]
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise ValueError(f"tokens: expected integers in one dimension, got {array.dtype} of shape {array.shape}")
         if array.min() < 0:
@@ -156,13 +175,16 @@ class TokenIds:
             raise ValueError(f"tokens: expected integers up to {_MAX_TOKEN}, got {array.max()}")
         return array.astype(np.int64, copy=False)
 
-    def _with_digests(self, tokens: "Sequence[int | bytes]") -> Int64Array:
+    def _with_digests(self, tokens: "Sequence[int | bytes]", keep: bool) -> Int64Array:
         for token in tokens:
             if isinstance(token, bytes) and len(token) != _DIGEST_BYTES:
                 raise ValueError(f"tokens: expected digests of {_DIGEST_BYTES} bytes, got one of {len(token)}")
         integers = self.array([token for token in tokens if not isinstance(token, bytes)])
         known = iter(integers.tolist())
-        ids = [self._id_of(token) if isinstance(token, bytes) else next(known) for token in tokens]
+        if keep:
+            ids = [self._id_of(token) if isinstance(token, bytes) else next(known) for token in tokens]
+        else:
+            ids = [self._ids.get(token, _NO_ID) if isinstance(token, bytes) else next(known) for token in tokens]
         return np.array(ids, dtype=np.int64)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from threading import RLock
-from typing import Any
+from typing import Any, Self
 
 from ssmcache import sizing
 from ssmcache.admission import admission_of
+from ssmcache.calls import Calls, public
 from ssmcache.config import KVCacheManagerConfig
 from ssmcache.events import CacheEvent, CacheObserver, EventLog
+from ssmcache.integers import is_integer, to_integer
 from ssmcache.invariants import check_manager
-from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, TokenIds, Tokens
+from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, TokenIds, Tokens, check_scope
 from ssmcache.layout import BufferPlace, layer_groups
 from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves
@@ -39,6 +40,9 @@ class KVCacheManager:
 
     Nothing raises for lack of memory: `resume` and `resize` of a sequence return False.
 
+    What a memory or an observer raises while a call is changing the cache closes the manager: every later call raises
+    `BrokenManagerError`, since nobody knows what lies where. Mistakes of the caller raise before anything is touched.
+
     Threads: every public call of the manager and of its sequences holds one lock for as long as it runs, so calls
     from several threads leave the state whole. None is held between calls: a probe may be out of date when it returns,
     and each sequence belongs to one thread at a time. Under the lock copies are queued, files of the disk tier read and
@@ -55,7 +59,7 @@ class KVCacheManager:
             raise ValueError(f"event_buffer_size: expected 0 beside an observer, got {config.event_buffer_size}")
         self.config = config
         self.memory = memory
-        self.lock = RLock()
+        self.calls = Calls()
         self.tokens_per_block = config.tokens_per_block
         self.partly = config.partial_reuse
         self.groups = layer_groups(config)
@@ -91,6 +95,7 @@ class KVCacheManager:
 
     # -- sequences ---------------------------------------------------------------------------------------------------
 
+    @public
     def create_kv_cache(
         self,
         input_tokens: Tokens = (),
@@ -109,15 +114,11 @@ class KVCacheManager:
             adopt_kv: whether pages beyond the reusable tokens are taken up as they are; False for kernels that cannot
                 leave KV unwritten: they get pages of their own, which go when the tokens are committed.
         """
-        self.lock.acquire()
-        try:
-            if self._closed:
-                raise RuntimeError("create_kv_cache: expected an open manager, got one after shutdown")
-            sequence = KVCache(self, input_tokens, reuse_scope, id, priority, adopt_kv)
-            self.open_sequences[sequence] = None
-            return sequence
-        finally:
-            self.lock.release()
+        if self._closed:
+            raise RuntimeError("create_kv_cache: expected an open manager, got one after shutdown")
+        sequence = KVCache(self, input_tokens, reuse_scope, id, priority, adopt_kv)
+        self.open_sequences[sequence] = None
+        return sequence
 
     def forget(self, sequence: KVCache, was_resumed: bool) -> None:
         """Called by a sequence that closes."""
@@ -125,34 +126,47 @@ class KVCacheManager:
         if was_resumed:
             self.traffic.append((sequence.capacity, sequence.history_length))
 
+    @public
     def probe_reuse(self, tokens: Tokens, reuse_scope: ReuseScope = _DEFAULT_SCOPE) -> ReuseMatch:
-        """What a sequence created with these tokens would reuse. Changes nothing."""
-        with self.lock:
-            kind, keys, num_blocks, num_tokens = self.keys_of(tokens)
-            root = self.store.roots.get(reuse_scope)
-            if root is None or root.kind != kind:
-                return ReuseMatch(0, 0, 0)
-            partly = self.partly and not kind.prefix_unique
-            return find(self.store, root, keys, num_blocks, num_tokens, partly, True)[2]
+        """What a sequence created with these tokens would reuse. Changes nothing. Errors: as `create_kv_cache`."""
+        kind, keys, num_blocks, num_tokens = self.keys_of("probe_reuse", tokens, reuse_scope, keep_digests=False)
+        root = self.store.roots.get(reuse_scope)
+        if root is None:
+            return ReuseMatch(0, 0, 0)
+        partly = self.partly and not kind.prefix_unique
+        return find(self.store, root, keys, num_blocks, num_tokens, partly, True)[2]
 
     def token_array(self, tokens: Tokens) -> Int64Array:
         """Tokens as [n] int64, a copy; digests as negative ids. Errors: ValueError for anything else."""
         return self._token_ids.array(tokens)
 
-    def keys_of(self, tokens: Tokens) -> tuple[KeyKind, Int64Array, int, int]:
-        """A prompt as the tree compares it: (kind of keys, keys, number of blocks known, number of tokens)."""
+    def keys_of(
+        self, call: str, tokens: Tokens, scope: ReuseScope, keep_digests: bool = True
+    ) -> tuple[KeyKind, Int64Array, int, int]:
+        """A prompt as the tree compares it: (kind of keys, keys, number of blocks known, number of tokens). Of a prompt
+        that is only asked about no digests are kept.
+
+        Errors: TypeError, ValueError for anything that is no prompt, no scope, or of another kind than the scope's.
+        """
+        if scope is not _DEFAULT_SCOPE:
+            check_scope(call, scope)
         block = self.tokens_per_block
         if isinstance(tokens, BlockKeys):
             if tokens.start or tokens.tokens_per_block != block:
                 raise ValueError(
-                    f"input_tokens: expected block keys from token 0 on in blocks of {block}, got from token "
+                    f"{call}: expected block keys from token 0 on in blocks of {block}, got from token "
                     f"{tokens.start} on in blocks of {tokens.tokens_per_block}"
                 )
             # the block that the next token ends, if it ends one, can be adopted though not skipped
-            keys, num_tokens = tokens.keys, tokens.stop
-            return self._ready_kind, keys, min(keys.size, (num_tokens + 1) // block), num_tokens
-        array = self.token_array(tokens)
-        return self._token_kind, array, array.size // block, array.size
+            kind, keys, num_tokens = self._ready_kind, tokens.keys, tokens.stop
+            num_blocks = min(keys.size, (num_tokens + 1) // block)
+        else:
+            kind, keys = self._token_kind, self._token_ids.array(tokens, keep_digests)
+            num_blocks, num_tokens = keys.size // block, keys.size
+        known = self.store.roots.get(scope)
+        if known is not None and known.kind != kind:
+            raise ValueError(f"{call}: expected {known.kind}, as before in {scope}, got {kind}")
+        return kind, keys, num_blocks, num_tokens
 
     # -- for the sequences -------------------------------------------------------------------------------------------
 
@@ -209,25 +223,25 @@ class KVCacheManager:
     def used_slots(self, layer_group: int, tier: int = GPU_TIER) -> int:
         return self.pools[layer_group][tier].used
 
+    @public
     def memory_usage(self) -> MemoryUsage:
-        with self.lock:
-            return memory_usage(self)
+        return memory_usage(self)
 
+    @public
     def stats(self) -> CacheStats:
-        with self.lock:
-            return collect_stats(self)
+        return collect_stats(self)
 
+    @public
     def take_events(self) -> list[CacheEvent]:
         """The events since the last call; see `CacheEvent`. Errors: RuntimeError if `event_buffer_size` is 0."""
-        with self.lock:
-            if self.event_log is None:
-                raise RuntimeError("take_events: expected a manager with event_buffer_size > 0, got 0")
-            return self.event_log.take()
+        if self.event_log is None:
+            raise RuntimeError("take_events: expected a manager with event_buffer_size > 0, got 0")
+        return self.event_log.take()
 
+    @public
     def check(self) -> None:
         """Verify every invariant. Raises AssertionError with what is broken. Cost: O(everything)."""
-        with self.lock:
-            check_manager(self)
+        check_manager(self)
 
     # -- what kernels read -------------------------------------------------------------------------------------------
 
@@ -239,6 +253,7 @@ class KVCacheManager:
         known = sorted((place.layer_id, place.role) for group in self.groups for place in group.buffers)
         raise ValueError(f"buffer: expected one of {known}, got {(layer_id, role)}")
 
+    @public
     def buffer(self, layer_id: int, role: str, dtype: Any = None, shape: tuple[int, ...] | None = None) -> Any:
         """One buffer of all slots on the GPU, a view without a copy, [slots, bytes]; with `tokens_per_block_override`
         [slots, pages, bytes]. None if the memory has no bytes.
@@ -248,19 +263,18 @@ class KVCacheManager:
             shape: of each slot, in place of the bytes or elements in one row; needs a dtype.
         It is good until `adjust` or `resize_tier`. Errors: ValueError for an unknown buffer.
         """
-        with self.lock:
-            group, place = self._place(layer_id, role)
-            pool = self.memory.view(group)
-            if pool is None:
-                return None
-            view = pool[:, place.offset : place.offset + place.size]
-            if dtype is not None:
-                view = view.view(dtype)
-            if shape is not None:
-                view = view.reshape((view.shape[0], *shape))
-            elif place.num_pages > 1:
-                view = view.reshape((view.shape[0], place.num_pages, -1))
-            return view
+        group, place = self._place(layer_id, role)
+        pool = self.memory.view(group)
+        if pool is None:
+            return None
+        view = pool[:, place.offset : place.offset + place.size]
+        if dtype is not None:
+            view = view.view(dtype)
+        if shape is not None:
+            view = view.reshape((view.shape[0], *shape))
+        elif place.num_pages > 1:
+            view = view.reshape((view.shape[0], place.num_pages, -1))
+        return view
 
     def page_stride(self, layer_id: int, role: str) -> int:
         """Bytes from a slot to the next in `buffer`."""
@@ -269,21 +283,22 @@ class KVCacheManager:
     # -- sizes -------------------------------------------------------------------------------------------------------
 
     @property
+    @public
     def need_adjustment(self) -> bool:
         """Whether the sequences closed lately want a split of the tiers between layer groups that is more than 1.25
         times away from the present one.
         """
-        with self.lock:
-            return sizing.need_adjustment(self)
+        return sizing.need_adjustment(self)
 
+    @public
     def adjust(self) -> bool:
         """Split the tiers as the sequences closed lately want it. Slots may move; what no longer fits moves down or
         goes, oldest first. False as with `resize_tier`. Errors: RuntimeError with an ACTIVE sequence.
         """
-        with self.lock:
-            self._require_no_active_sequence("adjust")
-            return sizing.resplit(self, range(len(self.quotas)), self.quotas)
+        self._require_no_active_sequence("adjust")
+        return sizing.resplit(self, range(len(self.quotas)), self.quotas)
 
+    @public
     def resize_tier(self, tier: int, quota: int) -> bool:
         """Give a tier another quota, in bytes, split as the sequences closed lately want it. Slots may move; what no
         longer fits moves down or goes, oldest first. False, and nothing changed, if what is held does not fit or the
@@ -291,32 +306,44 @@ class KVCacheManager:
         then. Errors: RuntimeError with an ACTIVE sequence; ValueError for an unknown tier or a quota that is too small
         for one slot of each layer group, or for `constraints`.
         """
-        with self.lock:
-            self._require_no_active_sequence("resize_tier")
-            if not 0 <= tier < len(self.quotas) or self.quotas[tier] is None:
-                raise ValueError(f"resize_tier: expected a tier with a quota, of {len(self.quotas)}, got {tier}")
-            if not isinstance(quota, int) or quota <= 0:
-                raise ValueError(f"resize_tier: expected a quota in bytes, a positive integer, got {quota!r}")
-            quotas = list(self.quotas)
-            quotas[tier] = quota
-            return sizing.resplit(self, (tier,), quotas)
+        self._require_no_active_sequence("resize_tier")
+        if not is_integer(tier) or not 0 <= tier < len(self.quotas) or self.quotas[tier] is None:
+            raise ValueError(f"resize_tier: expected a tier with a quota, of {len(self.quotas)}, got {tier!r}")
+        quotas = list(self.quotas)
+        quotas[tier] = to_integer("resize_tier", "a quota in bytes", quota, 1)
+        return sizing.resplit(self, (tier,), quotas)
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
+    @public
     def clear_reusable_blocks(self) -> None:
         """Forget everything that is cached. Errors: RuntimeError while sequences are open."""
-        with self.lock:
-            self._require_no_open_sequences("clear_reusable_blocks")
-            self.store.clear()
+        self._require_no_open_sequences("clear_reusable_blocks")
+        self.calls.changing = True
+        self.store.clear()
 
     def shutdown(self) -> None:
-        """Give the memory back. Idempotent. Errors: RuntimeError while sequences are open."""
-        with self.lock:
-            self._require_no_open_sequences("shutdown")
-            if not self._closed:
+        """Give the memory back. Idempotent; good for a broken manager too. Errors: RuntimeError while sequences of a
+        whole one are open.
+        """
+        with self.calls.lock:
+            if self.calls.broken_by is None:
+                self._require_no_open_sequences("shutdown")
                 self.store.clear()
-                self.memory.close()
+            if not self._closed:
                 self._closed = True
+                self.memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close what is still open, and shut down."""
+        with self.calls.lock:
+            if self.calls.broken_by is None:
+                for sequence in list(self.open_sequences):
+                    sequence.close()
+            self.shutdown()
 
     def _require_no_open_sequences(self, call: str) -> None:
         if self.open_sequences:

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from ssmcache.match import Partial
 from ssmcache.memory.base import GPU_TIER, SlotMoves, TransferError
+from ssmcache.sparse import SparseStore
 from ssmcache.tiers import Tiers
 from ssmcache.tree import Run
 
 if TYPE_CHECKING:
     from ssmcache.sequence import KVCache
+    from ssmcache.store import BlockStore
 
 
 def protect_partial(sequence: KVCache, protected: bool) -> None:
@@ -55,14 +57,16 @@ def copy_partial(sequence: KVCache, partial: Partial) -> None:
         for tiers, tier, slot in copies:
             slots = tiers.take(1, sequence.stream)
             taken.append((tiers, slots))
-            moves = SlotMoves(tiers.layer_group, tier, (slot,), GPU_TIER, slots)
-            sequence.manager.copy(moves, sequence.stream)
-    except TransferError as error:
+            try:
+                sequence.manager.copy(SlotMoves(tiers.layer_group, tier, (slot,), GPU_TIER, slots), sequence.stream)
+            except TransferError as error:
+                if error.lost:
+                    _end_partial(sequence, partial)
+                    _lose_source(store, partial, tiers, tier, slot)
+                raise
+    except TransferError:
         for tiers, slots in taken:
             tiers.pools[GPU_TIER].give_back(slots)
-        if error.lost:
-            _end_partial(sequence, partial)
-            store.lose(partial.run, partial.block)
         raise
     for tiers, slots in taken:
         if tiers is store.pages:
@@ -71,6 +75,14 @@ def copy_partial(sequence: KVCache, partial: Partial) -> None:
             if window.store is tiers:
                 window.own[partial.block] = slots[0]
     _end_partial(sequence, partial)
+
+
+def _lose_source(store: BlockStore, partial: Partial, tiers: Tiers[Any, Any], tier: int, slot: int) -> None:
+    """One slot of the block cannot be read: without its page of full attention it is cut off; else that slot goes."""
+    if isinstance(tiers, SparseStore):
+        tiers.lose_slot(partial.run, tier, slot)
+    else:
+        store.lose(partial.run, partial.block)
 
 
 def _end_partial(sequence: KVCache, partial: Partial) -> None:

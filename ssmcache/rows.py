@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from ssmcache.sequence_pages import SequencePages
 
 
+_NO_PAGE: SlotArray = np.array([-1], dtype=np.int32)
+
+
 class PageRows:
     """The page indices of one sequence, and the rows of callers' buffers that follow them."""
 
@@ -30,17 +33,19 @@ class PageRows:
         num_blocks = self._num_blocks()
         if out is not None:
             _check_row(out, num_blocks)
+        is_away = sequence.parked is not None
         pages = sequence.store.pages
         if pages is not None and layer_group == pages.layer_group:
             parts = [sequence.own_pages]
             parts += [run.pages.slots for run in sequence.cursor.path() if run.pages is not None]
-            indices: SlotArray = np.concatenate(parts[::-1])[:num_blocks]
+            indices: SlotArray = _NO_PAGE.repeat(num_blocks) if is_away else np.concatenate(parts[::-1])[:num_blocks]
         else:
             window = next((window for window in sequence.windows if window.store.layer_group == layer_group), None)
             if window is None:
                 raise ValueError(f"page_indices: expected a layer group of attention, got {layer_group}")
             indices = np.full(num_blocks, -1, dtype=np.int32)
-            window.fill(indices, num_blocks)
+            if not is_away:
+                window.fill(indices, num_blocks)
         if out is None:
             return indices
         out[:num_blocks] = indices
@@ -73,8 +78,12 @@ class PageRows:
 
 
 def _check_row(row: SlotArray, num_blocks: int) -> None:
+    if not isinstance(row, np.ndarray):
+        raise TypeError(f"row of page indices: expected a NumPy array, got {type(row).__name__}")
     if row.dtype != np.int32 or row.ndim != 1 or row.size < num_blocks:
         raise ValueError(
             f"row of page indices: expected at least {num_blocks} int32 in one dimension, got {row.dtype} of shape "
             f"{row.shape}"
         )
+    if not row.flags.writeable:
+        raise ValueError("row of page indices: expected an array that can be written, got a read-only one")

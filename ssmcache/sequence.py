@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ssmcache import resuming
+from ssmcache.calls import public
 from ssmcache.committing import commit_tail
+from ssmcache.integers import to_integer
 from ssmcache.keys import Int64Array, ReuseScope, Tokens
 from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER
@@ -33,7 +35,7 @@ class KVCache(SequenceCommits):
     is held, but may move to the tiers below.
 
     Each call takes the manager's lock: sequences of one manager may be used from several threads, each from one at a
-    time. (Those made for every request do so by hand: `with` costs twice as much.)
+    time. A sequence is a context that closes it.
     """
 
     __slots__ = ("_input", "_loads", "adopt", "id", "partly", "usable_tokens_by_tier", "version")
@@ -42,7 +44,9 @@ class KVCache(SequenceCommits):
         self, manager: KVCacheManager, tokens: Tokens, scope: ReuseScope, id: object,
         priority: PriorityCallback | None, adopt: bool,
     ) -> None:  # fmt: skip
-        kind, keys, num_blocks, num_tokens = manager.keys_of(tokens)
+        kind, keys, num_blocks, num_tokens = manager.keys_of("create_kv_cache", tokens, scope)
+        self.calls = manager.calls
+        self.calls.changing = True
         store = manager.store
         self.root = store.enter_scope(scope, kind)
         self.soft = self.locked = self.idle = False
@@ -92,6 +96,7 @@ class KVCache(SequenceCommits):
 
     # -- status ------------------------------------------------------------------------------------------------------
 
+    @public
     def resume(self, stream: Any = None) -> bool:
         """Make the sequence ACTIVE: all its pages are on the GPU and locked, and `stream` may compute.
 
@@ -102,35 +107,32 @@ class KVCache(SequenceCommits):
         Returns False, with `shortage` set and nothing changed, if there is no room; only where a tier below could not
         be read or written (`shortage.reason` "lost" or "io") some pages may have moved, and lost ones are gone.
         """
-        lock = self.manager.lock
-        lock.acquire()
-        try:
-            if self.status is not SUSPENDED:
-                raise StateError(f"resume: expected a SUSPENDED sequence, got {self.status.name}")
-            manager = self.manager
-            self.stream = stream
-            if manager.streams.only is not stream:
-                manager.streams.acquire(stream)
-            if self.states is not None:
-                self.states.stream = stream
-            if self._input is None:
-                self.shortage = resuming.resume_again(self)
-            else:
-                if self.priority is not None:
-                    self.priority.prepare(-(-self._input[2] // manager.tokens_per_block) + 1)
-                keys, num_blocks, num_tokens = self._input
-                self.shortage = resuming.first_resume(self, keys, num_blocks, num_tokens)
-                if self.shortage is None:
-                    self._start(keys, num_tokens)
-            if manager.streams.only is not stream:
-                manager.streams.release(stream)
-            if self.shortage is not None:
-                return False
-            self.status = ACTIVE
-            manager.num_active += 1
-            return True
-        finally:
-            lock.release()
+        if self.status is not SUSPENDED:
+            raise StateError(f"resume: expected a SUSPENDED sequence, got {self.status.name}")
+        manager, before = self.manager, self.stream
+        if manager.streams.only is not stream:
+            manager.memory.check_stream("resume", stream)
+        if self._input is not None and self.priority is not None:
+            self.priority.prepare(-(-self._input[2] // manager.tokens_per_block) + 1)
+        self.calls.changing = True
+        self._set_stream(stream)
+        if manager.streams.only is not stream:
+            manager.streams.acquire(stream)
+        if self._input is None:
+            self.shortage = resuming.resume_again(self)
+        else:
+            keys, num_blocks, num_tokens = self._input
+            self.shortage = resuming.first_resume(self, keys, num_blocks, num_tokens)
+            if self.shortage is None:
+                self._start(keys, num_tokens)
+        if manager.streams.only is not stream:
+            manager.streams.release(stream)
+        if self.shortage is not None:
+            self._set_stream(before)
+            return False
+        self.status = ACTIVE
+        manager.num_active += 1
+        return True
 
     def _start(self, keys: Int64Array, num_tokens: int) -> None:
         """The first resume has succeeded."""
@@ -151,36 +153,37 @@ class KVCache(SequenceCommits):
         if self.windows:
             self.pins = ()  # they are locks of the windows now
 
+    @public
     def suspend(self) -> None:
         """Stop computing. Touches the path; slots reserved for snapshots go back. With tiers below, everything that
         the sequence has may move there when others need the room; else its pages stay.
         """
-        with self.manager.lock:
-            self._require_active("suspend")
-            self.manager.streams.release(self.stream)
-            if self.states is not None:
-                self.states.give_back_reserved()
-            self._rows = None
-            resuming.suspend(self)
-            self.status = SUSPENDED
-            self.manager.num_active -= 1
+        self._require_active("suspend")
+        self.calls.changing = True
+        self.manager.streams.release(self.stream)
+        if self.states is not None:
+            self.states.give_back_reserved()
+        self._rows = None
+        resuming.suspend(self)
+        self.status = SUSPENDED
+        self.manager.num_active -= 1
 
+    @public
     def prefetch(self, tier: int = GPU_TIER) -> bool:
         """Bring what the sequence holds up to a tier (0 is the GPU) before it is needed there, while not ACTIVE. What
         comes from files to a host tier may still be read after the call: see `is_loading`.
 
         Returns False, with `shortage` set and nothing changed, if there is no room.
         """
-        with self.manager.lock:
-            if self.status is not SUSPENDED:
-                raise StateError(f"prefetch: expected a SUSPENDED sequence, got {self.status.name}")
-            if not 0 <= tier < len(self.manager.tier_names):
-                raise ValueError(f"prefetch: expected a tier in 0..{len(self.manager.tier_names) - 1}, got {tier}")
-            self.manager.streams.acquire(self.stream)
-            self.shortage = resuming.prefetch(self, tier)
-            self.manager.streams.release(self.stream)
-            self._loads = self.manager.memory.loads()
-            return self.shortage is None
+        if self.status is not SUSPENDED:
+            raise StateError(f"prefetch: expected a SUSPENDED sequence, got {self.status.name}")
+        tier = to_integer("prefetch", "a tier", tier, 0, len(self.manager.tier_names) - 1)
+        self.calls.changing = True
+        self.manager.streams.acquire(self.stream)
+        self.shortage = resuming.prefetch(self, tier)
+        self.manager.streams.release(self.stream)
+        self._loads = self.manager.memory.loads()
+        return self.shortage is None
 
     @property
     def is_loading(self) -> bool:
@@ -189,42 +192,39 @@ class KVCache(SequenceCommits):
         """
         return not all(load.done() for load in self._loads)
 
+    @public
     def close(self) -> None:
         """Leave: committed blocks stay for reuse, everything private goes back. Idempotent."""
-        lock = self.manager.lock
-        lock.acquire()
-        try:
-            if self.status is CLOSED:
-                return
-            manager, store = self.manager, self.store
-            if self.soft:
-                store.drop_soft_hold(self)
-            elif self.locked:
-                leaf = None
-                if self.status is ACTIVE:
-                    manager.num_active -= 1
-                    if manager.streams.only is not self.stream:
-                        manager.streams.release(self.stream)
-                if self.pending.size and manager.partly and self.parked is None:
-                    leaf = commit_tail(self)
-                if self.states is not None:
-                    self.states.close()
-                if self.windows or self.parked is not None:
-                    self._give_up_rest()
-                if store.pages is not None and self.own_pages.size:
-                    store.pages.pools[GPU_TIER].give_back(self.own_pages)
-                    self.own_pages = NO_SLOTS
-                store.touch_and_release(self, leaf)
-                if store.lost_roots:
-                    store.free_lost()
-            self.status = CLOSED
-            was_resumed = self._input is None
-            self._input = None
-            self._rows = None
-            store.leave_scope(self.root)
-            manager.forget(self, was_resumed)
-        finally:
-            lock.release()
+        if self.status is CLOSED:
+            return
+        self.calls.changing = True
+        manager, store = self.manager, self.store
+        if self.soft:
+            store.drop_soft_hold(self)
+        elif self.locked:
+            leaf = None
+            if self.status is ACTIVE:
+                manager.num_active -= 1
+                if manager.streams.only is not self.stream:
+                    manager.streams.release(self.stream)
+            if self.pending.size and manager.partly and self.parked is None:
+                leaf = commit_tail(self)
+            if self.states is not None:
+                self.states.close()
+            if self.windows or self.parked is not None:
+                self._give_up_rest()
+            if store.pages is not None and self.own_pages.size:
+                store.pages.pools[GPU_TIER].give_back(self.own_pages)
+                self.own_pages = NO_SLOTS
+            store.touch_and_release(self, leaf)
+            if store.lost_roots:
+                store.free_lost()
+        self.status = CLOSED
+        was_resumed = self._input is None
+        self._input = None
+        self._rows = None
+        store.leave_scope(self.root)
+        manager.forget(self, was_resumed)
 
     def _give_up_rest(self) -> None:
         """Give window pages back, and what lies in tiers below."""
@@ -236,26 +236,38 @@ class KVCache(SequenceCommits):
 
     # -- states and streams --------------------------------------------------------------------------------------------
 
+    @public
     def ssm_slot(self, layer_group: int) -> int:
         """Slot of the live state. Errors: StateError before the first resume; ValueError for another layer group."""
-        with self.manager.lock:
-            if self.states is None or layer_group != self.manager.state_group:
-                raise ValueError(f"ssm_slot: expected the SSM layer group, got {layer_group}")
-            if self.states.live_slot < 0:
-                raise StateError("ssm_slot: expected a resumed sequence")
-            return self.states.live_slot
+        if self.states is None or layer_group != self.manager.state_group:
+            raise ValueError(f"ssm_slot: expected the SSM layer group, got {layer_group}")
+        if self.states.live_slot < 0:
+            raise StateError("ssm_slot: expected a resumed sequence")
+        return self.states.live_slot
 
     def touch_own_snapshot(self, stamp: int) -> int:
         return -1 if self.states is None else self.states.touch_own(self.cursor, self.num_committed_tokens, stamp)
 
+    @public
     def set_stream(self, stream: Any) -> None:
         """Go on computing on another stream, which waits for what the present one was given so far.
 
         Errors: StateError unless ACTIVE.
         """
-        with self.manager.lock:
-            self._require_active("set_stream")
-            self.manager.streams.switch(self.stream, stream)
-            self.stream = stream
-            if self.states is not None:
-                self.states.stream = stream
+        self._require_active("set_stream")
+        self.manager.memory.check_stream("set_stream", stream)
+        self.calls.changing = True
+        self.manager.streams.switch(self.stream, stream)
+        self._set_stream(stream)
+
+    def _set_stream(self, stream: Any) -> None:
+        self.stream = stream
+        if self.states is not None:
+            self.states.stream = stream
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.calls.broken_by is None:  # else there is nothing left to close, and the error is on its way already
+            self.close()

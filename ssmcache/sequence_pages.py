@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ssmcache.calls import Calls, public
+from ssmcache.integers import MAX_BLOCKS, to_integer
 from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.pools import SlotArray
 from ssmcache.resuming import transfer_shortage
 from ssmcache.rows import PageRows
-from ssmcache.sequence_windows import SequenceWindow
+from ssmcache.sequence_windows import SequenceWindow, WindowChange
 from ssmcache.soft_holds import PathHolder
 from ssmcache.states import SequenceStates
 from ssmcache.stats import ReuseMatch, Shortage
@@ -42,12 +44,13 @@ class SequencePages(PathHolder):
     """
 
     __slots__ = (
-        "_rows", "capacity", "history_length", "manager", "num_committed_tokens", "own_pages", "parked", "reuse_match",
-        "shortage", "states", "status", "store", "stream", "windows",
+        "_rows", "calls", "capacity", "history_length", "manager", "num_committed_tokens", "own_pages", "parked",
+        "reuse_match", "shortage", "states", "status", "store", "stream", "windows",
     )  # fmt: skip
 
     # set by `KVCache`
     _rows: PageRows | None
+    calls: Calls
     capacity: int
     history_length: int
     manager: KVCacheManager
@@ -84,43 +87,47 @@ class SequencePages(PathHolder):
 
     # -- lengths -----------------------------------------------------------------------------------------------------
 
+    @public
     def resize(self, capacity: int, history_length: int | None = None) -> bool:
         """Make room for `capacity` tokens, and say how many are computed; history never goes back, capacity may
         shrink down to it. Pages that are out of every window at that history are given up.
 
         Returns False, with `shortage` set and nothing changed, if there are not enough pages.
         Cost: O(pages added or removed); with windows, O(their pages) where a block is crossed.
-        Errors: StateError unless ACTIVE; ValueError for lengths out of order.
+        Errors: StateError unless ACTIVE; TypeError, ValueError for lengths that are none, or out of order.
         """
-        lock = self.manager.lock
-        lock.acquire()
-        try:
-            if self.status is not ACTIVE:
-                self._require_active("resize")
-            history = self.history_length if history_length is None else history_length
-            if not self.history_length <= history <= capacity:
-                raise ValueError(
-                    f"resize: expected history {self.history_length} <= history_length <= capacity, "
-                    f"got history_length {history} and capacity {capacity}"
-                )
-            num_blocks = -(-capacity // self.manager.tokens_per_block)
-            if self._rows is not None:
-                self._rows.check(num_blocks)
-            pages = self.store.pages
-            missing = 0 if pages is None else num_blocks - self.cursor.end - self.own_pages.size
-            shortage = None
-            if missing or (self.windows and self._windows_change(history, num_blocks)):
-                shortage = self._change(missing, history, num_blocks)
-            self.shortage = shortage
-            if shortage is not None:
-                return False
-            self.capacity = capacity
-            self.history_length = history
-            if self._rows is not None:
-                self._rows.refresh()
-            return True
-        finally:
-            lock.release()
+        if self.status is not ACTIVE:
+            self._require_active("resize")
+        block = self.manager.tokens_per_block
+        if type(capacity) is not int:
+            capacity = to_integer("resize", "a capacity in tokens", capacity)
+        history = self.history_length
+        if history_length is not None:
+            history = to_integer("resize", "a history length in tokens", history_length)
+        if not self.history_length <= history <= capacity:
+            raise ValueError(
+                f"resize: expected history {self.history_length} <= history_length <= capacity, "
+                f"got history_length {history} and capacity {capacity}"
+            )
+        num_blocks = -(-capacity // block)
+        if num_blocks > MAX_BLOCKS:
+            raise ValueError(f"resize: expected a capacity of at most {MAX_BLOCKS * block:,} tokens, got {capacity:,}")
+        if self._rows is not None:
+            self._rows.check(num_blocks)
+        self.calls.changing = True
+        pages = self.store.pages
+        missing = 0 if pages is None else num_blocks - self.cursor.end - self.own_pages.size
+        shortage = None
+        if missing or (self.windows and self._windows_change(history, num_blocks)):
+            shortage = self._change(missing, history, num_blocks)
+        self.shortage = shortage
+        if shortage is not None:
+            return False
+        self.capacity = capacity
+        self.history_length = history
+        if self._rows is not None:
+            self._rows.refresh()
+        return True
 
     def _windows_change(self, history: int, num_blocks: int) -> bool:
         return any(window.would_change(history, num_blocks) for window in self.windows)
@@ -166,41 +173,49 @@ class SequencePages(PathHolder):
         return None
 
     def _change_windows(self, history: int, num_blocks: int, new_pages: int) -> Shortage | None:
-        """Take what windows need, for which there is room, and give up what is stale. `new_pages` were just taken."""
+        """Take what windows need, for which there is room, and then give up what is stale. `new_pages` were just
+        taken.
+        """
+        changes: list[WindowChange] = []
         try:
             for window in self.windows:
-                window.resize(history, num_blocks, self.stream)
+                change = window.prepare(history, num_blocks, self.stream)
+                if change is not None:
+                    changes.append(change)
         except TransferError as error:
+            for change in changes:
+                change.window.abandon(change)
             if new_pages > 0:
                 self._change_pages(-new_pages)
             return transfer_shortage(self, error)
+        for change in changes:
+            change.window.apply(change)
         return None
 
     # -- what kernels read -------------------------------------------------------------------------------------------
 
+    @public
     def page_indices(self, layer_group: int, out: SlotArray | None = None) -> SlotArray:
         """Slots of the blocks up to the capacity, [num_blocks] int32, -1 where there is no page on the GPU.
 
         Args:
             out: filled and returned in place of a new array; what is behind the blocks becomes -1.
-        Cost: O(num_blocks).
-        Errors: StateError before the first resume and while suspended with tiers below; ValueError if the layer group
-        is not one of attention, or `out` is too short.
+        Cost: O(num_blocks). While suspended with tiers below all are -1.
+        Errors: StateError before the first resume and once closed; ValueError if the layer group is not one of
+        attention, or `out` is too short or cannot be written.
         """
-        with self.manager.lock:
-            if not self.locked or self.parked is not None:
-                raise StateError("page_indices: expected a resumed sequence")
-            rows = PageRows(self)
-            return rows.indices(layer_group, out)
+        if not self.locked:
+            raise StateError("page_indices: expected a resumed sequence")
+        return PageRows(self).indices(layer_group, out)
 
+    @public
     def bind_page_indices(self, layer_group: int, row: SlotArray | None) -> None:
         """Keep a row of the caller's buffer, int32, filled as `page_indices` would: only entries that change are
         written, until the sequence is suspended or closed, or None is bound.
 
         Errors: StateError unless ACTIVE; ValueError as `page_indices`, now or when the row gets too short.
         """
-        with self.manager.lock:
-            self._require_active("bind_page_indices")
-            if self._rows is None:
-                self._rows = PageRows(self)
-            self._rows.bind(layer_group, row)
+        self._require_active("bind_page_indices")
+        if self._rows is None:
+            self._rows = PageRows(self)
+        self._rows.bind(layer_group, row)

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pins import Pin
-from ssmcache.pools import SlotArray, int_array
+from ssmcache.pools import IntArray, SlotArray, int_array
 from ssmcache.priority import Priority, by_rank, rank_in
 from ssmcache.tree import Run
 from ssmcache.windows import WindowStore
 
 if TYPE_CHECKING:
     from ssmcache.soft_holds import PathHolder
+
+
+_NO_SLOTS = int_array()
+
+
+class WindowChange(NamedTuple):
+    """What becomes of the pages of a window at other lengths: blocks that need one, those that are stale, and the slots
+    that were taken for it.
+    """
+
+    window: SequenceWindow
+    shape: tuple[int, int, int]
+    missing: list[int]
+    stale: list[int]
+    slots: IntArray
 
 
 class SequenceWindow:
@@ -54,7 +69,7 @@ class SequenceWindow:
         return missing, [block for block in candidates if block >= num_blocks or first <= block < end]
 
     def would_change(self, history_length: int, num_blocks: int) -> bool:
-        """Whether `resize` to these lengths, history not below that of now, takes pages or gives some up."""
+        """Whether a change to these lengths, history not below that of now, takes pages or gives some up."""
         if history_length < self._same_below and num_blocks == self._shape[0]:
             return False
         shape = self._shape_for(history_length, num_blocks)
@@ -75,25 +90,52 @@ class SequenceWindow:
             freed += block in self.own if pin is None else pin.locked == 1 and not pin.held
         return len(missing) - freed
 
-    def resize(self, history_length: int, num_blocks: int, stream: Any) -> None:
-        """Take the pages that are missing and give up those that are stale. The caller has checked `missing`.
+    def prepare(self, history_length: int, num_blocks: int, stream: Any) -> WindowChange | None:
+        """Get hold of the slots that these lengths need, beside those that go stale; None if nothing changes. The
+        caller has checked `missing`, and hands the result to `apply` or `abandon`.
 
-        Errors: TransferError; the stale ones are given up then all the same.
+        Errors: TransferError; nothing has changed for the sequence then.
         """
         shape = self._shape_for(history_length, num_blocks)
         if shape == self._shape:
-            return
+            return None
         missing, stale = self._changes(shape)
-        self._shape = (0, 0, 0)  # until all is there
-        self._drop(stale)
-        if missing:
-            self.own.update(zip(missing, self.store.take(len(missing), stream), strict=True))
-        self._shape = shape
+        num_short = len(missing) - sum(block in self.own for block in stale)
+        slots = _NO_SLOTS
+        if num_short > 0:
+            # what goes stale lies in the tree: it is given up after nothing can fail any more, so others go first
+            slots = self.store.take(min(num_short, self.store.obtainable()), stream)
+        return WindowChange(self, shape, missing, stale, slots)
+
+    def abandon(self, change: WindowChange) -> None:
+        """Undo `prepare`."""
+        self.store.gpu_pool.give_back(change.slots)
+
+    def apply(self, change: WindowChange) -> None:
+        """Give up what is stale, and make its slots and those of `prepare` the pages of what is missing."""
+        slots = change.slots + int_array(self.own.pop(block) for block in change.stale if block in self.own)
+        num_short = len(change.missing) - len(slots)
+        if num_short > 0:  # all else is needed: the stale pages leave the tree at once
+            slots += self._take_over([block for block in change.stale if block in self.pins], num_short)
+        elif num_short < 0:
+            self.store.gpu_pool.give_back(slots[num_short:])
+        self._drop(change.stale)
+        self.own.update(zip(change.missing, slots[: len(change.missing)], strict=True))
+        self._shape = change.shape
+
+    def _take_over(self, stale: list[int], count: int) -> IntArray:
+        """The slots of so many stale pages that nobody else needs, which leave the tree."""
+        slots = int_array()
+        for block in stale:
+            pin = self.pins[block]
+            if len(slots) < count and pin.locked == 1 and not pin.held:
+                del self.pins[block]
+                slots.append(pin.slot)
+                self.store.take_over(self._holder.cursor, GPU_TIER, pin.slot)
+        return slots
 
     def incomplete(self, history_length: int, num_blocks: int) -> list[int]:
-        """Blocks whose pages should be there and are not, for checks; after a failed `resize` nothing should be."""
-        if self.would_change(history_length, num_blocks):
-            return []
+        """Blocks whose pages should be there and are not, for checks."""
         there = self.own.keys() | {block for block, pin in self.pins.items() if pin.tier == GPU_TIER}
         needed = self.store.window.needed_blocks(history_length, self._shape[0])
         return [block for block in needed if block not in there]

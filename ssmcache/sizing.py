@@ -191,6 +191,7 @@ def resplit(manager: KVCacheManager, tiers: Iterable[int], quotas: Sequence[int 
 
 def _carry_out(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
     memory = manager.memory
+    manager.calls.changing = True
     for change in changes:
         change.shrink()
     groups = manager.store.all_tiers()

@@ -126,6 +126,11 @@ class SoftHolds(TreeStructure):
         assert newest is not None, "room was promised that does not exist"
         self.drop_soft_hold(newest)
 
+    def drop_soft_holds_from(self, source: Pin) -> None:
+        """Others who would start from a snapshot lose their match."""
+        for holder in [holder for holder in self.soft_holders if holder.soft and holder.source is source]:
+            self.drop_soft_hold(holder)
+
     def drop_soft_holds_of(self, run: Run) -> None:
         holders = [holder for holder in self.soft_holders if run in (holder.cursor, _partial_run(holder))]
         for holder in holders:

@@ -47,8 +47,8 @@ class SequenceStates:
         self._slots: IntArray = _NO_SLOTS  # and the slots
 
     def shortage_of_live_state(self, source: Pin | None, softly_held: int) -> Shortage | None:
-        """Whether a live state can be had without giving up the snapshot that it starts from, which this sequence
-        holds softly so many times (0 or 1).
+        """Whether a live state can be had, from a slot beside the snapshot that it starts from, which this sequence
+        holds softly so many times (0 or 1), or from that itself.
         """
         snapshots = self._snapshots
         if snapshots.has_room_for(2):
@@ -59,8 +59,9 @@ class SequenceStates:
             snapshots.pins.count(source, locked=1)
             room = snapshots.obtainable()
             snapshots.pins.count(source, locked=-1)
-            if source.tier == GPU_TIER and source.soft <= softly_held and not source.locked:
-                return None  # if no other can go, the source itself becomes the live state: nobody else waits for it
+            others_wait = source.soft > softly_held and self._manager.num_active > 0
+            if source.tier == GPU_TIER and not source.locked and not others_wait:
+                return None  # if no other can go, the source itself becomes the live state
         if room > 0:
             return None
         return self._manager.shortage("slots", snapshots, 1)
@@ -78,10 +79,12 @@ class SequenceStates:
         tier, pool = source.tier, snapshots.gpu_pool
         crowded = pool.used >= pool.capacity and not snapshots.has_room_for(2)
         if crowded and tier == GPU_TIER and snapshots.obtainable() <= 1:
-            # the source is all there is: it becomes the live state itself
+            # the source is all there is: it becomes the live state itself; if others would start from it, nobody is
+            # ACTIVE, so they would wait for each other for ever
             self.live_slot = source.slot
             snapshots.pins.end_soft(source)
             manager.store.version += 1
+            manager.store.drop_soft_holds_from(source)
             snapshots.take_over(cursor, tier, self.live_slot)
         else:
             slot = self._take_one_beside(source)

@@ -38,12 +38,10 @@ class TreeStructure:
     # -- scopes ------------------------------------------------------------------------------------------------------
 
     def enter_scope(self, scope: ReuseScope, kind: KeyKind) -> Root:
-        """The root of a scope, for one more open sequence. Errors: ValueError if the scope has another kind of keys."""
+        """The root of a scope, for one more open sequence with keys of its kind."""
         root = self.roots.get(scope)
         if root is None:
             root = self.roots[scope] = Root(kind, scope)
-        elif root.kind is not kind and root.kind != kind:
-            raise ValueError(f"input_tokens in {scope}: expected {root.kind}, as before in this scope, got {kind}")
         root.num_sequences += 1
         return root
 

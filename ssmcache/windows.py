@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
+from ssmcache.integers import MAX_BLOCKS
 from ssmcache.memory.base import Memory
 from ssmcache.pools import StatePool
 from ssmcache.segments import SparseSegment
@@ -13,8 +14,6 @@ from ssmcache.tree import Run
 
 if TYPE_CHECKING:
     from ssmcache.store import BlockStore
-
-_MAX_BLOCKS = 1 << 24
 
 
 class Window:
@@ -95,7 +94,7 @@ class WindowStore(SparseStore):
         """A time for all pages that a sequence commits before it is suspended or closed: with one for each block
         they would stay segments of their own.
         """
-        return self._store.clock.touch(_MAX_BLOCKS)
+        return self._store.clock.touch(MAX_BLOCKS)
 
     def merge_new(self, cursor: Run, block: int) -> None:
         """Join what was just added to the path of `cursor` from `block` on with its like."""

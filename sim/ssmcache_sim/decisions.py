@@ -170,6 +170,7 @@ class _WatchedMemory:
     def __init__(self, memory: Memory, log: DecisionLog) -> None:
         self._memory = memory
         self._log = log
+        self.check_stream = memory.check_stream
         self.record = memory.record
         self.wait = memory.wait
         self.view = memory.view

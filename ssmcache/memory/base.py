@@ -41,6 +41,14 @@ class SlotMoves(NamedTuple):
     destinations: MovedSlots
 
 
+def check_any_stream(call: str, stream: Any) -> None:
+    """`Memory.check_stream` where copies happen in order anyway: whatever a dict can know is a stream."""
+    try:
+        hash(stream)
+    except TypeError:
+        raise TypeError(f"{call}: expected a hashable stream, got {stream!r}") from None
+
+
 class Memory(Protocol):
     """Owns the bytes of all pools: for each tier and layer group, equal slots numbered from 0.
 
@@ -63,6 +71,11 @@ class Memory(Protocol):
         promise). What lies in slots that remain stays as it is. All pools or none: False if there is not enough.
 
         Errors: ValueError for an unlimited pool that cannot be.
+        """
+
+    def check_stream(self, call: str, stream: Any) -> None:
+        """Errors: TypeError or ValueError, naming the call of a caller, for anything that the other calls do not take
+        as a stream.
         """
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:

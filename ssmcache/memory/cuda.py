@@ -151,6 +151,10 @@ class CudaMemory:
         self._num_slots[tier] = counts
         return True
 
+    def check_stream(self, call: str, stream: Any) -> None:
+        """See `Memory.check_stream`."""
+        self._stream(call, stream)
+
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         self._require_open("copy")
         on = self._stream("copy", stream)

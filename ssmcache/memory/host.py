@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ssmcache.config import CacheTierConfig, DiskCacheTierConfig
-from ssmcache.memory.base import GPU_TIER, SlotMoves
+from ssmcache.memory.base import GPU_TIER, SlotMoves, check_any_stream
 from ssmcache.memory.batches import BatchCheck, SlotArray
 from ssmcache.memory.disk import MAX_STAGING_BYTES, ByteArray, DiskTier, staging_bytes
 
@@ -70,6 +70,9 @@ class HostMemory:
                 return False
         self._num_slots[tier] = counts
         return True
+
+    def check_stream(self, call: str, stream: Any) -> None:
+        check_any_stream(call, stream)
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         self._require_open("copy")

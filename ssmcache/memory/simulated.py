@@ -8,7 +8,7 @@ from typing import Any
 
 from ssmcache.config import CacheTierConfig, DiskCacheTierConfig
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
-from ssmcache.memory.base import GPU_TIER, SlotMoves
+from ssmcache.memory.base import GPU_TIER, SlotMoves, check_any_stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,9 @@ class SimulatedMemory:
             raise ValueError(f"slots of tier {tier}: expected a number, got None: only the GPU can be unlimited")
         self._num_slots[tier] = tuple(num_slots)
         return True
+
+    def check_stream(self, call: str, stream: Any) -> None:
+        check_any_stream(call, stream)
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         # once a request in a replay: no calls, no arrays

@@ -249,7 +249,8 @@ def test_a_scope_does_not_mix_tokens_and_ready_keys():
     ready = BlockKeys([1, 2], 32, 64)
     with pytest.raises(ValueError, match=r"expected tokens in blocks of 32.*got ready block keys"):
         manager.create_kv_cache(ready)
-    assert manager.probe_reuse(ready) == (0, 0, 0)
+    with pytest.raises(ValueError, match=r"probe_reuse: expected tokens in blocks of 32.*got ready block keys"):
+        manager.probe_reuse(ready)
     manager.check()
 
 
