@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 from ssmcache.keys import Int64Array
 from ssmcache.match import common_prefix, match_partial
 from ssmcache.memory.base import GPU_TIER
+from ssmcache.pages import PageTiers
+from ssmcache.parking import is_lost
 from ssmcache.pools import SlotArray, int_array
 from ssmcache.priority import Priority, rank_in
 from ssmcache.segments import DEFAULT_RANK, SparseSegment
 from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
+from ssmcache.windows import WindowStore
 
 if TYPE_CHECKING:
     from ssmcache.sequence_commits import SequenceCommits
@@ -171,6 +174,42 @@ def _raise_sparse(store: SparseStore, segment: SparseSegment, priority: Priority
         store.drop_empty(run)
 
 
+class TailPages:
+    """The pages of the last, unfinished block of a sequence that closes, taken from it wherever they lie: of full
+    attention (`page`), and of each window (`windows`), as (tier, slot). What nobody takes goes back.
+    """
+
+    __slots__ = ("page", "windows")
+
+    def __init__(self, sequence: SequenceCommits, block: int) -> None:
+        self.windows: dict[WindowStore, tuple[int, int]] = {}
+        if sequence.parked is not None:
+            self.page = sequence.parked.take_first_page()
+            for window in sequence.windows:
+                place = sequence.parked.take_slot(window.store, block)
+                if place is not None:
+                    self.windows[window.store] = place
+        else:
+            self.page = GPU_TIER, sequence.take_own_pages(1)
+            for window in sequence.windows:
+                if block in window.own:
+                    self.windows[window.store] = GPU_TIER, window.own.pop(block)
+
+    def offer_windows(self, leaf: Run, stamp: int, priority: Priority | None) -> None:
+        """Give the leaf what it lacks of windows."""
+        for store, (tier, slot) in list(self.windows.items()):
+            if not store.ordinals_on(leaf, leaf.start):
+                rank = rank_in(priority, store.layer_group, leaf.start)
+                store.add(leaf, int_array((leaf.start,)), int_array((slot,)), stamp, rank, tier)
+                del self.windows[store]
+
+    def give_back(self, pages: PageTiers) -> None:
+        tier, slots = self.page
+        pages.pools[tier].give_back(slots)
+        for store, (tier, slot) in self.windows.items():
+            store.pools[tier].give_back(int_array((slot,)))
+
+
 def commit_tail(sequence: SequenceCommits) -> Run | None:
     """Offer the last, partial block of a sequence that closes as a leaf, unless a block that begins with the same
     tokens is there, or history is so far ahead that a window has passed it. Returns the run to be touched with the
@@ -180,21 +219,33 @@ def commit_tail(sequence: SequenceCommits) -> Run | None:
     block = cursor.end
     if not tail.size or store.pages is None or block * sequence.kind.width > sequence.num_committed_tokens:
         return None
-    if any(block not in window.own for window in sequence.windows):
+    if is_lost(sequence):
         return None
-    known = match_partial(cursor, block, tail)
+    parts = TailPages(sequence, block)
+    leaf = _offer_tail(sequence, tail, parts)
+    parts.give_back(store.pages)
+    return leaf
+
+
+def _offer_tail(sequence: SequenceCommits, tail: Int64Array, parts: TailPages) -> Run | None:
+    store, cursor, priority = sequence.store, sequence.cursor, sequence.priority
+    assert store.pages is not None
+    tier, slots = parts.page
+    is_below = cursor.pages is None or cursor.pages.tier <= tier  # along a path nothing lies in a warmer tier
+    if len(parts.windows) < len(sequence.windows) or not is_below:
+        return None
+    stamp = store.clock.now
+    known = match_partial(cursor, cursor.end, tail)
     if known is not None:
         if known.num_tokens == tail.size:
             if known.run.num_tokens == tail.size:
-                for window in sequence.windows:
-                    window.add_leaf(known.run)
+                parts.offer_windows(known.run, stamp, priority)
             return known.run if known.run.num_tokens else None
         shorter = known.run
         if shorter.num_tokens == known.num_tokens and not (shorter.holds or shorter.soft_holds):
             with store.not_evicting():  # the longer one takes its place
                 store.drop_tail(shorter, 1)
-    rank = rank_in(sequence.priority, store.pages.layer_group, block)
-    leaf = store.add_leaf(cursor, tail, sequence.take_own_pages(1), rank)
-    for window in sequence.windows:
-        window.add_leaf(leaf)
+    leaf = store.add_leaf(cursor, tail, tier, slots, rank_in(priority, store.pages.layer_group, cursor.end))
+    parts.page = tier, slots[:0]
+    parts.offer_windows(leaf, stamp, priority)
     return leaf

@@ -6,6 +6,7 @@ Sizes are in bytes, lengths in tokens. A wrong value raises `ValueError` that sa
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+from ssmcache.integers import is_integer
 from ssmcache.units import format_size
 
 DEFAULT_SSM_REUSE_INTERVAL = 512
@@ -18,10 +19,12 @@ def _require(condition: bool, what: str, expected: str, got: object) -> None:
         raise ValueError(f"{what}: expected {expected}, got {got!r}")
 
 
-def _require_positive_int(what: str, value: object) -> None:
-    # bool is an int to Python, and `tokens_per_block=True` is certainly a mistake
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    _require(is_int and value > 0, what, "a positive integer", value)  # type: ignore[operator]
+def _set_integer(record: object, name: str, what: str, low: int = 1) -> None:
+    """Make a field of a frozen record an integer of Python, which is at least `low`."""
+    value = getattr(record, name)
+    expected = "a positive integer" if low else "an integer >= 0"
+    _require(is_integer(value) and value >= low, what, expected, value)
+    object.__setattr__(record, name, int(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,9 @@ class BufferConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.role), "buffer role", "a name", self.role)
-        _require_positive_int(f"size of buffer {self.role!r}", self.size)
+        _set_integer(self, "size", f"size of buffer {self.role!r}")
         if self.tokens_per_block_override is not None:
-            _require_positive_int(f"tokens_per_block_override of buffer {self.role!r}", self.tokens_per_block_override)
+            _set_integer(self, "tokens_per_block_override", f"tokens_per_block_override of buffer {self.role!r}")
 
     def pages_per_block(self, tokens_per_block: int) -> int:
         """Pages that a kernel sees in one block. Errors: ValueError unless block and size are whole multiples."""
@@ -75,12 +78,11 @@ class AttentionLayerConfig:
         _check_buffers(self.layer_id, self.buffers)
         where = f"of layer {self.layer_id}"
         if self.sliding_window_size is not None:
-            _require_positive_int(f"sliding_window_size {where}", self.sliding_window_size)
+            _set_integer(self, "sliding_window_size", f"sliding_window_size {where}")
         if self.num_sink_tokens is not None:
             windowed = self.sliding_window_size is not None
             _require(windowed, f"num_sink_tokens {where}", "None without a sliding window", self.num_sink_tokens)
-            is_count = isinstance(self.num_sink_tokens, int) and self.num_sink_tokens >= 0
-            _require(is_count, f"num_sink_tokens {where}", "an integer >= 0", self.num_sink_tokens)
+            _set_integer(self, "num_sink_tokens", f"num_sink_tokens {where}", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class GpuCacheTierConfig:
 
     def __post_init__(self) -> None:
         if self.quota is not None:
-            _require_positive_int("quota of the GPU tier", self.quota)
+            _set_integer(self, "quota", "quota of the GPU tier")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class HostCacheTierConfig:
     quota: int
 
     def __post_init__(self) -> None:
-        _require_positive_int("quota of the host tier", self.quota)
+        _set_integer(self, "quota", "quota of the host tier")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class DiskCacheTierConfig:
     path: str
 
     def __post_init__(self) -> None:
-        _require_positive_int("quota of the disk tier", self.quota)
+        _set_integer(self, "quota", "quota of the disk tier")
         _require(bool(self.path), "path of the disk tier", "a directory", self.path)
 
 
@@ -150,9 +152,10 @@ class KVCacheDesc:
     history_length: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive_int("capacity of a KVCacheDesc", self.capacity)
-        within = 0 <= self.history_length <= self.capacity
+        _set_integer(self, "capacity", "capacity of a KVCacheDesc")
+        within = is_integer(self.history_length) and 0 <= self.history_length <= self.capacity
         _require(within, "history_length of a KVCacheDesc", f"0..{self.capacity}", self.history_length)
+        _set_integer(self, "history_length", "history_length of a KVCacheDesc", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +213,7 @@ class KVCacheManagerConfig:
     def __post_init__(self) -> None:
         for name in ("layers", "cache_tiers", "constraints"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        _require_positive_int("tokens_per_block", self.tokens_per_block)
+        _set_integer(self, "tokens_per_block", "tokens_per_block")
         _require(len(self.layers) > 0, "layers", "at least one", self.layers)
         layer_ids = [layer.layer_id for layer in self.layers]
         _require(len(set(layer_ids)) == len(layer_ids), "layer ids", "each id once", layer_ids)
@@ -227,12 +230,11 @@ class KVCacheManagerConfig:
             _require(self.has_ssm, "ssm_fraction", "None without SSM layers", self.ssm_fraction)
             low, high = (self.ssm_fraction > 0), (self.ssm_fraction < 1 or not self.has_attention)
             _require(low and high, "ssm_fraction", "a share between 0 and 1", self.ssm_fraction)
-        is_count = isinstance(self.event_buffer_size, int) and self.event_buffer_size >= 0
-        _require(is_count, "event_buffer_size", "an integer >= 0", self.event_buffer_size)
+        _set_integer(self, "event_buffer_size", "event_buffer_size", 0)
 
     def _check_ssm(self) -> None:
         _require(self.admission in get_args(Admission), "admission", "'every' or 'last'", self.admission)
-        _require_positive_int("ssm_reuse_interval", self.ssm_reuse_interval)
+        _set_integer(self, "ssm_reuse_interval", "ssm_reuse_interval")
         _require(
             self.ssm_reuse_interval % self.tokens_per_block == 0,
             "ssm_reuse_interval",

@@ -10,13 +10,14 @@ import numpy as np
 from ssmcache.keys import KeyKind, ReuseScope
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pins import Pin
-from ssmcache.pools import NO_SLOTS, int_array
+from ssmcache.pools import NO_SLOTS, SlotArray, int_array
 from ssmcache.segments import DEFAULT_RANK, PageSegment, SparseSegment
 from ssmcache.sparse import SparseStore
-from ssmcache.tree import Root, Run, runs_below
+from ssmcache.tree import Root, Run, root_of, runs_below
 
 if TYPE_CHECKING:
     from ssmcache.sequence import KVCache
+    from ssmcache.sequence_pages import SequencePages
 
 _KIND = KeyKind(1, prefix_unique=True)
 _PAGES, _STATES = 0, 1
@@ -91,6 +92,32 @@ class Parked:
 
     def pins(self) -> set[Pin]:
         return set(self._pins)
+
+    def take_first_page(self) -> tuple[int, SlotArray]:
+        """The page of the first block, which is not parked any more: its tier and slot."""
+        tiers, run = self._store.pages, self.page_runs()[0]
+        assert tiers is not None
+        if run.end - run.start > 1:
+            run = self._store.split(run, run.start + 1)
+        pages = run.pages
+        assert pages is not None
+        self.root.children = run.children
+        for child in run.children.values():
+            child.parent = self.root
+        tiers.queues[pages.tier].retire(pages)
+        tiers.held[pages.tier] -= 1
+        tiers.cached[pages.tier] -= 1
+        return pages.tier, pages.slots
+
+    def take_slot(self, store: SparseStore, block: int) -> tuple[int, int] | None:
+        """What a block has of windows, which is not parked any more: its tier and slot; None if it has nothing."""
+        place = store.find(self.states, block, block + 1).get(block)
+        if place is None:
+            return None
+        segment, index = place
+        tier, slot = segment.tier, segment.slots[index]
+        store.take_over(self.states, tier, slot)
+        return tier, slot
 
     def unpark(self) -> None:
         """Give all back to its sequence; it is on the GPU, and locked."""
@@ -167,3 +194,11 @@ def _take_off(store: SparseStore, run: Run, segment: SparseSegment) -> None:
         store.pins.break_off(segment.tier, slot)
     store.queues[segment.tier].retire(segment)
     run.items = tuple(other for other in run.items if other is not segment)
+
+
+def is_lost(sequence: SequencePages) -> bool:
+    """Whether a page or state of a suspended sequence could not be read back."""
+    if sequence.parked is None:
+        return False
+    cut_off = root_of(sequence.cursor) is not sequence.root
+    return cut_off or sequence.parked.is_lost() or any(window.is_lost() for window in sequence.windows)

@@ -10,14 +10,13 @@ from ssmcache.committing import raise_priorities
 from ssmcache.keys import Int64Array
 from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER, TransferError
-from ssmcache.parking import Parked
+from ssmcache.parking import Parked, is_lost
 from ssmcache.partial import can_take_over, copy_partial, protect_partial, release_windows, take_over_partial
 from ssmcache.pins import Pin
 from ssmcache.segments import PageSegment, SparseSegment
 from ssmcache.sparse import SparseStore
 from ssmcache.stats import Shortage
 from ssmcache.tiers import Tiers
-from ssmcache.tree import root_of
 
 if TYPE_CHECKING:
     from ssmcache.sequence import KVCache
@@ -293,14 +292,6 @@ def suspend(sequence: KVCache) -> None:
         for window in sequence.windows:
             window.set_idle(True)
         sequence.parked = Parked(sequence, stamp)
-
-
-def is_lost(sequence: SequencePages) -> bool:
-    """Whether a page or state of a suspended sequence could not be read back."""
-    if sequence.parked is None:
-        return False
-    cut_off = root_of(sequence.cursor) is not sequence.root
-    return cut_off or sequence.parked.is_lost() or any(window.is_lost() for window in sequence.windows)
 
 
 def _lost(sequence: SequencePages) -> Shortage:

@@ -207,7 +207,7 @@ class KVCache(SequenceCommits):
                 manager.num_active -= 1
                 if manager.streams.only is not self.stream:
                     manager.streams.release(self.stream)
-            if self.pending.size and manager.partly and self.parked is None:
+            if self.pending.size and manager.partly:
                 leaf = commit_tail(self)
             if self.states is not None:
                 self.states.close()

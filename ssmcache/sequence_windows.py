@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pins import Pin
 from ssmcache.pools import IntArray, SlotArray, int_array
-from ssmcache.priority import Priority, by_rank, rank_in
+from ssmcache.priority import Priority, by_rank
 from ssmcache.tree import Run
 from ssmcache.windows import WindowStore
 
@@ -239,14 +239,6 @@ class SequenceWindow:
             for block, slot in zip(same, slots.tolist(), strict=True):
                 self.pins[block] = pin = self.store.pins.pin(GPU_TIER, slot)
                 self.store.pins.count(pin, locked=1)
-
-    def add_leaf(self, leaf: Run) -> None:
-        """Give the private page of a partial block to the tree, unless there is one."""
-        if self.store.ordinals_on(leaf, leaf.start):
-            return
-        slot = self.own.pop(leaf.start)
-        rank = rank_in(self._priority, self.store.layer_group, leaf.start)
-        self.store.add(leaf, int_array((leaf.start,)), int_array((slot,)), self._stamp, rank)
 
     # -- what kernels read -------------------------------------------------------------------------------------------
 

@@ -63,8 +63,11 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
 
     # -- adding ------------------------------------------------------------------------------------------------------
 
-    def add(self, cursor: Run, ordinals: IntArray, slots: IntArray, stamp: int, rank: int = DEFAULT_RANK) -> None:
-        """Attach GPU slots to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each.
+    def add(
+        self, cursor: Run, ordinals: IntArray, slots: IntArray, stamp: int, rank: int = DEFAULT_RANK,
+        tier: int = GPU_TIER,
+    ) -> None:  # fmt: skip
+        """Attach slots of a tier to blocks of the path of `cursor` that have none: ascending ordinals, a slot for each.
         The arrays become the tree's.
         """
         self._store.version += 1
@@ -72,7 +75,7 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
             self._store.events.added(cursor, self.layer_group, ordinals)
         end = len(ordinals)
         run: Run | None = cursor
-        queue = self.queues[GPU_TIER]
+        queue = self.queues[tier]
         while end > 0:
             assert run is not None
             begin = end if ordinals[0] < run.start else 0
@@ -80,13 +83,13 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
                 begin -= 1
             if begin < end:
                 if begin > 0 or end < len(ordinals):
-                    segment = self.new_segment(run, stamp, rank, GPU_TIER, ordinals[begin:end], slots[begin:end])
+                    segment = self.new_segment(run, stamp, rank, tier, ordinals[begin:end], slots[begin:end])
                 else:
-                    segment = self.new_segment(run, stamp, rank, GPU_TIER, ordinals, slots)
+                    segment = self.new_segment(run, stamp, rank, tier, ordinals, slots)
                 queue.put(segment)
                 end = begin
             run = run.parent
-        self.cached[GPU_TIER] += len(slots)
+        self.cached[tier] += len(slots)
 
     def new_segment(
         self, run: Run, stamp: int, rank: int, tier: int, ordinals: IntArray, slots: IntArray

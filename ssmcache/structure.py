@@ -101,7 +101,7 @@ class TreeStructure:
             child.holds = 1
             run.children[child.edge] = child
             if slots is not None:
-                self._give_pages(child, slots, rank)
+                self._give_pages(child, GPU_TIER, slots, rank)
             run = child
         tiers = self.pages
         if tiers is not None:
@@ -111,21 +111,22 @@ class TreeStructure:
             self.events.stored(run, num_blocks, None if tiers is None else tiers.layer_group)
         return run
 
-    def _give_pages(self, run: Run, slots: SlotArray, rank: int) -> None:
-        """Put GPU pages on a run without pages, whose parent, if it has pages, has them on the GPU."""
+    def _give_pages(self, run: Run, tier: int, slots: SlotArray, rank: int) -> None:
+        """Put pages on a run without pages; those of its parent, if there are any, lie in no colder tier."""
         assert self.pages is not None
-        run.pages = self.pages.new_segment(run, 0, rank, GPU_TIER, slots)
-        if self.has_tiers and run.parent is not None and run.parent.pages is not None:
+        run.pages = self.pages.new_segment(run, 0, rank, tier, slots)
+        above = None if run.parent is None else run.parent.pages
+        if self.has_tiers and run.parent is not None and above is not None and above.tier == tier:
             run.parent.warm_children += 1
 
-    def add_leaf(self, run: Run, keys: Int64Array, slots: SlotArray, rank: int) -> Run:
+    def add_leaf(self, run: Run, keys: Int64Array, tier: int, slots: SlotArray, rank: int) -> Run:
         """A partial block below `run`, held by nobody, with the tokens `keys` and one page; returns its run."""
         assert self.pages is not None
         self.version += 1
         leaf = PartialRun(run, keys)
         run.children[leaf.edge] = leaf
-        self._give_pages(leaf, slots, rank)
-        self.pages.cached[GPU_TIER] += 1
+        self._give_pages(leaf, tier, slots, rank)
+        self.pages.cached[tier] += 1
         return leaf
 
     def can_absorb(self, run: Run) -> bool:
