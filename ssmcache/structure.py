@@ -276,9 +276,6 @@ class TreeStructure:
         lost_root = Root(run.kind, root.scope)
         lost_root.lost = True
         lost_root.start = lost_root.end = run.start
-        for below in (run, *runs_below(run)):
-            if below.soft_holds:  # one that is being resumed just now keeps its own
-                self.drop_soft_holds_of(below)
         self.forget_holds(parent, run.holds, run.idle_holds)
         del parent.children[run.edge]
         if parent.pages is not None and run.pages is not None and parent.pages.tier == run.pages.tier:
@@ -286,6 +283,9 @@ class TreeStructure:
         run.parent = lost_root
         lost_root.children[run.edge] = run
         self.lost_roots.append(lost_root)
+        for below in (run, *runs_below(run)):  # out of the tree already: without a hold some of it may go at once
+            if below.soft_holds:  # one that is being resumed just now keeps its own
+                self.drop_soft_holds_of(below)
         for window in self.windows:
             window.release(parent)  # whoever locks pages there does not find them from below any more
         self.settle_leaf(parent)

@@ -119,7 +119,7 @@ def test_threads_at_work_leave_no_error_no_leak_and_no_wrong_byte(name: str, swi
     if errors:
         raise errors[0]
     assert memory.num_copies > 20
-    assert all(runner.num_checked > 100 for runner in runners)
+    assert sum(runner.num_checked for runner in runners) > 400
     for runner in runners[1:]:
         for request in list(runner.requests):
             runner.close(request)
