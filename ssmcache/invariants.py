@@ -11,7 +11,7 @@ from ssmcache.pins import Pin
 from ssmcache.segments import Segment, SparseSegment
 from ssmcache.sparse_segments import SparseSegments
 from ssmcache.tiers import Tiers
-from ssmcache.tree import Root, Run
+from ssmcache.tree import Root, Run, root_of
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
@@ -196,6 +196,7 @@ def _check_sequences(manager: KVCacheManager) -> None:
         if sequence.states is not None:
             _expect((sequence.states.live_slot >= 0) == has_own, f"{name}: a live state lost, or left")
         if is_active:
+            _expect(root_of(sequence.cursor) is sequence.root, f"{name} computes below a page that was lost")
             num_blocks = -(-sequence.capacity // block)
             if store.pages is not None:
                 missing = num_blocks - sequence.cursor.end - sequence.num_own_pages

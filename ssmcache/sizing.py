@@ -205,7 +205,8 @@ def _carry_out(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
         for change in changes:
             change.set_capacities(change.new, change.new_total)
         return True
-    _resize_memory(memory, changes, [change.old_total for change in changes])
+    if not _resize_memory(memory, changes, [change.old_total for change in changes]):
+        raise RuntimeError("resize: expected the memory to give back what it had before, got too little")
     for change in changes:
         change.set_capacities(change.old, change.old_total)
     return False
@@ -239,7 +240,10 @@ def _resize_memory(memory: Memory, changes: Sequence[_Change], totals: Sequence[
             continue
         if not memory.resize(change.tier, total):
             for other, old in zip(changes[:index], before[:index], strict=True):
-                memory.resize(other.tier, old)
+                if not memory.resize(other.tier, old):
+                    raise RuntimeError(
+                        f"resize of tier {other.tier}: expected room for what was there before, got none"
+                    )
                 other.total = old
             return False
         change.total = total
