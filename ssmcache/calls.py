@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import sys
 from threading import RLock
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
-
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
+from types import TracebackType
 
 
 class BrokenManagerError(RuntimeError):
@@ -18,7 +14,7 @@ class BrokenManagerError(RuntimeError):
 
 
 class Calls:
-    """The lock of a manager, and whether its state is whole.
+    """A context around each public call: the lock of a manager, and whether its state is whole.
 
     A call that changes something checks its arguments first and sets `changing` then. What raises before that is a
     mistake of the caller, and nothing has changed; what raises later, out of the memory or an observer, closes the
@@ -26,15 +22,30 @@ class Calls:
     refused too.
     """
 
-    __slots__ = ("broken_by", "changing", "lock")
+    __slots__ = ("_acquire", "_release", "broken_by", "changing", "lock")
 
     def __init__(self) -> None:
         self.lock = RLock()
+        self._acquire, self._release = self.lock.acquire, self.lock.release  # once here: every call needs them
         self.changing = False
         self.broken_by: BaseException | None = None
 
-    def refusal(self, call: str) -> RuntimeError:
-        """Why no call can be made now."""
+    def __enter__(self) -> None:
+        self._acquire()
+        if self.changing:
+            self._release()
+            raise self._refusal(sys._getframe(1).f_code.co_name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.changing = False
+        elif self.changing:
+            self.broken_by = error
+        self._release()
+
+    def _refusal(self, call: str) -> RuntimeError:
         if self.broken_by is None:
             return RuntimeError(f"{call}: expected no call from within another one that changes the cache")
         error = BrokenManagerError(
@@ -43,33 +54,3 @@ class Calls:
         )
         error.__cause__ = self.broken_by
         return error
-
-
-class _Caller(Protocol):
-    @property
-    def calls(self) -> Calls: ...
-
-
-Caller = TypeVar("Caller", bound=_Caller)
-
-
-def public(method: Callable[Concatenate[Caller, Params], Result]) -> Callable[Concatenate[Caller, Params], Result]:
-    """Make a method one of the public calls of the `Calls` of its object."""
-    name = method.__name__
-
-    @functools.wraps(method)
-    def call(self: Caller, /, *args: Any, **kwargs: Any) -> Result:
-        calls = self.calls
-        with calls.lock:
-            if calls.changing:
-                raise calls.refusal(name)
-            try:
-                result = method(self, *args, **kwargs)
-            except BaseException as error:
-                if calls.changing:
-                    calls.broken_by = error
-                raise
-            calls.changing = False
-            return result
-
-    return call

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from ssmcache import sizing
 from ssmcache.admission import admission_of
-from ssmcache.calls import Calls, public
+from ssmcache.calls import Calls
 from ssmcache.config import KVCacheManagerConfig
 from ssmcache.events import CacheEvent, CacheObserver, EventLog
 from ssmcache.integers import is_integer, to_integer
@@ -95,7 +95,6 @@ class KVCacheManager:
 
     # -- sequences ---------------------------------------------------------------------------------------------------
 
-    @public
     def create_kv_cache(
         self,
         input_tokens: Tokens = (),
@@ -114,11 +113,12 @@ class KVCacheManager:
             adopt_kv: whether pages beyond the reusable tokens are taken up as they are; False for kernels that cannot
                 leave KV unwritten: they get pages of their own, which go when the tokens are committed.
         """
-        if self._closed:
-            raise RuntimeError("create_kv_cache: expected an open manager, got one after shutdown")
-        sequence = KVCache(self, input_tokens, reuse_scope, id, priority, adopt_kv)
-        self.open_sequences[sequence] = None
-        return sequence
+        with self.calls:
+            if self._closed:
+                raise RuntimeError("create_kv_cache: expected an open manager, got one after shutdown")
+            sequence = KVCache(self, input_tokens, reuse_scope, id, priority, adopt_kv)
+            self.open_sequences[sequence] = None
+            return sequence
 
     def forget(self, sequence: KVCache, was_resumed: bool) -> None:
         """Called by a sequence that closes."""
@@ -126,15 +126,15 @@ class KVCacheManager:
         if was_resumed:
             self.traffic.append((sequence.capacity, sequence.history_length))
 
-    @public
     def probe_reuse(self, tokens: Tokens, reuse_scope: ReuseScope = _DEFAULT_SCOPE) -> ReuseMatch:
         """What a sequence created with these tokens would reuse. Changes nothing. Errors: as `create_kv_cache`."""
-        kind, keys, num_blocks, num_tokens = self.keys_of("probe_reuse", tokens, reuse_scope, keep_digests=False)
-        root = self.store.roots.get(reuse_scope)
-        if root is None:
-            return ReuseMatch(0, 0, 0)
-        partly = self.partly and not kind.prefix_unique
-        return find(self.store, root, keys, num_blocks, num_tokens, partly, True)[2]
+        with self.calls:
+            kind, keys, num_blocks, num_tokens = self.keys_of("probe_reuse", tokens, reuse_scope, keep_digests=False)
+            root = self.store.roots.get(reuse_scope)
+            if root is None:
+                return ReuseMatch(0, 0, 0)
+            partly = self.partly and not kind.prefix_unique
+            return find(self.store, root, keys, num_blocks, num_tokens, partly, True)[2]
 
     def token_array(self, tokens: Tokens) -> Int64Array:
         """Tokens as [n] int64, a copy; digests as negative ids. Errors: ValueError for anything else."""
@@ -164,7 +164,7 @@ class KVCacheManager:
             kind, keys = self._token_kind, self._token_ids.array(tokens, keep_digests)
             num_blocks, num_tokens = keys.size // block, keys.size
         known = self.store.roots.get(scope)
-        if known is not None and known.kind != kind:
+        if known is not None and known.kind is not kind and known.kind != kind:
             raise ValueError(f"{call}: expected {known.kind}, as before in {scope}, got {kind}")
         return kind, keys, num_blocks, num_tokens
 
@@ -223,25 +223,25 @@ class KVCacheManager:
     def used_slots(self, layer_group: int, tier: int = GPU_TIER) -> int:
         return self.pools[layer_group][tier].used
 
-    @public
     def memory_usage(self) -> MemoryUsage:
-        return memory_usage(self)
+        with self.calls:
+            return memory_usage(self)
 
-    @public
     def stats(self) -> CacheStats:
-        return collect_stats(self)
+        with self.calls:
+            return collect_stats(self)
 
-    @public
     def take_events(self) -> list[CacheEvent]:
         """The events since the last call; see `CacheEvent`. Errors: RuntimeError if `event_buffer_size` is 0."""
-        if self.event_log is None:
-            raise RuntimeError("take_events: expected a manager with event_buffer_size > 0, got 0")
-        return self.event_log.take()
+        with self.calls:
+            if self.event_log is None:
+                raise RuntimeError("take_events: expected a manager with event_buffer_size > 0, got 0")
+            return self.event_log.take()
 
-    @public
     def check(self) -> None:
         """Verify every invariant. Raises AssertionError with what is broken. Cost: O(everything)."""
-        check_manager(self)
+        with self.calls:
+            check_manager(self)
 
     # -- what kernels read -------------------------------------------------------------------------------------------
 
@@ -253,7 +253,6 @@ class KVCacheManager:
         known = sorted((place.layer_id, place.role) for group in self.groups for place in group.buffers)
         raise ValueError(f"buffer: expected one of {known}, got {(layer_id, role)}")
 
-    @public
     def buffer(self, layer_id: int, role: str, dtype: Any = None, shape: tuple[int, ...] | None = None) -> Any:
         """One buffer of all slots on the GPU, a view without a copy, [slots, bytes]; with `tokens_per_block_override`
         [slots, pages, bytes]. None if the memory has no bytes.
@@ -263,18 +262,19 @@ class KVCacheManager:
             shape: of each slot, in place of the bytes or elements in one row; needs a dtype.
         It is good until `adjust` or `resize_tier`. Errors: ValueError for an unknown buffer.
         """
-        group, place = self._place(layer_id, role)
-        pool = self.memory.view(group)
-        if pool is None:
-            return None
-        view = pool[:, place.offset : place.offset + place.size]
-        if dtype is not None:
-            view = view.view(dtype)
-        if shape is not None:
-            view = view.reshape((view.shape[0], *shape))
-        elif place.num_pages > 1:
-            view = view.reshape((view.shape[0], place.num_pages, -1))
-        return view
+        with self.calls:
+            group, place = self._place(layer_id, role)
+            pool = self.memory.view(group)
+            if pool is None:
+                return None
+            view = pool[:, place.offset : place.offset + place.size]
+            if dtype is not None:
+                view = view.view(dtype)
+            if shape is not None:
+                view = view.reshape((view.shape[0], *shape))
+            elif place.num_pages > 1:
+                view = view.reshape((view.shape[0], place.num_pages, -1))
+            return view
 
     def page_stride(self, layer_id: int, role: str) -> int:
         """Bytes from a slot to the next in `buffer`."""
@@ -283,22 +283,21 @@ class KVCacheManager:
     # -- sizes -------------------------------------------------------------------------------------------------------
 
     @property
-    @public
     def need_adjustment(self) -> bool:
         """Whether the sequences closed lately want a split of the tiers between layer groups that is more than 1.25
         times away from the present one.
         """
-        return sizing.need_adjustment(self)
+        with self.calls:
+            return sizing.need_adjustment(self)
 
-    @public
     def adjust(self) -> bool:
         """Split the tiers as the sequences closed lately want it. Slots may move; what no longer fits moves down or
         goes, oldest first. False as with `resize_tier`. Errors: RuntimeError with an ACTIVE sequence.
         """
-        self._require_no_active_sequence("adjust")
-        return sizing.resplit(self, range(len(self.quotas)), self.quotas)
+        with self.calls:
+            self._require_no_active_sequence("adjust")
+            return sizing.resplit(self, range(len(self.quotas)), self.quotas)
 
-    @public
     def resize_tier(self, tier: int, quota: int) -> bool:
         """Give a tier another quota, in bytes, split as the sequences closed lately want it. Slots may move; what no
         longer fits moves down or goes, oldest first. False, and nothing changed, if what is held does not fit or the
@@ -306,21 +305,22 @@ class KVCacheManager:
         then. Errors: RuntimeError with an ACTIVE sequence; ValueError for an unknown tier or a quota that is too small
         for one slot of each layer group, or for `constraints`.
         """
-        self._require_no_active_sequence("resize_tier")
-        if not is_integer(tier) or not 0 <= tier < len(self.quotas) or self.quotas[tier] is None:
-            raise ValueError(f"resize_tier: expected a tier with a quota, of {len(self.quotas)}, got {tier!r}")
-        quotas = list(self.quotas)
-        quotas[tier] = to_integer("resize_tier", "a quota in bytes", quota, 1)
-        return sizing.resplit(self, (tier,), quotas)
+        with self.calls:
+            self._require_no_active_sequence("resize_tier")
+            if not is_integer(tier) or not 0 <= tier < len(self.quotas) or self.quotas[tier] is None:
+                raise ValueError(f"resize_tier: expected a tier with a quota, of {len(self.quotas)}, got {tier!r}")
+            quotas = list(self.quotas)
+            quotas[tier] = to_integer("resize_tier", "a quota in bytes", quota, 1)
+            return sizing.resplit(self, (tier,), quotas)
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
-    @public
     def clear_reusable_blocks(self) -> None:
         """Forget everything that is cached. Errors: RuntimeError while sequences are open."""
-        self._require_no_open_sequences("clear_reusable_blocks")
-        self.calls.changing = True
-        self.store.clear()
+        with self.calls:
+            self._require_no_open_sequences("clear_reusable_blocks")
+            self.calls.changing = True
+            self.store.clear()
 
     def shutdown(self) -> None:
         """Give the memory back. Idempotent; good for a broken manager too. Errors: RuntimeError while sequences of a

@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Self
 
 from ssmcache import resuming
-from ssmcache.calls import public
 from ssmcache.committing import commit_tail
 from ssmcache.integers import to_integer
 from ssmcache.keys import Int64Array, ReuseScope, Tokens
@@ -96,7 +95,6 @@ class KVCache(SequenceCommits):
 
     # -- status ------------------------------------------------------------------------------------------------------
 
-    @public
     def resume(self, stream: Any = None) -> bool:
         """Make the sequence ACTIVE: all its pages are on the GPU and locked, and `stream` may compute.
 
@@ -107,32 +105,34 @@ class KVCache(SequenceCommits):
         Returns False, with `shortage` set and nothing changed, if there is no room; only where a tier below could not
         be read or written (`shortage.reason` "lost" or "io") some pages may have moved, and lost ones are gone.
         """
-        if self.status is not SUSPENDED:
-            raise StateError(f"resume: expected a SUSPENDED sequence, got {self.status.name}")
-        manager, before = self.manager, self.stream
-        if manager.streams.only is not stream:
-            manager.memory.check_stream("resume", stream)
-        if self._input is not None and self.priority is not None:
-            self.priority.prepare(-(-self._input[2] // manager.tokens_per_block) + 1)
-        self.calls.changing = True
-        self._set_stream(stream)
-        if manager.streams.only is not stream:
-            manager.streams.acquire(stream)
-        if self._input is None:
-            self.shortage = resuming.resume_again(self)
-        else:
-            keys, num_blocks, num_tokens = self._input
-            self.shortage = resuming.first_resume(self, keys, num_blocks, num_tokens)
-            if self.shortage is None:
-                self._start(keys, num_tokens)
-        if manager.streams.only is not stream:
-            manager.streams.release(stream)
-        if self.shortage is not None:
-            self._set_stream(before)
-            return False
-        self.status = ACTIVE
-        manager.num_active += 1
-        return True
+        with self.calls:
+            if self.status is not SUSPENDED:
+                raise StateError(f"resume: expected a SUSPENDED sequence, got {self.status.name}")
+            manager, before = self.manager, self.stream
+            if manager.streams.only is not stream:
+                manager.memory.check_stream("resume", stream)
+            if self._input is not None and self.priority is not None:
+                self.priority.prepare(-(-self._input[2] // manager.tokens_per_block) + 1)
+            self.calls.changing = True
+            if stream is not before:
+                self._set_stream(stream)
+            if manager.streams.only is not stream:
+                manager.streams.acquire(stream)
+            if self._input is None:
+                self.shortage = resuming.resume_again(self)
+            else:
+                keys, num_blocks, num_tokens = self._input
+                self.shortage = resuming.first_resume(self, keys, num_blocks, num_tokens)
+                if self.shortage is None:
+                    self._start(keys, num_tokens)
+            if manager.streams.only is not stream:
+                manager.streams.release(stream)
+            if self.shortage is not None:
+                self._set_stream(before)
+                return False
+            self.status = ACTIVE
+            manager.num_active += 1
+            return True
 
     def _start(self, keys: Int64Array, num_tokens: int) -> None:
         """The first resume has succeeded."""
@@ -153,37 +153,37 @@ class KVCache(SequenceCommits):
         if self.windows:
             self.pins = ()  # they are locks of the windows now
 
-    @public
     def suspend(self) -> None:
         """Stop computing. Touches the path; slots reserved for snapshots go back. With tiers below, everything that
         the sequence has may move there when others need the room; else its pages stay.
         """
-        self._require_active("suspend")
-        self.calls.changing = True
-        self.manager.streams.release(self.stream)
-        if self.states is not None:
-            self.states.give_back_reserved()
-        self._rows = None
-        resuming.suspend(self)
-        self.status = SUSPENDED
-        self.manager.num_active -= 1
+        with self.calls:
+            self._require_active("suspend")
+            self.calls.changing = True
+            self.manager.streams.release(self.stream)
+            if self.states is not None:
+                self.states.give_back_reserved()
+            self._rows = None
+            resuming.suspend(self)
+            self.status = SUSPENDED
+            self.manager.num_active -= 1
 
-    @public
     def prefetch(self, tier: int = GPU_TIER) -> bool:
         """Bring what the sequence holds up to a tier (0 is the GPU) before it is needed there, while not ACTIVE. What
         comes from files to a host tier may still be read after the call: see `is_loading`.
 
         Returns False, with `shortage` set and nothing changed, if there is no room.
         """
-        if self.status is not SUSPENDED:
-            raise StateError(f"prefetch: expected a SUSPENDED sequence, got {self.status.name}")
-        tier = to_integer("prefetch", "a tier", tier, 0, len(self.manager.tier_names) - 1)
-        self.calls.changing = True
-        self.manager.streams.acquire(self.stream)
-        self.shortage = resuming.prefetch(self, tier)
-        self.manager.streams.release(self.stream)
-        self._loads = self.manager.memory.loads()
-        return self.shortage is None
+        with self.calls:
+            if self.status is not SUSPENDED:
+                raise StateError(f"prefetch: expected a SUSPENDED sequence, got {self.status.name}")
+            tier = to_integer("prefetch", "a tier", tier, 0, len(self.manager.tier_names) - 1)
+            self.calls.changing = True
+            self.manager.streams.acquire(self.stream)
+            self.shortage = resuming.prefetch(self, tier)
+            self.manager.streams.release(self.stream)
+            self._loads = self.manager.memory.loads()
+            return self.shortage is None
 
     @property
     def is_loading(self) -> bool:
@@ -192,39 +192,39 @@ class KVCache(SequenceCommits):
         """
         return not all(load.done() for load in self._loads)
 
-    @public
     def close(self) -> None:
         """Leave: committed blocks stay for reuse, everything private goes back. Idempotent."""
-        if self.status is CLOSED:
-            return
-        self.calls.changing = True
-        manager, store = self.manager, self.store
-        if self.soft:
-            store.drop_soft_hold(self)
-        elif self.locked:
-            leaf = None
-            if self.status is ACTIVE:
-                manager.num_active -= 1
-                if manager.streams.only is not self.stream:
-                    manager.streams.release(self.stream)
-            if self.pending.size and manager.partly:
-                leaf = commit_tail(self)
-            if self.states is not None:
-                self.states.close()
-            if self.windows or self.parked is not None:
-                self._give_up_rest()
-            if store.pages is not None and self.own_pages.size:
-                store.pages.pools[GPU_TIER].give_back(self.own_pages)
-                self.own_pages = NO_SLOTS
-            store.touch_and_release(self, leaf)
-            if store.lost_roots:
-                store.free_lost()
-        self.status = CLOSED
-        was_resumed = self._input is None
-        self._input = None
-        self._rows = None
-        store.leave_scope(self.root)
-        manager.forget(self, was_resumed)
+        with self.calls:
+            if self.status is CLOSED:
+                return
+            self.calls.changing = True
+            manager, store = self.manager, self.store
+            if self.soft:
+                store.drop_soft_hold(self)
+            elif self.locked:
+                leaf = None
+                if self.status is ACTIVE:
+                    manager.num_active -= 1
+                    if manager.streams.only is not self.stream:
+                        manager.streams.release(self.stream)
+                if self.pending.size and manager.partly:
+                    leaf = commit_tail(self)
+                if self.states is not None:
+                    self.states.close()
+                if self.windows or self.parked is not None:
+                    self._give_up_rest()
+                if store.pages is not None and self.own_pages.size:
+                    store.pages.pools[GPU_TIER].give_back(self.own_pages)
+                    self.own_pages = NO_SLOTS
+                store.touch_and_release(self, leaf)
+                if store.lost_roots:
+                    store.free_lost()
+            self.status = CLOSED
+            was_resumed = self._input is None
+            self._input = None
+            self._rows = None
+            store.leave_scope(self.root)
+            manager.forget(self, was_resumed)
 
     def _give_up_rest(self) -> None:
         """Give window pages back, and what lies in tiers below."""
@@ -236,29 +236,29 @@ class KVCache(SequenceCommits):
 
     # -- states and streams --------------------------------------------------------------------------------------------
 
-    @public
     def ssm_slot(self, layer_group: int) -> int:
         """Slot of the live state. Errors: StateError before the first resume; ValueError for another layer group."""
-        if self.states is None or layer_group != self.manager.state_group:
-            raise ValueError(f"ssm_slot: expected the SSM layer group, got {layer_group}")
-        if self.states.live_slot < 0:
-            raise StateError("ssm_slot: expected a resumed sequence")
-        return self.states.live_slot
+        with self.calls:
+            if self.states is None or layer_group != self.manager.state_group:
+                raise ValueError(f"ssm_slot: expected the SSM layer group, got {layer_group}")
+            if self.states.live_slot < 0:
+                raise StateError("ssm_slot: expected a resumed sequence")
+            return self.states.live_slot
 
     def touch_own_snapshot(self, stamp: int) -> int:
         return -1 if self.states is None else self.states.touch_own(self.cursor, self.num_committed_tokens, stamp)
 
-    @public
     def set_stream(self, stream: Any) -> None:
         """Go on computing on another stream, which waits for what the present one was given so far.
 
         Errors: StateError unless ACTIVE.
         """
-        self._require_active("set_stream")
-        self.manager.memory.check_stream("set_stream", stream)
-        self.calls.changing = True
-        self.manager.streams.switch(self.stream, stream)
-        self._set_stream(stream)
+        with self.calls:
+            self._require_active("set_stream")
+            self.manager.memory.check_stream("set_stream", stream)
+            self.calls.changing = True
+            self.manager.streams.switch(self.stream, stream)
+            self._set_stream(stream)
 
     def _set_stream(self, stream: Any) -> None:
         self.stream = stream

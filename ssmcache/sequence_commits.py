@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ssmcache.calls import public
 from ssmcache.committing import check_shared, commit_blocks
 from ssmcache.integers import to_integer
 from ssmcache.keys import BlockKeys, Int64Array, KeyKind, Tokens
@@ -31,7 +30,8 @@ class SequenceCommits(SequencePages):
         """Positions after the committed tokens, up to `end`, at which a snapshot is wanted, ascending: where prefill
         chunks must stop, or what to hand to `reserve_snapshots`.
         """
-        end = to_integer("snapshot_points", "an end in tokens", end)
+        if type(end) is not int:
+            end = to_integer("snapshot_points", "an end in tokens", end)
         if self.states is None:
             return range(0)
         return self.states.admission.points(self.num_committed_tokens, end, self.states.prompt_tokens)
@@ -42,7 +42,6 @@ class SequenceCommits(SequencePages):
             return None
         return self.states.admission.next_point(self.num_committed_tokens, self.states.prompt_tokens)
 
-    @public
     def reserve_snapshots(self, points: Iterable[int]) -> dict[int, int]:
         """Slots for states that a kernel writes itself while it passes `points`: {position: slot}, with those of
         earlier calls since the last commit.
@@ -53,30 +52,31 @@ class SequenceCommits(SequencePages):
         Errors: StateError unless ACTIVE; ValueError for points that are not after the committed tokens and within
         the capacity, or without SSM layers.
         """
-        if self.status is not ACTIVE:
-            self._require_active("reserve_snapshots")
-        wanted: Sequence[int]
-        if isinstance(points, range) and points.step > 0:
-            wanted = points
-        else:
-            wanted = sorted({to_integer("reserve_snapshots", "points in tokens", point) for point in points})
-        if self.states is None:
-            if wanted:
-                raise ValueError("reserve_snapshots: expected a model with SSM layers, got none")
-            return {}
-        if wanted and not self.num_committed_tokens < wanted[0] <= wanted[-1] <= self.capacity:
-            raise ValueError(
-                f"reserve_snapshots: expected points in {self.num_committed_tokens + 1}..{self.capacity}, got {wanted}"
-            )
-        self.calls.changing = True
-        if self.manager.streams.only is not self.stream:
-            self.manager.streams.acquire(self.stream)
-        slots = self.states.reserve(wanted, self.cursor)
-        if self.manager.streams.only is not self.stream:
-            self.manager.streams.release(self.stream)
-        return slots
+        with self.calls:
+            if self.status is not ACTIVE:
+                self._require_active("reserve_snapshots")
+            wanted: Sequence[int]
+            if isinstance(points, range) and points.step > 0:
+                wanted = points
+            else:
+                wanted = sorted({to_integer("reserve_snapshots", "points in tokens", point) for point in points})
+            if self.states is None:
+                if wanted:
+                    raise ValueError("reserve_snapshots: expected a model with SSM layers, got none")
+                return {}
+            if wanted and not self.num_committed_tokens < wanted[0] <= wanted[-1] <= self.capacity:
+                raise ValueError(
+                    f"reserve_snapshots: expected points in {self.num_committed_tokens + 1}..{self.capacity}, "
+                    f"got {wanted}"
+                )
+            self.calls.changing = True
+            if self.manager.streams.only is not self.stream:
+                self.manager.streams.acquire(self.stream)
+            slots = self.states.reserve(wanted, self.cursor)
+            if self.manager.streams.only is not self.stream:
+                self.manager.streams.release(self.stream)
+            return slots
 
-    @public
     def commit(self, tokens: Tokens) -> None:
         """Offer the next computed tokens, from `num_committed_tokens` on, for reuse by others.
 
@@ -91,38 +91,41 @@ class SequenceCommits(SequencePages):
         Errors: StateError unless ACTIVE and committing; ValueError for tokens beyond the capacity, or that differ
         from those that the sequence was created with where it shares pages.
         """
-        if self.status is not ACTIVE:
-            self._require_active("commit")
-        if self._stopped:
-            raise StateError("commit: expected a sequence that commits, got one after stop_committing")
-        block = self.manager.tokens_per_block
-        start = self.num_committed_tokens
-        end = start + len(tokens)
-        if end > self.capacity:
-            raise ValueError(f"commit: expected at most {self.capacity - start} tokens (capacity), got {end - start}")
-        first, last = start // block, end // block
-        keys, base, pending = self._keys_of_commit(tokens, first, last)
-        if self.cursor.end > first:
-            check_shared(self, keys, base, first, min(self.cursor.end, last))
-        if self.priority is not None:
-            self.priority.prepare(last + 1)
-        self.calls.changing = True
-        if self.manager.streams.only is not self.stream:  # it may go on with pages that others have written
-            self.manager.streams.acquire(self.stream)
-        if last > first:
-            commit_blocks(self, keys, base, last)
-        self.pending = pending
-        if self.states is not None:
-            self.states.commit(self.cursor, start, end, self.history_length)
-        self.num_committed_tokens = end
-        if end > self.history_length:
-            self.history_length = end
-            for window in self.windows:
-                window.forget_stale(end, -(-self.capacity // block))
-        if self.manager.streams.only is not self.stream:
-            self.manager.streams.release(self.stream)
-        if self._rows is not None:
-            self._rows.refresh()
+        with self.calls:
+            if self.status is not ACTIVE:
+                self._require_active("commit")
+            if self._stopped:
+                raise StateError("commit: expected a sequence that commits, got one after stop_committing")
+            block = self.manager.tokens_per_block
+            start = self.num_committed_tokens
+            end = start + len(tokens)
+            if end > self.capacity:
+                raise ValueError(
+                    f"commit: expected at most {self.capacity - start} tokens (capacity), got {end - start}"
+                )
+            first, last = start // block, end // block
+            keys, base, pending = self._keys_of_commit(tokens, first, last)
+            if self.cursor.end > first:
+                check_shared(self, keys, base, first, min(self.cursor.end, last))
+            if self.priority is not None:
+                self.priority.prepare(last + 1)
+            self.calls.changing = True
+            if self.manager.streams.only is not self.stream:  # it may go on with pages that others have written
+                self.manager.streams.acquire(self.stream)
+            if last > first:
+                commit_blocks(self, keys, base, last)
+            self.pending = pending
+            if self.states is not None:
+                self.states.commit(self.cursor, start, end, self.history_length)
+            self.num_committed_tokens = end
+            if end > self.history_length:
+                self.history_length = end
+                for window in self.windows:
+                    window.forget_stale(end, -(-self.capacity // block))
+            if self.manager.streams.only is not self.stream:
+                self.manager.streams.release(self.stream)
+            if self._rows is not None:
+                self._rows.refresh()
 
     def _keys_of_commit(self, tokens: Tokens, first: int, last: int) -> tuple[Int64Array, int, Int64Array]:
         """Keys that cover the blocks that a commit completes, the block that they start from, and the tokens of the
@@ -146,7 +149,7 @@ class SequenceCommits(SequencePages):
             return array, first, NO_TOKENS
         return array[:size].copy(), first, array[size:].copy()
 
-    @public
     def stop_committing(self) -> None:
         """Commit nothing more: later tokens stay private. Idempotent."""
-        self._stopped = True
+        with self.calls:
+            self._stopped = True

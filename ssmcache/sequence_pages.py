@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssmcache.calls import Calls, public
+from ssmcache.calls import Calls
 from ssmcache.integers import MAX_BLOCKS, to_integer
 from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.pools import SlotArray
@@ -87,7 +87,6 @@ class SequencePages(PathHolder):
 
     # -- lengths -----------------------------------------------------------------------------------------------------
 
-    @public
     def resize(self, capacity: int, history_length: int | None = None) -> bool:
         """Make room for `capacity` tokens, and say how many are computed; history never goes back, capacity may
         shrink down to it. Pages that are out of every window at that history are given up.
@@ -96,38 +95,41 @@ class SequencePages(PathHolder):
         Cost: O(pages added or removed); with windows, O(their pages) where a block is crossed.
         Errors: StateError unless ACTIVE; TypeError, ValueError for lengths that are none, or out of order.
         """
-        if self.status is not ACTIVE:
-            self._require_active("resize")
-        block = self.manager.tokens_per_block
-        if type(capacity) is not int:
-            capacity = to_integer("resize", "a capacity in tokens", capacity)
-        history = self.history_length
-        if history_length is not None:
-            history = to_integer("resize", "a history length in tokens", history_length)
-        if not self.history_length <= history <= capacity:
-            raise ValueError(
-                f"resize: expected history {self.history_length} <= history_length <= capacity, "
-                f"got history_length {history} and capacity {capacity}"
-            )
-        num_blocks = -(-capacity // block)
-        if num_blocks > MAX_BLOCKS:
-            raise ValueError(f"resize: expected a capacity of at most {MAX_BLOCKS * block:,} tokens, got {capacity:,}")
-        if self._rows is not None:
-            self._rows.check(num_blocks)
-        self.calls.changing = True
-        pages = self.store.pages
-        missing = 0 if pages is None else num_blocks - self.cursor.end - self.own_pages.size
-        shortage = None
-        if missing or (self.windows and self._windows_change(history, num_blocks)):
-            shortage = self._change(missing, history, num_blocks)
-        self.shortage = shortage
-        if shortage is not None:
-            return False
-        self.capacity = capacity
-        self.history_length = history
-        if self._rows is not None:
-            self._rows.refresh()
-        return True
+        with self.calls:
+            if self.status is not ACTIVE:
+                self._require_active("resize")
+            block = self.manager.tokens_per_block
+            if type(capacity) is not int:
+                capacity = to_integer("resize", "a capacity in tokens", capacity)
+            history = self.history_length
+            if history_length is not None:
+                history = to_integer("resize", "a history length in tokens", history_length)
+            if not self.history_length <= history <= capacity:
+                raise ValueError(
+                    f"resize: expected history {self.history_length} <= history_length <= capacity, "
+                    f"got history_length {history} and capacity {capacity}"
+                )
+            num_blocks = -(-capacity // block)
+            if num_blocks > MAX_BLOCKS:
+                raise ValueError(
+                    f"resize: expected a capacity of at most {MAX_BLOCKS * block:,} tokens, got {capacity:,}"
+                )
+            if self._rows is not None:
+                self._rows.check(num_blocks)
+            self.calls.changing = True
+            pages = self.store.pages
+            missing = 0 if pages is None else num_blocks - self.cursor.end - self.own_pages.size
+            shortage = None
+            if missing or (self.windows and self._windows_change(history, num_blocks)):
+                shortage = self._change(missing, history, num_blocks)
+            self.shortage = shortage
+            if shortage is not None:
+                return False
+            self.capacity = capacity
+            self.history_length = history
+            if self._rows is not None:
+                self._rows.refresh()
+            return True
 
     def _windows_change(self, history: int, num_blocks: int) -> bool:
         return any(window.would_change(history, num_blocks) for window in self.windows)
@@ -194,7 +196,6 @@ class SequencePages(PathHolder):
 
     # -- what kernels read -------------------------------------------------------------------------------------------
 
-    @public
     def page_indices(self, layer_group: int, out: SlotArray | None = None) -> SlotArray:
         """Slots of the blocks up to the capacity, [num_blocks] int32, -1 where there is no page on the GPU.
 
@@ -204,18 +205,19 @@ class SequencePages(PathHolder):
         Errors: StateError before the first resume and once closed; ValueError if the layer group is not one of
         attention, or `out` is too short or cannot be written.
         """
-        if not self.locked:
-            raise StateError("page_indices: expected a resumed sequence")
-        return PageRows(self).indices(layer_group, out)
+        with self.calls:
+            if not self.locked:
+                raise StateError("page_indices: expected a resumed sequence")
+            return PageRows(self).indices(layer_group, out)
 
-    @public
     def bind_page_indices(self, layer_group: int, row: SlotArray | None) -> None:
         """Keep a row of the caller's buffer, int32, filled as `page_indices` would: only entries that change are
         written, until the sequence is suspended or closed, or None is bound.
 
         Errors: StateError unless ACTIVE; ValueError as `page_indices`, now or when the row gets too short.
         """
-        self._require_active("bind_page_indices")
-        if self._rows is None:
-            self._rows = PageRows(self)
-        self._rows.bind(layer_group, row)
+        with self.calls:
+            self._require_active("bind_page_indices")
+            if self._rows is None:
+                self._rows = PageRows(self)
+            self._rows.bind(layer_group, row)
