@@ -13,7 +13,7 @@ from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.parking import Parked
 from ssmcache.pools import NO_SLOTS
-from ssmcache.priority import Priority, PriorityCallback, default_priority
+from ssmcache.priority import PrioritiesGiven, priority_of
 from ssmcache.sequence_commits import NO_TOKENS, SequenceCommits
 from ssmcache.sequence_pages import ACTIVE, CLOSED, SUSPENDED, StateError
 from ssmcache.sequence_windows import SequenceWindow
@@ -40,8 +40,9 @@ class KVCache(SequenceCommits):
 
     def __init__(
         self, manager: KVCacheManager, tokens: Tokens, scope: ReuseScope, id: object,
-        priority: PriorityCallback | None, adopt: bool,
+        priority: PrioritiesGiven, adopt: bool,
     ) -> None:  # fmt: skip
+        self.priority = priority_of(priority, len(manager.groups))
         kind, keys, num_blocks, num_tokens = manager.keys_of(tokens)
         store = manager.store
         self.root = store.enter_scope(scope, kind)
@@ -53,9 +54,6 @@ class KVCache(SequenceCommits):
         self.adopt = adopt
         if priority is not None:
             manager.has_priorities = True
-        elif manager.has_priorities:  # a block that was given less may have to be raised
-            priority = default_priority
-        self.priority = None if priority is None else Priority(priority, len(manager.groups))
         self.status = SUSPENDED
         self.shortage: Shortage | None = None
         self.stream: Any = None
@@ -108,6 +106,8 @@ class KVCache(SequenceCommits):
             if self.status is not SUSPENDED:
                 raise StateError(f"resume: expected a SUSPENDED sequence, got {self.status.name}")
             manager = self.manager
+            if self._input is not None and self.priority is not None and self.priority.is_asked:
+                self._prepare_priorities("resume", -(-self._input[2] // manager.tokens_per_block) + 1)
             self.stream = stream
             if manager.streams.only is not stream:
                 manager.streams.acquire(stream)
@@ -116,8 +116,6 @@ class KVCache(SequenceCommits):
             if self._input is None:
                 self.shortage = resuming.resume_again(self)
             else:
-                if self.priority is not None:
-                    self.priority.prepare(-(-self._input[2] // manager.tokens_per_block) + 1)
                 keys, num_blocks, num_tokens = self._input
                 self.shortage = resuming.first_resume(self, keys, num_blocks, num_tokens)
                 if self.shortage is None:
