@@ -15,6 +15,7 @@ from ssmcache.keys import BlockKeys, ReuseScope
 from ssmcache.manager import KVCacheManager
 from ssmcache.memory.host import HostMemory
 from ssmcache.memory.simulated import SimulatedMemory
+from ssmcache.priority import PriorityRange
 from ssmcache.sequence import KVCache
 from ssmcache.sequence_pages import KVCacheStatus, StateError
 from ssmcache.stats import CacheStats, LayerGroupUsage, MemoryUsage, ReuseMatch, Shortage
@@ -36,6 +37,7 @@ __all__ = [
     "KVCacheStatus",
     "LayerGroupUsage",
     "MemoryUsage",
+    "PriorityRange",
     "ReuseMatch",
     "ReuseScope",
     "Shortage",

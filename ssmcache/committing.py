@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import groupby
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from ssmcache.keys import Int64Array
@@ -12,9 +11,8 @@ from ssmcache.memory.base import GPU_TIER
 from ssmcache.pages import PageTiers
 from ssmcache.parking import is_lost
 from ssmcache.pools import SlotArray, int_array
-from ssmcache.priority import Priority, rank_in
+from ssmcache.priority import Priority, rank_in, stretches_in
 from ssmcache.segments import DEFAULT_RANK, SparseSegment
-from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 from ssmcache.windows import WindowStore
 
@@ -51,15 +49,13 @@ def commit_blocks(sequence: SequenceCommits, keys: Int64Array, base: int, last: 
         if reused % block and reused // block == position:
             first_key = (position - base) * kind.width
             _drop_leaves_of(store, cursor, keys[first_key : first_key + kind.width])
-        if sequence.priority is None:
+        if sequence.priority is None or store.pages is None:
             cursor = _append(sequence, cursor, keys, position - base, last - position, DEFAULT_RANK)
         else:
-            for count, rank in _stretches(sequence, position, last):
-                cursor = _append(sequence, cursor, keys, position - base, count, rank)
-                position += count
+            for begin, end, rank in sequence.priority.stretches(store.pages.layer_group, position, last):
+                cursor = _append(sequence, cursor, keys, begin - base, end - begin, rank)
     sequence.cursor = cursor
-    if sequence.priority is not None:
-        raise_priorities(store, cursor, start, sequence.priority)
+    raise_priorities(sequence, start)
     for window in sequence.windows:
         window.commit(cursor, start, last)
 
@@ -111,67 +107,70 @@ def check_shared(sequence: SequenceCommits, keys: Int64Array, base: int, first: 
         run = run.parent
 
 
-def _stretches(sequence: SequenceCommits, first: int, last: int) -> Iterable[tuple[int, int]]:
-    """Neighbouring blocks of equal priority: (number of blocks, rank) of each stretch."""
-    pages, priority = sequence.store.pages, sequence.priority
-    assert priority is not None
-    if pages is None:
-        return ((last - first, DEFAULT_RANK),)
-    ranks = (priority.rank(pages.layer_group, block) for block in range(first, last))
-    return [(len(list(same)), rank) for rank, same in groupby(ranks)]
+def raise_priorities(sequence: SequenceCommits, first: int) -> None:
+    """The blocks of a sequence in the tree, from `first` on, keep the highest priority that they were given.
 
-
-def raise_priorities(store: BlockStore, cursor: Run, first: int, priority: Priority) -> None:
-    """Blocks of the path from `first` on keep the highest priority that they were given."""
-    run: Run = cursor
+    Cost: O(runs from `first` on + stretches of priorities in them); what is raised pays once for each time.
+    """
+    if sequence.priority is None and not sequence.manager.has_priorities:
+        return
+    run: Run = sequence.cursor
     while run.parent is not None and run.end > first:
         above = run.parent
-        if store.pages is not None and run.pages is not None:
-            _raise_pages(store, run, priority)
+        _raise_run(sequence, run, first)
         run = above
-    for sparse in store.sparse_stores():
-        for holder in list(cursor.path()):
-            for segment in list(sparse.on(holder)):
-                _raise_sparse(sparse, segment, priority, first)
-            sparse.join_like(holder)
 
 
-def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
-    """Give the blocks of a run, which may be cut for it, their priority."""
-    assert store.pages is not None
-    group = store.pages.layer_group
-    while True:
-        pages = run.pages
-        assert pages is not None
-        ranks = [max(pages.rank, priority.rank(group, block)) for block in range(run.start, run.end)]
-        first_equal = len(ranks) - 1
-        while first_equal > 0 and ranks[first_equal - 1] == ranks[-1]:
-            first_equal -= 1
-        if first_equal == 0:
-            pages.rank = ranks[-1]
-            return
+def _raise_run(sequence: SequenceCommits, run: Run, first: int) -> None:
+    priority, pages = sequence.priority, run.pages
+    if run.items:
+        raised = [segment.store for segment in run.items if _raise_sparse(sequence, segment, first)]
+        for store in dict.fromkeys(raised):
+            store.join_like(run)
+    if pages is not None:
+        group = sequence.manager.page_group
+        begin = first if first > run.start else run.start
+        rank = DEFAULT_RANK if priority is None else priority.common_rank(group, begin, run.end)
+        if rank is None or rank > pages.rank:
+            _raise_pages(sequence.store, run, stretches_in(priority, group, begin, run.end))
+
+
+def _raise_pages(store: BlockStore, run: Run, stretches: list[tuple[int, int, int]]) -> None:
+    """Give the last blocks of a run, which may be cut for it, the priorities of stretches (first, end, rank)."""
+    assert run.pages is not None
+    known = run.pages.rank
+    changes = [(run.start, known)] if stretches[0][0] > run.start else []  # where another rank begins
+    for start, _, rank in stretches:
+        if not changes or changes[-1][1] != max(rank, known):
+            changes.append((start, max(rank, known)))
+    for start, rank in reversed(changes):
         # the lower part keeps its identity, as a holder of this run expects
-        run = store.split(run, run.start + first_equal)
-        pages.rank = ranks[-1]
+        upper = store.split(run, start) if start > run.start else run
+        assert run.pages is not None
+        run.pages.rank = rank
+        run = upper
 
 
-def _raise_sparse(store: SparseStore, segment: SparseSegment, priority: Priority, first: int) -> None:
-    """Give the slots of blocks from `first` on their priority, as segments of their own."""
-    run = segment.run
-    assert run is not None
-    by_rank: dict[int, list[int]] = {}
-    for index, ordinal in enumerate(segment.ordinals):
-        rank = priority.rank(store.layer_group, ordinal) if ordinal >= first else segment.rank
+def _raise_sparse(sequence: SequenceCommits, segment: SparseSegment, first: int) -> bool:
+    """Give the slots of blocks from `first` on their priority, where they differ as segments of their own; returns
+    whether any was raised.
+    """
+    priority, store, ordinals = sequence.priority, segment.store, segment.ordinals
+    begin, end = max(first, ordinals[0]), ordinals[-1] + 1
+    if begin >= end or (priority is None and segment.rank >= DEFAULT_RANK):
+        return False
+    raised: dict[int, list[int]] = {}
+    for start, stop, rank in stretches_in(priority, store.layer_group, begin, end):
         if rank > segment.rank:
-            by_rank.setdefault(rank, []).append(index)
-    ordinals, slots = segment.ordinals[:], segment.slots[:]
-    for rank, indices in by_rank.items():
-        chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
-        part = store.new_segment(run, segment.stamp, rank, segment.tier, *chosen)
-        store.queues[segment.tier].put(part)
-    segment.take(sorted(index for indices in by_rank.values() for index in indices))
-    if not segment.slots:
-        store.drop_empty(run)
+            indices = range(bisect_left(ordinals, start), bisect_left(ordinals, stop))
+            if len(indices) == len(ordinals):
+                segment.rank = rank
+                return True
+            if indices:
+                raised.setdefault(rank, []).extend(indices)
+    if raised:
+        store.rerank(segment, raised)
+    return bool(raised)
 
 
 class TailPages:
@@ -238,6 +237,8 @@ def _offer_tail(sequence: SequenceCommits, tail: Int64Array, parts: TailPages) -
     known = match_partial(cursor, cursor.end, tail)
     if known is not None:
         if known.num_tokens == tail.size:
+            if known.run.num_tokens:
+                _raise_run(sequence, known.run, cursor.end)
             if known.run.num_tokens == tail.size:
                 parts.offer_windows(known.run, stamp, priority)
             return known.run if known.run.num_tokens else None

@@ -16,7 +16,7 @@ from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, TokenIds, 
 from ssmcache.layout import BufferPlace, layer_groups
 from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves
-from ssmcache.priority import PriorityCallback
+from ssmcache.priority import PrioritiesGiven
 from ssmcache.sequence import KVCache
 from ssmcache.stats import CacheStats, Counters, MemoryUsage, ReuseMatch, Shortage
 from ssmcache.store import BlockStore
@@ -79,7 +79,9 @@ class KVCacheManager:
         self.counters = Counters(len(config.cache_tiers))
         self.traffic: deque[tuple[int, int]] = deque(maxlen=_TRAFFIC_SEQUENCES)  # (capacity, history) at the end
         self.num_active = 0
-        self.has_priorities = False  # a sequence had a priority callback
+        self.has_priorities = (
+            False  # a sequence was given some: known blocks may have to be raised, to 35 by the others
+        )
         self.open_sequences: dict[KVCache, None] = {}
         self._closed = False
         self._token_kind = KeyKind(self.tokens_per_block, prefix_unique=False)
@@ -100,7 +102,7 @@ class KVCacheManager:
         input_tokens: Tokens = (),
         reuse_scope: ReuseScope = _DEFAULT_SCOPE,
         id: object = None,
-        priority: PriorityCallback | None = None,
+        priority: PrioritiesGiven = None,
         adopt_kv: bool = True,
     ) -> KVCache:
         """A new sequence, SUSPENDED, holding softly what the tree knows of its prompt.
@@ -108,8 +110,10 @@ class KVCacheManager:
         Args:
             input_tokens: [n] integers >= 0 or 32-byte digests of multimodal items, or `BlockKeys`. Pass the prompt
                 without its last token: at least one token must be computed, because its logits are needed.
-            priority: (layer group, block ordinal) -> 0..100, 35 by default: slots of lower priority go first, and a
-                slot keeps the highest that it was given.
+            priority: 0..100, 35 by default: slots of lower priority go first, and a slot keeps the highest that it was
+                given. As `PriorityRange`s, which do not overlap in any layer group and cost the same however long they
+                are, or as a callable (layer group, block ordinal) -> priority, which is asked for each block of the
+                prompt at the first `resume`, and of what is committed beyond it, before anything changes.
             adopt_kv: whether pages beyond the reusable tokens are taken up as they are; False for kernels that cannot
                 leave KV unwritten: they get pages of their own, which go when the tokens are committed.
         """

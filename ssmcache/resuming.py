@@ -92,8 +92,7 @@ def first_resume(
         if shortage is not None:
             return shortage
     del store.soft_holders[sequence]
-    if sequence.priority is not None:
-        raise_priorities(store, sequence.cursor, 0, sequence.priority)
+    raise_priorities(sequence, 0)
     return None
 
 

@@ -14,7 +14,7 @@ from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.parking import Parked
 from ssmcache.pools import NO_SLOTS
-from ssmcache.priority import Priority, PriorityCallback, default_priority
+from ssmcache.priority import PrioritiesGiven, priority_of
 from ssmcache.sequence_commits import NO_TOKENS, SequenceCommits
 from ssmcache.sequence_pages import ACTIVE, CLOSED, SUSPENDED, StateError
 from ssmcache.sequence_windows import SequenceWindow
@@ -41,8 +41,9 @@ class KVCache(SequenceCommits):
 
     def __init__(
         self, manager: KVCacheManager, tokens: Tokens, scope: ReuseScope, id: object,
-        priority: PriorityCallback | None, adopt: bool,
+        priority: PrioritiesGiven, adopt: bool,
     ) -> None:  # fmt: skip
+        self.priority = priority_of(priority, len(manager.groups))
         kind, keys, num_blocks, num_tokens = manager.keys_of("create_kv_cache", tokens, scope)
         self.calls = manager.calls
         self.calls.changing = True
@@ -56,9 +57,6 @@ class KVCache(SequenceCommits):
         self.adopt = adopt
         if priority is not None:
             manager.has_priorities = True
-        elif manager.has_priorities:  # a block that was given less may have to be raised
-            priority = default_priority
-        self.priority = None if priority is None else Priority(priority, len(manager.groups))
         self.status = SUSPENDED
         self.shortage: Shortage | None = None
         self.stream: Any = None
@@ -111,8 +109,8 @@ class KVCache(SequenceCommits):
             manager, before = self.manager, self.stream
             if manager.streams.only is not stream:
                 manager.memory.check_stream("resume", stream)
-            if self._input is not None and self.priority is not None:
-                self.priority.prepare(-(-self._input[2] // manager.tokens_per_block) + 1)
+            if self._input is not None and self.priority is not None and self.priority.is_asked:
+                self._prepare_priorities("resume", -(-self._input[2] // manager.tokens_per_block) + 1)
             self.calls.changing = True
             if stream is not before:
                 self._set_stream(stream)

@@ -105,10 +105,10 @@ class SequenceCommits(SequencePages):
                 )
             first, last = start // block, end // block
             keys, base, pending = self._keys_of_commit(tokens, first, last)
+            if self.priority is not None and self.priority.is_asked:
+                self._prepare_priorities("commit", last + 1)
             if self.cursor.end > first:
                 check_shared(self, keys, base, first, min(self.cursor.end, last))
-            if self.priority is not None:
-                self.priority.prepare(last + 1)
             self.calls.changing = True
             if self.manager.streams.only is not self.stream:  # it may go on with pages that others have written
                 self.manager.streams.acquire(self.stream)
@@ -126,6 +126,21 @@ class SequenceCommits(SequencePages):
                 self.manager.streams.release(self.stream)
             if self._rows is not None:
                 self._rows.refresh()
+
+    def _prepare_priorities(self, call: str, num_blocks: int) -> None:
+        """Know the priorities of the first blocks before anything changes.
+
+        Errors: what a callback raises; ValueError for its wrong answers; StateError if it made calls of this sequence
+        that leave it otherwise than the call has found it.
+        """
+        assert self.priority is not None
+        before = self._stopped, self.status, self.num_committed_tokens, self.history_length, self.capacity
+        self.priority.prepare(num_blocks)
+        after = self._stopped, self.status, self.num_committed_tokens, self.history_length, self.capacity
+        if after != before:
+            raise StateError(
+                f"{call}: expected a priority callback that leaves its own sequence as it is, got one that changed it"
+            )
 
     def _keys_of_commit(self, tokens: Tokens, first: int, last: int) -> tuple[Int64Array, int, Int64Array]:
         """Keys that cover the blocks that a commit completes, the block that they start from, and the tokens of the

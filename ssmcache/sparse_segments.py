@@ -105,6 +105,18 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
         ordinals, slots = segment.take(indices)
         return self.new_segment(segment.run, segment.stamp, segment.rank, segment.tier, ordinals, slots)
 
+    def rerank(self, segment: SparseSegment, indices_by_rank: dict[int, list[int]]) -> None:
+        """Give the slots at some ascending positions other ranks, as segments of their own."""
+        run = segment.run
+        assert run is not None
+        ordinals, slots = segment.ordinals[:], segment.slots[:]
+        for rank, indices in indices_by_rank.items():
+            chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
+            self.queues[segment.tier].put(self.new_segment(run, segment.stamp, rank, segment.tier, *chosen))
+        segment.take(sorted(index for indices in indices_by_rank.values() for index in indices))
+        if not segment.slots:
+            self.drop_empty(run)
+
     # -- changing ----------------------------------------------------------------------------------------------------
 
     def join_like(self, run: Run) -> None:
