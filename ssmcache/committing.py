@@ -68,7 +68,10 @@ def _append(sequence: SequenceCommits, cursor: Run, keys: Int64Array, first: int
     width, own, pages = sequence.kind.width, sequence.own_pages, None
     if sequence.store.pages is not None:
         pages, sequence.own_pages = own[:count], own[count:]
-    return sequence.store.append(cursor, keys[first * width : (first + count) * width], count, pages, rank)
+    part = keys[first * width : (first + count) * width]
+    if keys.base is None and not keys.flags.writeable:  # ready keys of this request alone: they are to go with it
+        part = part.copy()
+    return sequence.store.append(cursor, part, count, pages, rank)
 
 
 def _drop_leaves_of(store: BlockStore, cursor: Run, block: Int64Array) -> None:

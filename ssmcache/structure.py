@@ -10,7 +10,7 @@ from ssmcache.events import CacheObserver
 from ssmcache.keys import Int64Array, KeyKind, ReuseScope
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pages import PageTiers
-from ssmcache.pools import SlotArray
+from ssmcache.pools import SlotArray, fitting
 from ssmcache.recency import Clock
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.sparse import SparseStore
@@ -187,6 +187,7 @@ class TreeStructure:
         if run.digests:
             run.digests = run.digests[: new_end - run.start]
         if new_end > run.start:
+            run.key_buffer = fitting(run.key_buffer, (new_end - run.start) * run.kind.width)
             if pages is None or not pages.queued:
                 self.settle_leaf(run)
             return

@@ -15,13 +15,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from ssmcache.keys import EdgeKey, Int64Array, KeyKind, ReuseScope
+from ssmcache.pools import fitting
 from ssmcache.segments import GROWTH, PageSegment, SparseSegment
 
 
 class Run:
     """One node: blocks `start`..`end - 1` of the paths through it.
 
-    `key_buffer` begins with the keys of the run and may have room behind them.
+    `key_buffer` begins with the keys of the run and may have room behind them, or be a part of a longer array, but
+    keeps at most twice their memory alive (see `fitting`).
 
     `holds` counts the sequences that were resumed and whose path goes through the run, `idle_holds` those of them that
     are suspended: while there are others, the run is locked. `soft_holds` counts the sequences that were created but
@@ -43,7 +45,7 @@ class Run:
         self.edge = edge
         self.start = start
         self.end = end
-        self.key_buffer = keys
+        self.key_buffer = fitting(keys, keys.size)
         self.children: dict[EdgeKey, Run] = {}
         self.holds = 0
         self.idle_holds = 0
@@ -74,12 +76,10 @@ class Run:
         self.start = upper.start
 
     def split_keys(self, at: int) -> Int64Array:
-        """Leave the keys from block `at` on here and return the ones before it. The two share one buffer, in which
-        only the lower part has room to grow.
-        """
+        """Leave the keys from block `at` on here, with the room to grow, and return the ones before it."""
         size = (at - self.start) * self.kind.width
         above = self.key_buffer[:size]
-        self.key_buffer = self.key_buffer[size:]
+        self.key_buffer = fitting(self.key_buffer[size:], (self.end - at) * self.kind.width)
         self.start = at
         self.edge = self.kind.edge_key(self.key_buffer, 0)
         return above
