@@ -12,6 +12,7 @@ from ssmcache.memory.base import GPU_TIER
 from ssmcache.pools import SlotArray, int_array
 from ssmcache.priority import Priority, rank_in
 from ssmcache.segments import DEFAULT_RANK, SparseSegment
+from ssmcache.siblings import FEW
 from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 
@@ -76,7 +77,10 @@ def _append(sequence: SequenceCommits, cursor: Run, keys: Int64Array, first: int
 
 def _drop_leaves_of(store: BlockStore, cursor: Run, block: Int64Array) -> None:
     """Partial blocks below `cursor` that a full one begins with, such as the one it grew from, are of no more use."""
-    for leaf in [child for child in cursor.children.values() if child.num_tokens]:
+    children = cursor.children
+    if len(children) > FEW:
+        children = {edge: children[edge] for edge in cursor.children_by_tokens().prefixes(block.tobytes())}
+    for leaf in [child for child in children.values() if child.num_tokens]:
         is_held = leaf.holds or leaf.soft_holds
         if not is_held and common_prefix(leaf.keys, block) == leaf.num_tokens:
             store.drop_tail(leaf, 1)

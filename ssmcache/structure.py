@@ -101,7 +101,7 @@ class TreeStructure:
             start = run.end
             child = Run(run, run.kind, run.kind.edge_key(keys, 0), start, start + num_blocks, keys)
             child.holds = 1
-            run.children[child.edge] = child
+            run.add_child(child)
             if slots is not None:
                 self._give_pages(child, slots, rank)
             run = child
@@ -125,7 +125,7 @@ class TreeStructure:
         assert self.pages is not None
         self.version += 1
         leaf = PartialRun(run, keys)
-        run.children[leaf.edge] = leaf
+        run.add_child(leaf)
         self._give_pages(leaf, slots, rank)
         self.pages.cached[GPU_TIER] += 1
         return leaf
@@ -193,7 +193,7 @@ class TreeStructure:
             return
         parent = run.parent
         assert parent is not None
-        del parent.children[run.edge]
+        parent.remove_child(run)
         if pages is not None and tiers is not None:
             tiers.queues[tier].retire(pages)
             if self.has_tiers and parent.pages is not None and parent.pages.tier == tier:
@@ -282,7 +282,7 @@ class TreeStructure:
             if below.soft_holds:  # one that is being resumed just now keeps its own
                 self.drop_soft_holds_of(below)
         self.forget_holds(parent, run.holds, run.idle_holds)
-        del parent.children[run.edge]
+        parent.remove_child(run)
         if parent.pages is not None and run.pages is not None and parent.pages.tier == run.pages.tier:
             parent.warm_children -= 1
         run.parent = lost_root
