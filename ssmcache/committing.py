@@ -13,6 +13,7 @@ from ssmcache.parking import is_lost
 from ssmcache.pools import SlotArray, int_array
 from ssmcache.priority import Priority, rank_in, stretches_in
 from ssmcache.segments import DEFAULT_RANK, SparseSegment
+from ssmcache.siblings import FEW
 from ssmcache.tree import Run
 from ssmcache.windows import WindowStore
 
@@ -65,12 +66,18 @@ def _append(sequence: SequenceCommits, cursor: Run, keys: Int64Array, first: int
     width, own, pages = sequence.kind.width, sequence.own_pages, None
     if sequence.store.pages is not None:
         pages, sequence.own_pages = own[:count], own[count:]
-    return sequence.store.append(cursor, keys[first * width : (first + count) * width], count, pages, rank)
+    part = keys[first * width : (first + count) * width]
+    if keys.base is None and not keys.flags.writeable:  # ready keys of this request alone: they are to go with it
+        part = part.copy()
+    return sequence.store.append(cursor, part, count, pages, rank)
 
 
 def _drop_leaves_of(store: BlockStore, cursor: Run, block: Int64Array) -> None:
     """Partial blocks below `cursor` that a full one begins with, such as the one it grew from, are of no more use."""
-    for leaf in [child for child in cursor.children.values() if child.num_tokens]:
+    children = cursor.children
+    if len(children) > FEW:
+        children = {edge: children[edge] for edge in cursor.children_by_tokens().prefixes(block.tobytes())}
+    for leaf in [child for child in children.values() if child.num_tokens]:
         is_held = leaf.holds or leaf.soft_holds
         if not is_held and common_prefix(leaf.keys, block) == leaf.num_tokens:
             store.drop_tail(leaf, 1)

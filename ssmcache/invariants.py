@@ -104,6 +104,8 @@ def _check_roots(manager: KVCacheManager) -> None:
 
 
 def _check_children(run: Run) -> None:
+    known = run.siblings is None or run.siblings.edges == list(run.children)
+    _expect(known, f"run {run.start}..{run.end} has children that a partial look-up does not know, or in another order")
     for edge, child in run.children.items():
         name = f"run {child.start}..{child.end}"
         _expect(child.parent is run, f"{name} does not know its parent")

@@ -83,7 +83,8 @@ class BlockKeys:
 
     Args:
         keys: [num_full_blocks] int64, unique per *prefix*: two prompts have an equal key at block i only if all
-            their tokens up to the end of block i are equal. Kept without a copy if it is a read-only array.
+            their tokens up to the end of block i are equal. Kept without a copy if it is a read-only array; if that is
+            a part of a longer one, the cache may keep all of it for as long as it has one of its blocks.
         tokens_per_block: tokens that one key stands for.
         num_tokens: length of the prompt; a last block that is not full has no key.
 

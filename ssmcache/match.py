@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ssmcache.keys import Int64Array
 from ssmcache.segments import SparseSegment
+from ssmcache.siblings import FEW
 from ssmcache.stats import ReuseMatch
 from ssmcache.tree import Root, Run
 from ssmcache.windows import WindowStore
@@ -65,25 +66,43 @@ def match_partial(run: Run, depth: int, tail: Int64Array, windows: Sequence[Wind
     """The block after `depth` blocks of the path of `run` that has most tokens in common with `tail`, the next tokens
     of a prompt, at most one block of them; only blocks that have a page of each of `windows`.
 
-    Cost: O(tokens of a block), times the number of children where the path ends with its run.
+    Cost: O(tokens of a block), however many children there are where the path ends with its run; see `Siblings`.
     """
     if not tail.size:
         return None
     if depth < run.end:
-        candidates = [(run, depth)]
+        candidates = [run]
+    elif run.kind.width == 1:
+        child = run.children.get(tail.item(0))
+        candidates = [] if child is None else [child]
+    elif len(run.children) > FEW:
+        return _match_sibling(run, tail.tobytes(), windows)
     else:
         first = tail.item(0)
-        candidates = [(child, child.start) for child in run.children.values() if child.key_buffer.item(0) == first]
+        candidates = [child for child in run.children.values() if child.key_buffer.item(0) == first]
     best: Partial | None = None
-    for candidate, block in candidates:
+    for candidate in candidates:
+        block = max(depth, candidate.start)
         start = (block - candidate.start) * candidate.kind.width
         known = candidate.keys[start : start + tail.size]
         common = common_prefix(known, tail)
-        if common and (best is None or common > best.num_tokens):
-            if not all(any(block in segment.ordinals for segment in store.on(candidate)) for store in windows):
-                continue
+        if common and (best is None or common > best.num_tokens) and _has_pages(candidate, block, windows):
             best = Partial(candidate, block, common)
     return best
+
+
+def _match_sibling(run: Run, tail: bytes, windows: Sequence[WindowStore]) -> Partial | None:
+    """`match_partial` among many children."""
+    children, siblings = run.children, run.children_by_tokens()
+    if windows:
+        found = siblings.best_usable(tail, lambda edge: _has_pages(children[edge], children[edge].start, windows))
+    else:
+        found = siblings.best(tail)
+    return None if found is None else Partial(children[found[0]], run.end, found[1])
+
+
+def _has_pages(run: Run, block: int, windows: Sequence[WindowStore]) -> bool:
+    return all(any(block in segment.ordinals for segment in store.on(run)) for store in windows)
 
 
 def find(

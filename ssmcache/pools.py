@@ -20,6 +20,20 @@ def int_array(values: Iterable[int] = ()) -> IntArray:
     return array("q", values)
 
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+def fitting(buffer: npt.NDArray[Scalar], used: int) -> npt.NDArray[Scalar]:
+    """The buffer, whose first `used` entries matter, or a copy of those where it would keep more than twice their
+    memory: what is left of a long array must not keep all of it. Amortised O(entries given up).
+
+    What cannot be written is a part of a longer array of the caller's, who keeps that.
+    """
+    base = buffer.base
+    kept = buffer.size if base is None or type(base) is not np.ndarray else base.size
+    return buffer if kept <= 2 * used or not buffer.flags.writeable else buffer[:used].copy()
+
+
 Slots = TypeVar("Slots", SlotArray, IntArray)
 
 
@@ -56,7 +70,7 @@ class SlotPool(Generic[Slots]):
         raise NotImplementedError
 
     def give_back(self, slots: Slots) -> None:
-        """Take slots back; nobody may use them from here on, nor write the array."""
+        """Take slots back; nobody may use them from here on."""
         raise NotImplementedError
 
     @property
@@ -84,16 +98,18 @@ class SlotPool(Generic[Slots]):
 
 
 class PagePool(SlotPool[SlotArray]):
-    """Slots for pages, which come and go by the hundred: a stack of NumPy arrays.
+    """Slots for pages, which come and go by the hundred: a stack in one array, which never keeps an array that it was
+    given, and gives none that it keeps.
 
-    Cost: O(1) to give back, whatever the number; O(n) NumPy work and O(arrays met) to take n.
+    Cost: O(n) NumPy work to give back n slots or to take them; the array grows to the most slots that were ever free.
     """
 
-    __slots__ = ("_stack",)
+    __slots__ = ("_num_returned", "_stack")
 
     def __init__(self, capacity: int, staging: int = 0) -> None:
         super().__init__(capacity, staging)
-        self._stack: list[SlotArray] = []
+        self._stack = NO_SLOTS
+        self._num_returned = 0
 
     def take(self, count: int) -> SlotArray:
         """`SlotPool.take`: [count] int32."""
@@ -101,38 +117,34 @@ class PagePool(SlotPool[SlotArray]):
         assert used <= self.capacity + self.staging, f"{count} slots taken, {self.capacity + count - used} free"
         if used > self.peak_used:
             self.peak_used = used
-        stack = self._stack
-        if stack and stack[-1].size > count:
-            last = stack[-1]
-            stack[-1] = last[:-count] if count else last
-            return last[last.size - count :]
-        parts: list[SlotArray] = []
-        missing = count
-        while missing and stack:
-            last = stack.pop()
-            size = last.size
-            if size > missing:
-                stack.append(last[:-missing])
-                last = last[-missing:]
-                size = missing
-            parts.append(last)
-            missing -= size
-        parts.reverse()
-        if missing:
-            parts.append(np.arange(self._next_fresh, self._next_fresh + missing, dtype=np.int32))
-            self._next_fresh += missing
-        return np.concatenate(parts) if count else NO_SLOTS
+        top = self._num_returned
+        if count <= top:
+            self._num_returned = left = top - count
+            return self._stack[left:top].copy()
+        self._num_returned = 0
+        first_fresh = self._next_fresh
+        self._next_fresh = first_fresh + count - top
+        fresh = np.arange(first_fresh, self._next_fresh, dtype=np.int32)
+        return np.concatenate((self._stack[:top], fresh)) if top else fresh
 
     def give_back(self, slots: SlotArray) -> None:
-        if slots.size:
-            self._stack.append(slots)
-            self.used -= slots.size
+        count = slots.size
+        bottom = self._num_returned
+        self._num_returned = top = bottom + count
+        if top > self._stack.size:
+            grown = np.empty(2 * top, dtype=np.int32)
+            grown[:bottom] = self._stack[:bottom]
+            self._stack = grown
+        self._stack[bottom:top] = slots
+        self.used -= count
 
     def returned_slots(self) -> list[int]:
-        return [int(slot) for part in self._stack for slot in part]
+        returned: list[int] = self._stack[: self._num_returned].tolist()
+        return returned
 
     def _set_returned(self, slots: list[int]) -> None:
-        self._stack = [np.array(slots, dtype=np.int32)] if slots else []
+        self._stack = np.array(slots, dtype=np.int32)
+        self._num_returned = len(slots)
 
 
 class StatePool(SlotPool[IntArray]):

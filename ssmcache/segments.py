@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ssmcache.pools import IntArray, SlotArray, int_array
+from ssmcache.pools import IntArray, SlotArray, fitting, int_array
 
 if TYPE_CHECKING:
     from ssmcache.sparse_segments import SparseSegments
@@ -70,7 +70,7 @@ class PageSegment(Segment):
         self.start = start
         self.count = count = len(slots)
         self.tail = start + count - 1
-        self._buffer = slots
+        self._buffer = fitting(slots, count)
 
     def may_go(self) -> bool:
         run = self.run
@@ -104,24 +104,21 @@ class PageSegment(Segment):
         self.start -= len(slots)
 
     def drop_tail(self, count: int) -> SlotArray:
-        """Forget the last `count` blocks and return their slots, in memory that is not written again."""
+        """Forget the last `count` blocks and return their slots, a view of memory that may be written again."""
         self.tail -= count
-        if count == self.count:
-            self.count = 0
-            return self._buffer if self._buffer.size == count else self._buffer[:count]
-        left = self.count - count
-        dropped = self._buffer[left : self.count]
-        self._buffer = self._buffer[:left]
-        self.count = left
-        return dropped
+        buffer, end = self._buffer, self.count
+        self.count = left = end - count
+        if left and 2 * left < (buffer.size if buffer.base is None else buffer.base.size):
+            self._buffer = buffer[:left].copy()
+        return buffer[left:end]
 
     def split_upper(self, upper: Run, at: int, serial: int) -> PageSegment:
         """Leave the blocks from `at` on here; return the ones before it as a segment of `upper`."""
         count = at - self.start
         slots = self._buffer[:count]
         above = PageSegment(upper, self.stamp, self.rank, serial, self.tier, self.colder, self.start, slots)
-        self._buffer = self._buffer[count:]
         self.count -= count
+        self._buffer = fitting(self._buffer[count:], self.count)
         self.start = at
         return above
 

@@ -10,7 +10,7 @@ import numpy as np
 from ssmcache.calls import Calls
 from ssmcache.integers import MAX_BLOCKS, to_integer
 from ssmcache.memory.base import GPU_TIER, TransferError
-from ssmcache.pools import SlotArray
+from ssmcache.pools import SlotArray, fitting
 from ssmcache.resuming import transfer_shortage
 from ssmcache.rows import PageRows
 from ssmcache.sequence_windows import SequenceWindow, WindowChange
@@ -164,7 +164,7 @@ class SequencePages(PathHolder):
         elif own.size:
             keep = max(0, own.size + missing)
             pages.pools[GPU_TIER].give_back(own[keep:])
-            self.own_pages = own[:keep]
+            self.own_pages = fitting(own[:keep], keep)
         return None
 
     def _shortage_of_windows(self, history: int, num_blocks: int) -> Shortage | None:

@@ -88,8 +88,17 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
                     segment = self.new_segment(run, stamp, rank, tier, ordinals, slots)
                 queue.put(segment)
                 end = begin
+                if ordinals[begin] == run.start:
+                    self._regain(run)
             run = run.parent
         self.cached[tier] += len(slots)
+
+    def _regain(self, run: Run) -> None:
+        """A partial look-up may find the first block of this run again."""
+        parent = run.parent
+        assert parent is not None
+        if parent.siblings is not None and isinstance(run.edge, bytes):
+            parent.siblings.regain(run.edge)
 
     def new_segment(
         self, run: Run, stamp: int, rank: int, tier: int, ordinals: IntArray, slots: IntArray

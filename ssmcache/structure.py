@@ -10,7 +10,7 @@ from ssmcache.events import CacheObserver
 from ssmcache.keys import Int64Array, KeyKind, ReuseScope
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pages import PageTiers
-from ssmcache.pools import SlotArray
+from ssmcache.pools import SlotArray, fitting
 from ssmcache.recency import Clock
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.sparse import SparseStore
@@ -99,7 +99,7 @@ class TreeStructure:
             start = run.end
             child = Run(run, run.kind, run.kind.edge_key(keys, 0), start, start + num_blocks, keys)
             child.holds = 1
-            run.children[child.edge] = child
+            run.add_child(child)
             if slots is not None:
                 self._give_pages(child, GPU_TIER, slots, rank)
             run = child
@@ -124,7 +124,7 @@ class TreeStructure:
         assert self.pages is not None
         self.version += 1
         leaf = PartialRun(run, keys)
-        run.children[leaf.edge] = leaf
+        run.add_child(leaf)
         self._give_pages(leaf, tier, slots, rank)
         self.pages.cached[tier] += 1
         return leaf
@@ -186,12 +186,13 @@ class TreeStructure:
         if run.digests:
             run.digests = run.digests[: new_end - run.start]
         if new_end > run.start:
+            run.key_buffer = fitting(run.key_buffer, (new_end - run.start) * run.kind.width)
             if pages is None or not pages.queued:
                 self.settle_leaf(run)
             return
         parent = run.parent
         assert parent is not None
-        del parent.children[run.edge]
+        parent.remove_child(run)
         if pages is not None and tiers is not None:
             tiers.queues[tier].retire(pages)
             if self.has_tiers and parent.pages is not None and parent.pages.tier == tier:
@@ -277,7 +278,7 @@ class TreeStructure:
         lost_root.lost = True
         lost_root.start = lost_root.end = run.start
         self.forget_holds(parent, run.holds, run.idle_holds)
-        del parent.children[run.edge]
+        parent.remove_child(run)
         if parent.pages is not None and run.pages is not None and parent.pages.tier == run.pages.tier:
             parent.warm_children -= 1
         run.parent = lost_root

@@ -15,23 +15,27 @@ from collections.abc import Iterator
 import numpy as np
 
 from ssmcache.keys import EdgeKey, Int64Array, KeyKind, ReuseScope
+from ssmcache.pools import fitting
 from ssmcache.segments import GROWTH, PageSegment, SparseSegment
+from ssmcache.siblings import FEW, Siblings
 
 
 class Run:
     """One node: blocks `start`..`end - 1` of the paths through it.
 
-    `key_buffer` begins with the keys of the run and may have room behind them.
+    `key_buffer` begins with the keys of the run and may have room behind them, or be a part of a longer array, but
+    keeps at most twice their memory alive (see `fitting`).
 
     `holds` counts the sequences that were resumed and whose path goes through the run, `idle_holds` those of them that
     are suspended: while there are others, the run is locked. `soft_holds` counts the sequences that were created but
     not yet resumed, and only at the deepest run of their path: nothing above a run that has a child can go anyway.
-    `warm_children` are the children whose pages lie in the same tier; the others lie further down.
+    `warm_children` are the children whose pages lie in the same tier; the others lie further down. `siblings` finds
+    children by what they begin with, from the first time that this was asked for, while they are many.
     """
 
     __slots__ = (
         "children", "digests", "edge", "end", "holds", "idle_holds", "items", "key_buffer", "kind", "pages", "parent",
-        "soft_holds", "start", "warm_children",
+        "siblings", "soft_holds", "start", "warm_children",
     )  # fmt: skip
     num_tokens = 0  # less than a whole block
 
@@ -43,8 +47,9 @@ class Run:
         self.edge = edge
         self.start = start
         self.end = end
-        self.key_buffer = keys
+        self.key_buffer = fitting(keys, keys.size)
         self.children: dict[EdgeKey, Run] = {}
+        self.siblings: Siblings | None = None
         self.holds = 0
         self.idle_holds = 0
         self.soft_holds = 0
@@ -56,6 +61,27 @@ class Run:
     @property
     def keys(self) -> Int64Array:
         return self.key_buffer[: (self.end - self.start) * self.kind.width]
+
+    def add_child(self, child: Run) -> None:
+        """The child has a new edge."""
+        edge = child.edge
+        self.children[edge] = child
+        if self.siblings is not None and isinstance(edge, bytes):
+            self.siblings.add(edge)
+
+    def remove_child(self, child: Run) -> None:
+        edge = child.edge
+        del self.children[edge]
+        if self.siblings is not None and isinstance(edge, bytes):
+            self.siblings.remove(edge)
+            if len(self.children) <= FEW:
+                self.siblings = None
+
+    def children_by_tokens(self) -> Siblings:
+        """Finds children of a scope of tokens, in blocks of several."""
+        if self.siblings is None:
+            self.siblings = Siblings(edge for edge in self.children if isinstance(edge, bytes))
+        return self.siblings
 
     def append_keys(self, keys: Int64Array, num_blocks: int) -> None:
         """Grow the run in place by the blocks of `keys`. Amortised O(blocks added)."""
@@ -74,12 +100,10 @@ class Run:
         self.start = upper.start
 
     def split_keys(self, at: int) -> Int64Array:
-        """Leave the keys from block `at` on here and return the ones before it. The two share one buffer, in which
-        only the lower part has room to grow.
-        """
+        """Leave the keys from block `at` on here, with the room to grow, and return the ones before it."""
         size = (at - self.start) * self.kind.width
         above = self.key_buffer[:size]
-        self.key_buffer = self.key_buffer[size:]
+        self.key_buffer = fitting(self.key_buffer[size:], (self.end - at) * self.kind.width)
         self.start = at
         self.edge = self.kind.edge_key(self.key_buffer, 0)
         return above
