@@ -43,8 +43,8 @@ class EveryBoundary:
 
 
 class LastBoundary:
-    """The last multiple of `ssm_reuse_interval` within the prompt, however that is cut into commits; while decoding also
-    the last one so far, in place of the one decoded before.
+    """The last multiple of `ssm_reuse_interval` within the prompt, however that is cut into commits; while decoding
+    also the last one so far, in place of the one decoded before.
     """
 
     __slots__ = ("interval",)
@@ -54,9 +54,11 @@ class LastBoundary:
         self.interval = interval
 
     def points(self, start: int, end: int, prompt_tokens: int) -> range:
-        of_prompt, last = (tokens // self.interval * self.interval for tokens in (prompt_tokens, max(end, prompt_tokens)))
+        interval = self.interval
+        of_prompt = prompt_tokens // interval * interval
+        last = max(of_prompt, end // interval * interval)
         first = of_prompt if start < of_prompt else last
-        return range(first, last + 1, last - first or self.interval) if start < first <= end else range(0)
+        return range(first, last + 1, last - first or interval) if start < first <= end else range(0)
 
     def next_point(self, start: int, prompt_tokens: int) -> int:
         return max(start // self.interval + 1, prompt_tokens // self.interval) * self.interval

@@ -36,8 +36,8 @@ class PathHolder:
     partial: Partial | None
 
     def touch_own_snapshots(self, stamp: int) -> Sequence[int]:
-        """Stamp the snapshots at the last boundary of what was committed and at that of the prompt; returns the blocks of
-        those that there are.
+        """Stamp the snapshots at the last boundary of what was committed and at that of the prompt; returns the blocks
+        of those that there are.
         """
         raise NotImplementedError
 

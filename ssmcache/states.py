@@ -235,9 +235,9 @@ class SequenceStates:
             self.give_back_reserved()
 
     def _add_last(self, cursor: Run, last: int, present: set[int], ordinals: IntArray, slots: IntArray) -> None:
-        """Attach the states of the prompt's boundary and of what was decoded, up to `last`: each with a time of its own,
-        since they are not touched together, the deepest as the oldest. What was decoded takes the place of what this
-        sequence took so before.
+        """Attach the states of the prompt's boundary and of what was decoded, up to `last`: each with a time of its
+        own, since they are not touched together, the deepest as the oldest. What was decoded takes the place of what
+        this sequence took so before.
         """
         block = self._manager.tokens_per_block
         if last > self.prompt_tokens and (last // block - 1 in present or last // block - 1 in ordinals):
@@ -273,7 +273,8 @@ class SequenceStates:
         the latter as the younger; returns their blocks.
         """
         touched: list[int] = []
-        for block in sorted({self._block_at(num_committed), self._block_at(min(num_committed, self.prompt_tokens))})[::-1]:
+        ends = num_committed, min(num_committed, self.prompt_tokens)
+        for block in sorted(set(map(self._block_at, ends)), reverse=True):
             found = self._find(cursor, block)
             if found is None:
                 continue

@@ -326,7 +326,7 @@ class ReferenceCache:
                 self.snapshots[prefix].taken_by = sequence
 
     def supersede(self, sequence: ReferenceSequence) -> None:
-        """A sequence that keeps but one decoded snapshot has its next: that before goes unless it is of use to others."""
+        """A sequence has its next decoded snapshot: that before goes unless it is of use to others."""
         for prefix, snapshot in list(self.snapshots.items()):
             if snapshot.taken_by is sequence:
                 snapshot.taken_by = None

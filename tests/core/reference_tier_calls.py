@@ -254,7 +254,7 @@ class ReferenceTierCache(ReferenceTiers):
         return [point for point in boundaries if old < point <= new]
 
     def supersede(self, sequence: TierSequence) -> None:
-        """A sequence that keeps but one decoded snapshot has its next: that before goes unless it is of use to others."""
+        """A sequence has its next decoded snapshot: that before goes unless it is of use to others."""
         for prefix, entry in list(self.states.entries.items()):
             if entry.taken_by is sequence:
                 entry.taken_by = None
@@ -267,8 +267,8 @@ class ReferenceTierCache(ReferenceTiers):
         if sequence.history > point:
             self.counts["snapshots_skipped_history"] += 1
             return False
-        mine = [entry for entry in self.states.entries.values() if entry.taken_by is sequence]
-        if point > sequence.prompt_tokens and not self.free(self.states, GPU) and [one for one in mine if one.tier == GPU]:
+        tiers = [entry.tier for entry in self.states.entries.values() if entry.taken_by is sequence]
+        if point > sequence.prompt_tokens and GPU in tiers and not self.free(self.states, GPU):
             self.supersede(sequence)
         if not self.take_beside(sequence, 1):
             self.counts["snapshots_skipped_no_room"] += 1
