@@ -56,7 +56,7 @@ class LastBoundary:
     def points(self, start: int, end: int, prompt_tokens: int) -> range:
         interval = self.interval
         of_prompt = prompt_tokens // interval * interval
-        last = max(of_prompt, end // interval * interval)
+        last = end // interval * interval
         first = of_prompt if start < of_prompt else last
         return range(first, last + 1, last - first or interval) if start < first <= end else range(0)
 

@@ -146,7 +146,7 @@ class BlockStore(SoftHolds):
         the stamp, which has room for so many private blocks below.
         """
         run = holder.cursor
-        stamp = self.clock.touch(run.end + num_private + 1)
+        stamp = self.clock.touch(run.end + num_private)
         while run.parent is not None:
             if run.pages is not None:
                 run.pages.stamp = stamp

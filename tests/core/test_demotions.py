@@ -1,5 +1,5 @@
-"""What a demotion does over all tiers at once: as many slots go as are needed, the oldest go furthest, and a tier that is
-smaller than what passes it keeps the youngest of that.
+"""What a demotion does over all tiers at once: as many slots go as are needed, the oldest go furthest, and a tier that
+is smaller than what passes it keeps the youngest of that.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from random import Random
 from typing import Any
 
 import pytest
-from payload import Runner, Shape, make_config, run_at_random
+from payload import SCOPE, Request, Runner, Shape, make_config, run_at_random
 from pictures import page_tiers
 from test_tier_payload import KINDS, draw_shape
 
-from ssmcache import KVCacheManager, SimulatedMemory, sizing
+from ssmcache import KVCacheManager, ReuseScope, SimulatedMemory, sizing
 from ssmcache.compaction import segments_of
 from ssmcache.sparse import SparseStore
 from ssmcache.tiers import Tiers
@@ -102,24 +102,26 @@ def test_requests_one_after_the_other_leave_the_tiers_as_one_list_cut_in_pieces(
 
 
 def movable(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> Iterator[tuple[int, int]]:
-    """(time, tier) of the slots of a layer group that may move; no two have one time."""
+    """(priority and time, tier) of the slots of a layer group that may move; no two are alike."""
     for segment in segments_of(manager, tiers):
         if not isinstance(tiers, SparseStore):
             if segment.run.holds == segment.run.idle_holds:
                 last = segment.start + segment.count
-                yield from ((segment.stamp - block, segment.tier) for block in range(segment.start, last))
+                yield from (
+                    (segment.rank + segment.stamp - block, segment.tier) for block in range(segment.start, last)
+                )
             continue
         pins = tiers.pins.by_slot[segment.tier]
         for ordinal, slot in zip(segment.ordinals, segment.slots, strict=True):
             if not (slot in pins and pins[slot].locked) and not tiers._is_own(segment.run):
-                yield segment.stamp - ordinal, segment.tier
+                yield segment.rank + segment.stamp - ordinal, segment.tier
 
 
 class Watch:
     """Takes the place of `Tiers.bring`."""
 
-    def __init__(self, bring: Callable[..., None]) -> None:
-        self.bring = bring
+    def __init__(self, bring: Callable[..., None], with_priorities: bool) -> None:
+        self.bring, self.with_priorities = bring, with_priorities
         self.manager: KVCacheManager | None = None
         self.num_down = self.num_through = 0
 
@@ -137,21 +139,34 @@ class Watch:
         if down or through:
             assert free == beside, "more went than there was need for"
         for older, younger in ((through, down + stayed), (down, stayed)):
+            if self.with_priorities and tiers is self.manager.store.pages:
+                break  # a page goes after those below it, whatever its priority
             assert not older or not younger or max(older) < min(younger), "not the oldest went, or not the furthest"
         self.num_down += len(down)
         self.num_through += len(through)
 
 
+class RunnerWithPriorities(Runner):
+    """Whose sequences want the one block more than the other, often not that which is above."""
+
+    def create(self, tokens: list[int], scope: ReuseScope = SCOPE, **options: object) -> Request:
+        return super().create(
+            tokens, scope, priority=lambda group, block: (sum(tokens) + 7 * block) % 5 * 20, **options
+        )
+
+
+@pytest.mark.parametrize("with_priorities", [False, True], ids=["by age", "by priority"])
 @pytest.mark.parametrize("slots", [(12, 7), (10, 3, 8), (14, 3, 16)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_oldest_go_furthest_and_no_more_than_are_needed(
-    kind: str, slots: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, slots: tuple[int, ...], with_priorities: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = Watch(Tiers.bring)
+    watch = Watch(Tiers.bring, with_priorities)
     monkeypatch.setattr(Tiers, "bring", lambda *arguments: watch(*arguments))
     for seed in range(8):
         random = Random(seed)
-        runner = Runner(draw_shape(random, kind, slots), str(tmp_path))
+        shape = draw_shape(random, kind, slots)
+        runner = (RunnerWithPriorities if with_priorities else Runner)(shape, str(tmp_path))
         watch.manager = runner.manager
         run_at_random(runner, random, num_steps=60, longest=random.choice((8, 16)))
     assert watch.num_down > 0

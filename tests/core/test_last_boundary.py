@@ -17,9 +17,9 @@ def snapshots_of(manager):
     return sorted((ordinal + 1) * 32 for run in runs for segment in run.items for ordinal in segment.ordinals)
 
 
-def serve(manager, prompt, cuts=(), reserve=False):
+def serve(manager, prompt, cuts=(), reserve=False, priority=None):
     """A request whose prompt is committed up to each of the cuts, and then to its end."""
-    sequence = manager.create_kv_cache(prompt[:-1])
+    sequence = manager.create_kv_cache(prompt[:-1], priority=priority)
     assert sequence.resume()
     assert sequence.resize(len(prompt) + 1)
     if reserve:
@@ -136,9 +136,10 @@ def test_of_the_two_that_a_request_leaves_the_decoded_one_goes_first_and_others_
     assert left == [[0, 64, 128], [0, 64, 64], [0, 0, 0]]
 
 
-def test_a_later_request_touches_only_its_own_of_two_snapshots_that_were_taken_together():
+@pytest.mark.parametrize("priority", [None, lambda group, block: 35])  # with one, snapshots of one touch would join
+def test_a_later_request_touches_only_its_own_of_two_snapshots_that_were_taken_together(priority):
     manager = last_manager(40, 4)
-    sequence = manager.create_kv_cache(PROMPT[:63])
+    sequence = manager.create_kv_cache(PROMPT[:63], priority=priority)
     sequence.resume()
     sequence.resize(129)
     sequence.reserve_snapshots([64, 128])
@@ -149,7 +150,7 @@ def test_a_later_request_touches_only_its_own_of_two_snapshots_that_were_taken_t
     assert snapshots_of(manager) == [64, 128]
     manager.check()
     serve(manager, PROMPT[500:564], reserve=True)
-    serve(manager, PROMPT[:70], reserve=True)  # touches 64 alone
+    serve(manager, PROMPT[:70], reserve=True, priority=priority)  # touches 64 alone
     serve(manager, PROMPT[600:664], reserve=True)
     assert manager.probe_reuse(PROMPT[:200]).usable_tokens == 64
     assert manager.probe_reuse(PROMPT[500:600]).usable_tokens == 64

@@ -27,8 +27,8 @@ def test_no_two_blocks_were_ever_touched_at_one_time(depths: list[int]) -> None:
 
 
 def times_of(manager: KVCacheManager, tiers: Tiers) -> list[int]:
-    """Of all slots of a layer group in the tree or parked, in any tier; but of pages that are locked, which cannot go and
-    may have been added to a run since its last touch.
+    """Of all slots of a layer group in the tree or parked, in any tier; but of pages that are locked, which cannot go
+    and may have been added to a run since its last touch.
     """
     found = []
     for segment in segments_of(manager, tiers):
@@ -41,11 +41,14 @@ def times_of(manager: KVCacheManager, tiers: Tiers) -> list[int]:
 
 
 class WatchedRunner(Runner):
-    """Looks at all times after each call, and at what a suspend and a close have touched."""
+    """Looks at all times after each call, and at what a suspend and a close have touched. A sequence is suspended with
+    pages of its own, as far as there is room.
+    """
 
     num_touched = 0
 
     def suspend(self, request: Request) -> None:
+        request.kv.resize(request.kv.capacity + 4 * self.shape.block)
         self.touching(lambda: Runner.suspend(self, request))
 
     def close(self, request: Request) -> None:
@@ -65,7 +68,7 @@ class WatchedRunner(Runner):
 
 
 @pytest.mark.parametrize("admission", ["every", "last"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slots", [(24,), (14, 8, 8)])
 def test_what_is_touched_is_younger_than_all_else_and_nothing_is_of_equal_age(
     kind: str, slots: tuple[int, ...], admission: str, tmp_path: Path

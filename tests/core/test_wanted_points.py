@@ -1,5 +1,5 @@
-"""Where snapshots are wanted: what a sequence is told, from wherever it is and however long its prompt, is what the words
-of `KVCacheManagerConfig.admission` say; and whoever follows what it is told keeps just that.
+"""Where snapshots are wanted: what a sequence is told, from wherever it is and however long its prompt, is what the
+words of `KVCacheManagerConfig.admission` say; and whoever follows what it is told keeps just that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TOKENS = np.arange(1000, 1100)
 
 
 def kept_of(name: str, interval: int, start: int, end: int, prompt_tokens: int) -> list[int]:
-    """Of all positions after `start`, up to `end`, those where a sequence that went so far has a snapshot of its own."""
+    """Of the positions after `start`, up to `end`, those where a sequence that went so far has a snapshot."""
     boundaries = [position for position in range(1, max(end, prompt_tokens) + 1) if position % interval == 0]
     if name == "last":
         of_prompt = [position for position in boundaries if position <= prompt_tokens][-1:]
