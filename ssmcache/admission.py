@@ -11,7 +11,8 @@ class SnapshotAdmission(Protocol):
     Attributes:
         interval: all positions are multiples of it.
         keeps_path: whether all snapshots of a path are touched with it, and none is given up for one more of the same
-            sequence; else a sequence has one of its own, and the others on its path are as good as anybody's.
+            sequence; else a sequence has that of its prompt and the last one that it decoded, and the others on its
+            path are as good as anybody's.
     """
 
     interval: int
@@ -42,8 +43,8 @@ class EveryBoundary:
 
 
 class LastBoundary:
-    """The last multiple of `ssm_reuse_interval` alone: within the prompt that of its whole length, however it is cut
-    into commits; while decoding, the last one so far, in place of the one before.
+    """The last multiple of `ssm_reuse_interval` within the prompt, however that is cut into commits; while decoding
+    also the last one so far, in place of the one decoded before.
     """
 
     __slots__ = ("interval",)
@@ -53,8 +54,11 @@ class LastBoundary:
         self.interval = interval
 
     def points(self, start: int, end: int, prompt_tokens: int) -> range:
-        point = max(end, prompt_tokens) // self.interval * self.interval
-        return range(point, point + 1, self.interval) if start < point <= end else range(0)
+        interval = self.interval
+        of_prompt = prompt_tokens // interval * interval
+        last = end // interval * interval
+        first = of_prompt if start < of_prompt else last
+        return range(first, last + 1, last - first or interval) if start < first <= end else range(0)
 
     def next_point(self, start: int, prompt_tokens: int) -> int:
         return max(start // self.interval + 1, prompt_tokens // self.interval) * self.interval

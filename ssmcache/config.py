@@ -186,8 +186,8 @@ class KVCacheManagerConfig:
         cache_tiers: the GPU, then host memory and disk, as far as they are used.
         ssm_reuse_interval: tokens between snapshots; checked only where an SSM layer exists.
         admission: which multiples of it get a snapshot. "every": each. "last": of a prompt the last one alone, and
-            while decoding the last one so far, which takes the place of the sequence's own one before unless others
-            have made use of that. A sequence touches that one snapshot; all others stay until it is their turn to go.
+            while decoding also the last one so far, which takes the place of the one decoded before unless others have
+            made use of that. A sequence touches these two; all others stay until it is their turn to go.
         enable_partial_reuse: whether a last block may match in part; None: on without SSM layers, off with them.
         max_util_for_resume: share of a pool that other sequences may lock for one more to be let in.
         constraints: batches that must always fit on the GPU; they are floors of its pools.

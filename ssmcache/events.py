@@ -59,7 +59,7 @@ class CacheObserver(Protocol):
 
     def skipped(self, cursor: Run, layer_group: int, ordinal: int, reason: str) -> None:
         """The end of a block of the path of `cursor` was wanted as a snapshot, and none was taken: `crossed`, `no_room`
-        or `history`, as in `CacheStats`.
+        or `history`, as in `CacheStats`. Or one that was taken is wanted no more: `not_admitted`, after `removed`.
         """
 
     def removed(self, layer_group: int, tier: int, run: Run, ordinals: Iterable[int]) -> None:

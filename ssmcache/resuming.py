@@ -285,7 +285,9 @@ def prefetch(sequence: KVCache, tier: int) -> Shortage | None:
 def suspend(sequence: KVCache) -> None:
     """Touch the path; with tiers below, let everything that the sequence has move there."""
     store = sequence.store
-    stamp = store.touch(sequence, sequence.num_own_pages)
+    # without full attention the blocks of its own are those of window pages
+    num_blocks = -(-sequence.capacity // store.tokens_per_block)
+    stamp = store.touch(sequence, max(sequence.num_own_pages, num_blocks - sequence.cursor.end))
     if store.has_tiers:
         store.set_idle(sequence, True)
         for window in sequence.windows:

@@ -243,8 +243,8 @@ class KVCache(SequenceCommits):
                 raise StateError("ssm_slot: expected a resumed sequence")
             return self.states.live_slot
 
-    def touch_own_snapshot(self, stamp: int) -> int:
-        return -1 if self.states is None else self.states.touch_own(self.cursor, self.num_committed_tokens, stamp)
+    def touch_own_snapshots(self, stamp: int) -> Sequence[int]:
+        return () if self.states is None else self.states.touch_own(self.cursor, self.num_committed_tokens, stamp)
 
     def set_stream(self, stream: Any) -> None:
         """Go on computing on another stream, which waits for what the present one was given so far.

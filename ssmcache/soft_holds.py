@@ -35,8 +35,10 @@ class PathHolder:
     pins: Pins
     partial: Partial | None
 
-    def touch_own_snapshot(self, stamp: int) -> int:
-        """Stamp the snapshot at the last boundary of what was committed; returns its block, -1 if there is none."""
+    def touch_own_snapshots(self, stamp: int) -> Sequence[int]:
+        """Stamp the snapshots at the last boundary of what was committed and at that of the prompt; returns the blocks
+        of those that there are.
+        """
         raise NotImplementedError
 
 

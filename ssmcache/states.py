@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.pins import Pin
 from ssmcache.pools import IntArray, int_array
 from ssmcache.priority import Priority, by_rank
+from ssmcache.segments import SparseSegment
 from ssmcache.stats import Shortage
 from ssmcache.tree import Run
 
@@ -39,7 +41,7 @@ class SequenceStates:
         self._priority = priority
         self.admission = manager.admission
         self.prompt_tokens = prompt_tokens
-        self._taken = _NOTHING  # block and stamp of the last snapshot that it took, where it keeps but one
+        self._taken = _NOTHING  # block and stamp of the snapshot that it decoded last, where it keeps but that one
         self.stream: Any = None
         self._refused: frozenset[int] = _NONE  # points that a reservation had no room for
         self.live_slot = -1
@@ -114,16 +116,12 @@ class SequenceStates:
     def _room_beside(self, cursor: Run, wanted: int) -> int:
         """Slots, up to `wanted`, that can be had without giving up a snapshot of one's own path that is to be kept."""
         snapshots = self._snapshots
-        if not self.admission.keeps_path:
-            return min(wanted, snapshots.obtainable())
         # counting the own ones takes a walk; they are never more than the points of the path
         num_points = len(self.admission.points(0, cursor.end * self._manager.tokens_per_block, self.prompt_tokens))
         if snapshots.has_room_for(wanted + num_points):
             return wanted
-        snapshots.protect(cursor)
-        room = snapshots.obtainable()
-        snapshots.protect(None)
-        return min(wanted, room)
+        with self._kept(cursor):
+            return min(wanted, snapshots.obtainable())
 
     def _take_beside(self, cursor: Run, count: int) -> IntArray:
         """Slots that were found to be obtainable beside the own path; none if a tier below failed."""
@@ -131,14 +129,41 @@ class SequenceStates:
         pool = snapshots.gpu_pool
         if count <= pool.capacity - pool.used:
             return pool.take(count)
+        with self._kept(cursor):
+            try:
+                return snapshots.take(count, self.stream)
+            except TransferError:
+                return _NO_SLOTS
+
+    @contextmanager
+    def _kept(self, cursor: Run) -> Iterator[None]:
+        """Meanwhile nothing goes that this sequence is to keep: the snapshots of its path, or that of its prompt."""
+        snapshots = self._snapshots
         if self.admission.keeps_path:
             snapshots.protect(cursor)
+            try:
+                yield
+            finally:
+                snapshots.protect(None)
+            return
+        found = self._find(cursor, self._block_at(self.prompt_tokens))
+        pin = None if found is None else snapshots.pins.pin(found[0].tier, found[0].slots[found[1]])
+        if pin is not None:
+            snapshots.pins.count(pin, locked=1)
         try:
-            return snapshots.take(count, self.stream)
-        except TransferError:
-            return _NO_SLOTS
+            yield
         finally:
-            snapshots.protect(None)
+            if pin is not None:
+                snapshots.pins.count(pin, locked=-1)
+
+    def _block_at(self, num_tokens: int) -> int:
+        """The block at the end of which the last boundary of so many tokens is; -1 without one."""
+        interval = self.admission.interval
+        return num_tokens // interval * interval // self._manager.tokens_per_block - 1
+
+    def _find(self, cursor: Run, block: int) -> tuple[SparseSegment, int] | None:
+        """Where the snapshot of a block of the path is: segment, and position in it."""
+        return self._snapshots.find(cursor, block, block + 1).get(block) if block >= 0 else None
 
     def reserve(self, points: Sequence[int], cursor: Run) -> dict[int, int]:
         """Take slots for ascending points; returns all points that have a reserved slot now, with it."""
@@ -204,44 +229,66 @@ class SequenceStates:
                 self._points, self._slots = (), _NO_SLOTS
             else:
                 ordinals, slots = self._collect(points, present, cursor, end, history_length)
-            if not keeps_path and (slots or first in present):
-                self._give_up_taken(cursor)
-            if slots:
-                stamp = self._add(cursor, ordinals, slots)
-                self._manager.counters.snapshots_taken += len(slots)
-                if not keeps_path:
-                    self._taken = first, stamp
+            self._manager.counters.snapshots_taken += len(slots)
+            if not keeps_path:
+                self._add_last(cursor, points[-1], present, ordinals, slots)
+            elif slots:
+                self._add(cursor, ordinals, slots)
         if self._slots or self._refused:
             self.give_back_reserved()
 
-    def _give_up_taken(self, cursor: Run) -> None:
-        """The snapshot that this sequence took before has a successor: it goes, unless others have touched it, started
-        from it, or are about to.
+    def _add_last(self, cursor: Run, last: int, present: set[int], ordinals: IntArray, slots: IntArray) -> None:
+        """Attach the states of the prompt's boundary and of what was decoded, up to `last`: each with a time of its
+        own, since they are not touched together, the deepest as the oldest. What was decoded takes the place of what
+        this sequence took so before.
+        """
+        block = self._manager.tokens_per_block
+        if last > self.prompt_tokens and (last // block - 1 in present or last // block - 1 in ordinals):
+            self._give_up_taken(cursor)
+        for ordinal, slot in zip(reversed(ordinals), reversed(slots), strict=True):
+            stamp = self._add(cursor, int_array((ordinal,)), int_array((slot,)))
+            if (ordinal + 1) * block > self.prompt_tokens:
+                self._taken = ordinal, stamp
+
+    def _give_up_taken(self, cursor: Run, on_gpu: bool = False) -> None:
+        """The snapshot that this sequence decoded before has a successor: it goes, unless others have touched it,
+        started from it, or are about to. `on_gpu`: only if its slot is of use at once, else this is to be called again.
         """
         snapshots, (block, stamp) = self._snapshots, self._taken
+        found = self._find(cursor, block)
+        if on_gpu and (found is None or found[0].tier != GPU_TIER):
+            return
         self._taken = _NOTHING
-        found = snapshots.find(cursor, block, block + 1) if block >= 0 else {}
-        if block in found:
-            segment, index = found[block]
-            if segment.stamp == stamp and not snapshots.is_of_use(segment.tier, segment.slots[index]):
-                slot = int_array((segment.slots[index],))
-                tier = segment.tier
-                snapshots.take_over(cursor, tier, slot[0])
-                snapshots.pools[tier].give_back(slot)
-                self._manager.store.version += 1
-                self._manager.counters.snapshots_superseded += 1
+        if found is None:
+            return
+        segment, index = found
+        if segment.stamp == stamp and not snapshots.is_of_use(segment.tier, segment.slots[index]):
+            slot = int_array((segment.slots[index],))
+            tier = segment.tier
+            snapshots.take_over(cursor, tier, slot[0])
+            snapshots.pools[tier].give_back(slot)
+            self._manager.store.version += 1
+            self._manager.counters.snapshots_superseded += 1
+            self._tell_skipped(cursor, (block + 1) * self._manager.tokens_per_block, "not_admitted")
 
-    def touch_own(self, cursor: Run, num_committed: int, stamp: int) -> int:
-        """Stamp the snapshot at the last boundary of the committed tokens; returns its block, -1 if there is none."""
-        block = num_committed // self.admission.interval * self.admission.interval // self._manager.tokens_per_block - 1
-        found = self._snapshots.find(cursor, block, block + 1) if block >= 0 else {}
-        if block not in found:
-            return -1
-        segment, _ = found[block]
-        if self._taken == (block, segment.stamp):
-            self._taken = block, stamp
-        segment.stamp = stamp
-        return block
+    def touch_own(self, cursor: Run, num_committed: int, stamp: int) -> list[int]:
+        """Stamp the snapshots at the last boundary of the committed tokens and at that of the prompt, if there are two
+        the latter as the younger; returns their blocks.
+        """
+        touched: list[int] = []
+        ends = num_committed, min(num_committed, self.prompt_tokens)
+        for block in sorted(set(map(self._block_at, ends)), reverse=True):
+            found = self._find(cursor, block)
+            if found is None:
+                continue
+            segment, _ = found
+            if touched:  # no two that are stamped together
+                stamp = self._manager.store.clock.touch(block)
+            if self._taken == (block, segment.stamp):
+                self._taken = block, stamp
+            segment.stamp = stamp
+            touched.append(block)
+        return touched
 
     def _add(self, cursor: Run, ordinals: IntArray, slots: IntArray) -> int:
         """Attach the states to their blocks, each with the priority of its block; returns the last stamp."""
@@ -288,6 +335,8 @@ class SequenceStates:
             counters.snapshots_skipped_history += 1
             return self._tell_skipped(cursor, point, "history")
         pool = self._snapshots.gpu_pool
+        if pool.used == pool.capacity and point > self.prompt_tokens:
+            self._give_up_taken(cursor, on_gpu=True)  # rather than what is not this sequence's
         has_room = pool.used < pool.capacity or self._room_beside(cursor, 1)
         taken = self._take_beside(cursor, 1) if has_room else _NO_SLOTS
         if not taken:

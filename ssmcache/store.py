@@ -146,14 +146,14 @@ class BlockStore(SoftHolds):
         the stamp, which has room for so many private blocks below.
         """
         run = holder.cursor
-        stamp = self.clock.touch(run.end + num_private + 1)
+        stamp = self.clock.touch(run.end + num_private)
         while run.parent is not None:
             if run.pages is not None:
                 run.pages.stamp = stamp
             if run.items:
                 self._stamp_items(run, stamp)
             run = run.parent
-        own = -1 if self._keeps_path else holder.touch_own_snapshot(stamp)
+        own = () if self._keeps_path else holder.touch_own_snapshots(stamp)
         if self.windows:
             self._touch_windows(holder.cursor, stamp, own)
         return stamp
@@ -192,7 +192,7 @@ class BlockStore(SoftHolds):
             assert leaf.pages is not None
             leaf.pages.stamp = stamp
             self.settle_leaf(leaf)
-        own = -1 if self._keeps_path else holder.touch_own_snapshot(stamp)
+        own = () if self._keeps_path else holder.touch_own_snapshots(stamp)
         if self.windows:
             self._touch_windows(cursor if leaf is None else leaf, stamp, own)
         self.settle_leaf(cursor)
@@ -207,14 +207,14 @@ class BlockStore(SoftHolds):
         elif snapshots is not None:
             snapshots.stamp(run, stamp)
 
-    def _touch_windows(self, cursor: Run, stamp: int, own: int) -> None:
+    def _touch_windows(self, cursor: Run, stamp: int, own: Sequence[int]) -> None:
         """Stamp what a sequence needs that goes on at the end of the path, in hybrids also at its snapshots: at all, or
-        only at that of the block `own`.
+        only at those of the blocks `own`.
         """
         block = self.tokens_per_block
         ends = [cursor.start * block + cursor.num_tokens if cursor.num_tokens else cursor.end * block]
         if self.snapshots is not None:
-            touched = self.snapshots.ordinals_on(cursor, 0) if self._keeps_path else {own} - {-1}
+            touched = self.snapshots.ordinals_on(cursor, 0) if self._keeps_path else own
             ends += [(ordinal + 1) * block for ordinal in touched]
         for store in self.windows:
             store.touch(cursor, stamp, ends)

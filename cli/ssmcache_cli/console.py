@@ -62,7 +62,7 @@ OutputsOption = Annotated[
     typer.Option(
         "--outputs",
         help="Keep what requests generate for reuse, too, as far as the trace tells: where it records outputs, or the "
-        "next turn of a session reveals them.",
+        "next turn of a session reveals them. Other outputs take memory and are never hit.",
     ),
 ]
 SsmFractionOption = Annotated[

@@ -103,14 +103,16 @@ def _kv_evicted(part: LostPart, explanation: Explanation, config: KVCacheManager
 def _snapshot(part: LostPart, where: str, explanation: Explanation, config: KVCacheManagerConfig) -> str:
     cause = part.cause.removeprefix("snapshot_")
     many = part.num_tokens > config.ssm_reuse_interval
-    if cause == "not_admitted":
+    if cause == "not_admitted" and part.first_taken is None:
         return f"nobody asked for a snapshot {where}."
-    if cause != "evicted":
+    if cause not in ("evicted", "not_admitted"):
         first, last = part.first_ended, part.last_ended
         who = f"request {first:,}" if first == last else f"requests {first:,} to {last:,}"
         return f"there is no snapshot {where}: {who} {_SKIPPED[cause]}."
     snapshots, were = ("snapshots", "were") if many else ("snapshot", "was")
     taken = _requests(part.first_taken, part.last_taken)
+    if cause == "not_admitted":
+        return f"the {snapshots} {where}, taken during {taken}, {were} given up for a later one of the same request."
     said = (
         f"the {snapshots} {where}, taken during {taken}, {were} evicted {_during(part)}: the memory for "
         f"states was full."

@@ -12,7 +12,7 @@ from ssmcache_sim.causes import SNAPSHOT_CAUSES, last_block_tokens, snapshot_col
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.grid import UNLIMITED, StackDistances, attention_hits, hybrid_hits, stack_distances
 from ssmcache_sim.grid_arena import arena_hits
-from ssmcache_sim.grid_last import last_boundaries, last_evicted, last_hits, snapshots_keep_their_kv
+from ssmcache_sim.grid_last import last_boundaries, last_evicted, last_hits, last_needs_replay
 from ssmcache_sim.grid_tiers import tier_hits
 from ssmcache_sim.totals import ReplayTotals, TierTotals
 from ssmcache_sim.trace import Trace
@@ -77,13 +77,7 @@ def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | 
 
 
 def _last_capacity(trace: Trace, ssm_reuse_interval: int, blocks: int, snapshots: int) -> GridCapacity | str:
-    if not snapshots:
-        return "no room for a snapshot beside the live state"
-    if trace.has_outputs:
-        return "last boundaries with outputs: a prompt's snapshot is there until that of its output takes its place"
-    if not snapshots_keep_their_kv(trace, ssm_reuse_interval, blocks, snapshots):
-        return "last boundaries: a snapshot may lose its KV before its own turn, and goes with it"
-    return GridCapacity(blocks, snapshots)
+    return last_needs_replay(trace, ssm_reuse_interval, blocks, snapshots) or GridCapacity(blocks, snapshots)
 
 
 def _lower_blocks(config: KVCacheManagerConfig) -> tuple[int, ...]:

@@ -1,12 +1,12 @@
 """Hit tokens where a request keeps only its own last boundary (admission `last`), for every capacity in one pass.
 
 The rules: KV as in `grid.py`, path touch of all blocks. Of the snapshots a request touches only the one at the last
-boundary of its path, the largest multiple of the interval up to its length: it is taken unless it is there already.
-The snapshot that the request started from, if it is another one, is not touched. Snapshots have a pool of their own,
-the oldest goes; one whose KV went stays and keeps its slot until its own turn, and is usable again once a request has
-brought the KV back. So the order of the snapshots is that of the requests whose last boundary they are, the trace
-alone decides it, and the snapshot distance is the number of boundaries that were somebody's last one since then, itself
-included.
+boundary of its prompt, the largest multiple of the interval up to its length, and in a trace with outputs that of its
+path, if it is another one, as the older of the two: each is taken unless it is there already. The snapshot that the
+request started from, if it is a third one, is not touched. Snapshots have a pool of their own, the oldest goes; one
+whose KV went stays and keeps its slot until its own turn, and is usable again once a request has brought the KV back.
+So the order of the snapshots is that of the requests whose last boundary they are, the trace alone decides it, and the
+snapshot distance is the number of boundaries that were somebody's last one since then, itself included.
 
 It does not grow along a path: a boundary is worth all tokens up to it if it is usable, whatever is missing above it.
 So among boundaries that fit the same KV capacity the smallest snapshot distance from each one on decides: a suffix
@@ -16,9 +16,11 @@ Exact under these rules where sizes are fixed, KV beyond the missing snapshot is
 the KV capacity holds the largest request and there is room for one snapshot. Capacities are stacks: a pool of N pages
 is N - 1 blocks, one of N states N - 1 snapshots.
 
-A manager differs in one rule: it gives a snapshot up together with its KV, since nobody could start from it. The slot
+A manager differs in two rules. It gives a snapshot up together with its KV, since nobody could start from it. The slot
 that is free then may keep another one, so neither hits more in all cases. Where no snapshot loses its KV before its own
-turn, both are the same: `snapshots_keep_their_kv` says so for a pair of capacities.
+turn, both are the same: `snapshots_keep_their_kv` says so for a pair of capacities. And it keeps each boundary that it
+decodes until the next one, in one slot of its own, which it does not need in the end where the last one is there
+already. Where no output comes to a boundary that an earlier request kept, there is no such case: `outputs_are_new`.
 """
 
 from collections import OrderedDict
@@ -26,9 +28,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ssmcache_sim.grid import UNLIMITED, PackedCounts, StackDistances, segments_of
-from ssmcache_sim.trace import Int64Array, Trace
+from ssmcache_sim.scratch import gather
+from ssmcache_sim.trace import Int64Array, Trace, offsets_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,8 +44,8 @@ class LastBoundaries:
         request: [num_found] whose path it is, ascending; the boundaries of a path from the top on.
         boundary: [num_found] which multiple of the interval it is.
         distance: [num_found] snapshot distance.
-        own_distance: [num_requests] that of a request's own last boundary before it came; 0 where its prompt has none,
-            `UNLIMITED` where that is nobody's yet.
+        own_distance: [num_requests] that of the last boundary of a request's own prompt before it came; 0 where that
+            has none, `UNLIMITED` where it is nobody's yet.
     """
 
     ssm_reuse_interval: int
@@ -49,6 +53,31 @@ class LastBoundaries:
     boundary: Int64Array
     distance: Int64Array
     own_distance: Int64Array
+
+
+class _Touches:
+    """The last touches of all snapshots, by number, ascending: numbers grow with time. A touch costs O(snapshots)."""
+
+    def __init__(self, most: int) -> None:
+        self._order = np.empty(most, dtype=np.int32)
+        self._num_snapshots = self._num_touches = 0
+
+    def distance(self, touch: npt.ArrayLike) -> Int64Array:
+        """Snapshots touched since a touch, or each of several; that one included."""
+        distance: Int64Array = self._num_snapshots - np.searchsorted(self._order[: self._num_snapshots], touch)
+        return distance
+
+    def touch(self, before: int) -> int:
+        """The number of a new touch of a snapshot that was touched last by `before`; -1: never."""
+        order = self._order
+        if before >= 0:
+            place = int(np.searchsorted(order[: self._num_snapshots], before))
+            order[place : self._num_snapshots - 1] = order[place + 1 : self._num_snapshots]
+        else:
+            self._num_snapshots += 1
+        self._num_touches += 1
+        order[self._num_snapshots - 1] = self._num_touches
+        return self._num_touches
 
 
 def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
@@ -59,10 +88,10 @@ def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
     """
     assert ssm_reuse_interval % trace.tokens_per_block == 0, f"{ssm_reuse_interval} of {trace.tokens_per_block}"
     factor = ssm_reuse_interval // trace.tokens_per_block
-    touched_by = np.full(trace.num_keys, -1, dtype=np.int32)
-    order = np.empty(trace.num_requests, dtype=np.int32)  # the last touches of all snapshots, ascending
-    num_snapshots = 0
+    num_of_prompt = (trace.prompt_tokens // ssm_reuse_interval).tolist()
     num_usable = ((trace.prompt_tokens - 1) // ssm_reuse_interval).tolist()
+    touched_by = np.full(trace.num_keys, -1, dtype=np.int32)  # numbers of touches
+    touches = _Touches((2 if trace.has_outputs else 1) * trace.num_requests)
     boundaries: list[Int64Array] = []
     distances: list[Int64Array] = []
     own_distance = np.zeros(trace.num_requests, dtype=np.int64)
@@ -70,21 +99,17 @@ def last_boundaries(trace: Trace, ssm_reuse_interval: int) -> LastBoundaries:
     for request, stop in enumerate(trace.offsets[1:].tolist()):
         ends = trace.block_keys[begin + factor - 1 : stop : factor]
         begin = stop
-        touches = touched_by[ends]
-        usable = touches[: num_usable[request]]
+        touched = touched_by[ends]
+        usable = touched[: num_usable[request]]
         found = np.flatnonzero(usable >= 0)
         boundaries.append(found + 1)
-        distances.append(num_snapshots - np.searchsorted(order[:num_snapshots], usable[found]))
-        if ends.size:
-            if touches[-1] >= 0:
-                place = int(np.searchsorted(order[:num_snapshots], touches[-1]))
-                own_distance[request] = num_snapshots - place
-                order[place : num_snapshots - 1] = order[place + 1 : num_snapshots]
-            else:
-                own_distance[request] = UNLIMITED
-                num_snapshots += 1
-            order[num_snapshots - 1] = request
-            touched_by[ends[-1]] = request
+        distances.append(touches.distance(usable[found]))
+        of_prompt = num_of_prompt[request] - 1
+        if of_prompt >= 0:
+            is_known = touched[of_prompt] >= 0
+            own_distance[request] = touches.distance(touched[of_prompt]) if is_known else UNLIMITED
+        for boundary in sorted({ends.size - 1, of_prompt} - {-1}, reverse=True):
+            touched_by[ends[boundary]] = touches.touch(touched[boundary])
     counts = [found.size for found in boundaries]
     return LastBoundaries(
         ssm_reuse_interval=ssm_reuse_interval,
@@ -166,6 +191,25 @@ def last_evicted(
     return int(np.count_nonzero(lost)) * found.ssm_reuse_interval
 
 
+def last_needs_replay(trace: Trace, ssm_reuse_interval: int, num_blocks: int, num_snapshots: int) -> str:
+    """Why a pair of capacities must be replayed, in plain words, for people; empty where this is exact.
+
+    Args:
+        trace: in the blocks that are counted.
+
+    Cost: as that of `snapshots_keep_their_kv`.
+    """
+    if not num_snapshots:
+        return "no room for a snapshot beside the live state"
+    if trace.has_outputs and num_snapshots < 2:
+        return "no room for the snapshots of a prompt and its output beside the live state"
+    if not outputs_are_new(trace, ssm_reuse_interval):
+        return "last boundaries: an output comes to a boundary that an earlier request kept"
+    if not snapshots_keep_their_kv(trace, ssm_reuse_interval, num_blocks, num_snapshots):
+        return "last boundaries: a snapshot may lose its KV before its own turn, and goes with it"
+    return ""
+
+
 def snapshots_keep_their_kv(trace: Trace, ssm_reuse_interval: int, num_blocks: int, num_snapshots: int) -> bool:
     """Whether `num_blocks` of KV certainly hold that of every snapshot as long as `num_snapshots` hold the snapshot.
 
@@ -182,7 +226,8 @@ def snapshots_keep_their_kv(trace: Trace, ssm_reuse_interval: int, num_blocks: i
     blocks = PackedCounts(trace.num_requests)  # by the request that touched them last
     snapshots: OrderedDict[int, int] = OrderedDict()  # key of the block that ends there -> the last touch, oldest first
     begin = 0
-    for request, stop in enumerate(trace.offsets[1:].tolist()):
+    num_of_prompt = (trace.prompt_tokens // ssm_reuse_interval).tolist()
+    for request, (stop, of_prompt) in enumerate(zip(trace.offsets[1:].tolist(), num_of_prompt, strict=True)):
         path = trace.block_keys[begin:stop]
         begin = stop
         for start, end, touch in segments_of(touched_by[path]):
@@ -191,14 +236,30 @@ def snapshots_keep_their_kv(trace: Trace, ssm_reuse_interval: int, num_blocks: i
         touched_by[path] = request
         if snapshots and blocks.total - blocks.up_to(next(iter(snapshots.values())) - 1) > num_blocks:
             return False
-        last = path.size // factor * factor
-        if last:
-            key = int(path[last - 1])
+        for last in sorted({path.size // factor, of_prompt} - {0}, reverse=True):
+            key = int(path[last * factor - 1])
             snapshots[key] = request
             snapshots.move_to_end(key)
-            if len(snapshots) > num_snapshots:
-                snapshots.popitem(last=False)
+        while len(snapshots) > num_snapshots:
+            snapshots.popitem(last=False)
     return True
+
+
+def outputs_are_new(trace: Trace, ssm_reuse_interval: int) -> bool:
+    """Whether no request decodes up to a boundary that an earlier one kept. Cost: O(blocks / interval) NumPy work."""
+    if not trace.has_outputs:
+        return True
+    factor = ssm_reuse_interval // trace.tokens_per_block
+    of_prompt, of_path = trace.prompt_tokens // ssm_reuse_interval, np.diff(trace.offsets) // factor
+    requests = np.arange(trace.num_requests)
+    kept_first_by = np.full(trace.num_keys, trace.num_requests, dtype=np.int64)
+    for last in (of_prompt, of_path):
+        keepers = requests[last > 0]
+        keys = trace.block_keys[trace.offsets[keepers] + last[keepers] * factor - 1]
+        np.minimum.at(kept_first_by, keys, keepers)
+    decoded = offsets_of(of_path - of_prompt)
+    keys = gather(trace.block_keys, trace.offsets[:-1] + (of_prompt + 1) * factor - 1, decoded, factor)
+    return bool((kept_first_by[keys] >= np.repeat(requests, np.diff(decoded))).all())
 
 
 def kv_distances(distances: StackDistances, found: LastBoundaries, tokens_per_block: int) -> Int64Array:

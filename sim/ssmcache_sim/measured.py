@@ -1,8 +1,8 @@
 """What one setting gives on one trace, request by request: enough to say what it saves under any cost model.
 
 From a replay it is exact for every setting that there is. From the grid's distances it is exact for admission `last`
-where no snapshot loses its KV (`grid_last.py`), and for attention alone on any tiers; elsewhere it is an estimate,
-which `search.py` takes as no more than that:
+where `last_needs_replay` of `grid_last.py` has no objection, and for attention alone on any tiers; elsewhere it is an
+estimate, which `search.py` takes as no more than that:
 
 - with admission `last` a snapshot keeps its slot though its KV went, and is there when the KV is back;
 - the tiers below the GPU are one memory with it, in one order of use; what hits beyond the GPU's own share is lifted
@@ -148,6 +148,8 @@ def estimate(
         taken = int((trace.path_tokens // interval).sum() - (start // interval).sum())
     else:
         taken = int((found.own_distance > sum(slots) - 1).sum())
+        # what is decoded is nobody's yet
+        taken += int((trace.path_tokens // interval - trace.prompt_tokens // interval).sum())
     above = [np.zeros_like(start), *starts[:-1]]
     gains = [np.maximum(deeper - less, 0) for less, deeper in zip(above, starts, strict=True)]
     hits = tuple(int(gain.sum()) for gain in gains)

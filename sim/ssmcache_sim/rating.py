@@ -4,7 +4,7 @@
 |---|---|
 | attention alone, any tiers | the grid |
 | hybrid, the GPU alone, `every` | the grid, all splits at once (`candidates.py`) |
-| hybrid, the GPU alone, `last` | the grid where no snapshot loses its KV, else a replay |
+| hybrid, the GPU alone, `last` | the grid where it is exact (`grid_last.py`), else a replay |
 | hybrid, several tiers | a replay |
 
 What would need more replays than there may be is estimated, and never recommended.
@@ -22,7 +22,7 @@ from ssmcache_sim.candidates import Candidate, Question, Shape
 from ssmcache_sim.certainty import Contender
 from ssmcache_sim.cost import PrefillCost
 from ssmcache_sim.grid import StackDistances, stack_distances
-from ssmcache_sim.grid_last import LastBoundaries, last_boundaries, snapshots_keep_their_kv
+from ssmcache_sim.grid_last import LastBoundaries, last_boundaries, last_needs_replay
 from ssmcache_sim.measured import Measured, attention_on_tiers, estimate, measure_by_replay, pool_slots
 from ssmcache_sim.replay_tiers import check_lower_tiers
 from ssmcache_sim.search import Option, SearchResult, search
@@ -91,7 +91,7 @@ class Rater:
             return False
         num_blocks = self.candidates[shape].splits.num_pages(num_slots) - 1
         in_blocks = self.trace.with_block(shape.tokens_per_block)
-        return snapshots_keep_their_kv(in_blocks, shape.ssm_reuse_interval, num_blocks, num_slots - 1)
+        return not last_needs_replay(in_blocks, shape.ssm_reuse_interval, num_blocks, num_slots - 1)
 
     def measure(self, option: Option) -> Measured:
         """On the whole trace, exactly."""

@@ -19,7 +19,7 @@ Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-_OUTPUTS = "outputs"  # a part of `reading`
+_OUTPUTS, _UNKNOWN_OUTPUTS = "outputs", "outputs (none known)"  # parts of `reading`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,6 +136,11 @@ class Trace:
         return self.output_known is not None
 
     @property
+    def knows_outputs(self) -> bool:
+        """Whether there is one that a later prompt may hold."""
+        return self.output_known is not None and bool(self.output_known.any())
+
+    @property
     def path_tokens(self) -> Int64Array:
         """[num_requests] tokens that each request leaves for others."""
         return path_lengths(self.prompt_tokens, self.output_tokens) if self.has_outputs else self.prompt_tokens
@@ -149,7 +154,8 @@ class Trace:
     def label(self) -> str:
         """Name for titles; says so where there are outputs, or the blocks are not the recorded ones."""
         if self.has_outputs:
-            return f"{self.name} (prompts and outputs)"
+            known = "" if self.knows_outputs else ", none of them known"
+            return f"{self.name} (prompts and outputs{known})"
         if self.split_factor == 1:
             return self.name
         return f"{self.name} (blocks split in {self.split_factor}: a lower bound)"
@@ -210,7 +216,7 @@ class Trace:
             self,
             block_keys=gather(self.block_keys, self.offsets[:-1], offsets),
             offsets=offsets,
-            reading=", ".join(part for part in self.reading.split(", ") if part != _OUTPUTS),
+            reading=", ".join(part for part in self.reading.split(", ") if part not in (_OUTPUTS, _UNKNOWN_OUTPUTS)),
             output_known=None,
         )
 
@@ -287,9 +293,9 @@ def path_lengths(prompt_tokens: Int64Array, output_tokens: Int64Array) -> Int64A
     return prompt_tokens + np.maximum(output_tokens - 1, 0)
 
 
-def reading_with_outputs(reading: str) -> str:
+def reading_with_outputs(trace: Trace) -> str:
     """What `Trace.reading` says where outputs were asked for; `without_outputs` takes it away."""
-    return f"{reading}, {_OUTPUTS}" if reading else _OUTPUTS
+    return ", ".join(filter(None, (trace.reading, _OUTPUTS if trace.knows_outputs else _UNKNOWN_OUTPUTS)))
 
 
 def _in_figures(requests: Trace | LengthTrace) -> str:

@@ -160,15 +160,34 @@ def test_info_shows_hits_with_and_without_outputs(
     assert (tmp_path / "chats.png").read_bytes() != (tmp_path / "prompts.png").read_bytes()
 
 
-def test_outputs_that_cannot_be_known_are_one_line(run_here: RunHere, sample: str, lengths: Path) -> None:
-    for trace, message in (
-        (sample, "mooncake_conversation_1000.jsonl.gz: --outputs: expected sessions, whose next turn reveals what was"),
-        (lengths, "--outputs: expected a trace of the format "),
-    ):
-        for command in (("trace", "info", trace), ("replay", trace, *MODEL)):
-            code, out, err = run_here(*command, "--outputs")
-            assert (code, out, err.count("\n")) == (1, "", 1)
-            assert err.startswith(f"error: {message}")
+def test_outputs_of_a_trace_of_lengths_are_refused_in_one_line(run_here: RunHere, lengths: Path) -> None:
+    for command in (("trace", "info", lengths), ("replay", lengths, *MODEL)):
+        code, out, err = run_here(*command, "--outputs")
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith("error: --outputs: expected a trace of the format ")
+
+
+@pytest.mark.parametrize(("admission", "short"), [("every", "20GiB"), ("last", "8GiB")])
+def test_without_sessions_a_replay_says_what_decoding_costs(
+    run_here: RunHere, sample: str, admission: str, short: str
+) -> None:
+    def totals(memory: str, *flags: str) -> dict[str, Any]:
+        shape = ("--ssm-reuse-interval", 512, "--admission", admission, "--gpu-memory", memory)
+        code, out, err = run_here("replay", sample, *MODEL, *shape, "--json", *flags)
+        assert (code, err) == (0, "")
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    told = totals("unlimited", "--outputs")["manifest"]["trace"]
+    assert told["reading"] == "outputs (none known)"
+    assert told["name"] == "mooncake_conversation_1000.jsonl.gz (prompts and outputs, none of them known)"
+    # nobody looks up what was decoded; it only takes memory
+    hits = [
+        [totals(memory, *flags)["usable_hit_tokens"] for flags in ((), ("--outputs",))]
+        for memory in ("unlimited", short)
+    ]
+    assert hits[0][0] == hits[0][1]
+    assert hits[1][0] > hits[1][1] > 0
 
 
 def test_broken_rows_are_counted_on_stderr(run_here: RunHere, bad_trace: Path) -> None:

@@ -47,6 +47,24 @@ class ReferenceSequence:
     capacity: int = 0
     stopped: bool = False
 
+    @property
+    def prompt_tokens(self) -> int:
+        return self.known_tokens + 1
+
+
+def own_boundaries(setup: Setup, sequence: ReferenceSequence) -> set[int]:
+    """Positions of the snapshots that a sequence touches where it does not touch all of its path."""
+    ends = (sequence.committed, min(sequence.committed, sequence.prompt_tokens)) if setup.states else ()
+    return {end // setup.interval * setup.interval for end in ends}
+
+
+def of_prompt(setup: Setup, sequence: ReferenceSequence) -> list[Prefix]:
+    """The block at whose end the last boundary of the prompt is, if it is committed."""
+    if not setup.states or sequence.prompt_tokens < setup.interval:
+        return []
+    depth = sequence.prompt_tokens // setup.interval * setup.interval // setup.block
+    return sequence.path[depth - 1 : depth]
+
 
 @dataclass(eq=False)
 class Snapshot:
@@ -110,18 +128,18 @@ class ReferenceCache:
     # -- recency and eviction ----------------------------------------------------------------------------------------
 
     def touch(self, sequence: ReferenceSequence) -> None:
-        own = sequence.committed // self.setup.interval * self.setup.interval if self.setup.states else 0
+        own = own_boundaries(self.setup, sequence)
         for depth, prefix in reversed(list(enumerate(sequence.path, start=1))):
             self.clock += 1
             self.blocks[prefix] = self.clock
-            if prefix in self.snapshots and (self.setup.admission == "every" or depth * self.setup.block == own):
+            if prefix in self.snapshots and (self.setup.admission == "every" or depth * self.setup.block in own):
                 snapshot = self.snapshots[prefix]
                 snapshot.time = self.clock
                 snapshot.taken_by = sequence if snapshot.taken_by is sequence else None
 
     def protected(self, sequence: ReferenceSequence) -> set[Prefix]:
         """Whose snapshots are not given up for one more of a sequence."""
-        return set(sequence.path) if self.setup.admission == "every" else set()
+        return set(sequence.path if self.setup.admission == "every" else of_prompt(self.setup, sequence))
 
     def drop_newest_hold(self) -> None:
         self.holders()[-1].holding = False
@@ -299,16 +317,16 @@ class ReferenceCache:
                 reason = "no_room" if point in sequence.refused else "crossed"
                 self.counts[f"snapshots_skipped_{reason}"] += 1
         self.give_back_reserved(sequence)
-        if any(prefix in self.snapshots for prefix in wanted.values()):
+        if any(point > sequence.prompt_tokens and prefix in self.snapshots for point, prefix in wanted.items()):
             self.supersede(sequence)
         for prefix in reversed(added):
             self.clock += 1
             self.snapshots[prefix].time = self.clock
-            if self.setup.admission == "last":
+            if self.setup.admission == "last" and prefix not in of_prompt(self.setup, sequence):
                 self.snapshots[prefix].taken_by = sequence
 
     def supersede(self, sequence: ReferenceSequence) -> None:
-        """A sequence that keeps but one snapshot has its next: the one before goes unless it is of use to others."""
+        """A sequence has its next decoded snapshot: that before goes unless it is of use to others."""
         for prefix, snapshot in list(self.snapshots.items()):
             if snapshot.taken_by is sequence:
                 snapshot.taken_by = None
@@ -320,6 +338,8 @@ class ReferenceCache:
         if sequence.history > point:
             self.counts["snapshots_skipped_history"] += 1
             return False
+        if self.free_states() < 1 and point > sequence.prompt_tokens:
+            self.supersede(sequence)
         own = self.protected(sequence)
         if self.free_states() < 1 and not set(self.snapshots) - own:
             self.counts["snapshots_skipped_no_room"] += 1
@@ -331,12 +351,11 @@ class ReferenceCache:
     def points(self, sequence: ReferenceSequence, old: int, new: int) -> list[int]:
         if not self.setup.states:
             return []
-        boundaries = [point for point in range(new + 1) if point and point % self.setup.interval == 0]
+        boundaries = [point for point in range(1, new + 1) if point % self.setup.interval == 0]
         if self.setup.admission == "last":
-            prompt_tokens = sequence.known_tokens + 1
-            if new < prompt_tokens:  # those to come count, too
-                boundaries = [point for point in range(1, prompt_tokens + 1) if point % self.setup.interval == 0]
-            boundaries = boundaries[-1:]
+            of_whole_prompt = range(0, sequence.prompt_tokens + 1, self.setup.interval)
+            decoded = [point for point in boundaries if point > sequence.prompt_tokens]
+            boundaries = [*of_whole_prompt[-1:], *decoded[-1:]]
         return [point for point in boundaries if old < point <= new]
 
     def give_back_reserved(self, sequence: ReferenceSequence) -> None:

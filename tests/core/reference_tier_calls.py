@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.core.reference import Prefix
+from tests.core.reference import Prefix, of_prompt
 from tests.core.reference_tiers import GPU, Entry, Kind, ReferenceTiers, Refusal, TierSequence
 
 Hits = tuple[int, int, int]
@@ -190,15 +190,16 @@ class ReferenceTierCache(ReferenceTiers):
             has_snapshot = depth <= len(path) and path[depth - 1] in states
             if point not in sequence.reserved and not has_snapshot:
                 missing.append(point)
-        room = self.take_beside(path, len(missing)) if missing else 0
+        room = self.take_beside(sequence, len(missing)) if missing else 0
         sequence.reserved.update(missing[:room])
         sequence.refused.update(missing[room:])
         self.prune()
         return set(sequence.reserved)
 
-    def take_beside(self, path: list[Prefix], wanted: int) -> int:
-        """Make as many states free as can be had while the snapshots of a path stay where they are."""
-        with self.guarding(self.states, path if self.setup.admission == "every" else []):
+    def take_beside(self, sequence: TierSequence, wanted: int) -> int:
+        """Make as many states free as can be had while the snapshots that a sequence is to keep stay where they are."""
+        kept = sequence.path if self.setup.admission == "every" else of_prompt(self.setup, sequence)
+        with self.guarding(self.states, kept):
             count = min(wanted, self.room(self.states, GPU))
             self.bring(self.states, set(), GPU, beside=count)
         return count
@@ -233,12 +234,13 @@ class ReferenceTierCache(ReferenceTiers):
                 reason = "no_room" if point in sequence.refused else "crossed"
                 self.counts[f"snapshots_skipped_{reason}"] += 1
         sequence.reserved, sequence.refused = set(), set()
-        if any(sequence.path[point // block - 1] in self.states.entries for point in points):
+        decoded = [point for point in points if point > sequence.prompt_tokens]
+        if any(sequence.path[point // block - 1] in self.states.entries for point in decoded):
             self.supersede(sequence)
         for prefix in reversed(added):
             self.clock += 1
             self.states.entries[prefix].time = self.clock
-            if self.setup.admission == "last":
+            if self.setup.admission == "last" and prefix not in of_prompt(self.setup, sequence):
                 self.states.entries[prefix].taken_by = sequence
 
     def points(self, sequence: TierSequence, old: int, new: int) -> list[int]:
@@ -246,14 +248,13 @@ class ReferenceTierCache(ReferenceTiers):
             return []
         boundaries = [point for point in range(1, new + 1) if point % self.setup.interval == 0]
         if self.setup.admission == "last":
-            prompt_tokens = sequence.known_tokens + 1
-            if new < prompt_tokens:  # those to come count, too
-                boundaries = [point for point in range(1, prompt_tokens + 1) if point % self.setup.interval == 0]
-            boundaries = boundaries[-1:]
+            of_whole_prompt = range(0, sequence.prompt_tokens + 1, self.setup.interval)
+            decoded = [point for point in boundaries if point > sequence.prompt_tokens]
+            boundaries = [*of_whole_prompt[-1:], *decoded[-1:]]
         return [point for point in boundaries if old < point <= new]
 
     def supersede(self, sequence: TierSequence) -> None:
-        """A sequence that keeps but one snapshot has its next: the one before goes unless it is of use to others."""
+        """A sequence has its next decoded snapshot: that before goes unless it is of use to others."""
         for prefix, entry in list(self.states.entries.items()):
             if entry.taken_by is sequence:
                 entry.taken_by = None
@@ -266,7 +267,10 @@ class ReferenceTierCache(ReferenceTiers):
         if sequence.history > point:
             self.counts["snapshots_skipped_history"] += 1
             return False
-        if not self.take_beside(sequence.path, 1):
+        tiers = [entry.tier for entry in self.states.entries.values() if entry.taken_by is sequence]
+        if point > sequence.prompt_tokens and GPU in tiers and not self.free(self.states, GPU):
+            self.supersede(sequence)
+        if not self.take_beside(sequence, 1):
             self.counts["snapshots_skipped_no_room"] += 1
             return False
         self.counts["copied_states"] += 1

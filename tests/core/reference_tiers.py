@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tests.core.reference import Prefix
+from tests.core.reference import Prefix, own_boundaries
 
 GPU = 0
 
@@ -72,6 +72,10 @@ class TierSequence:
     history: int = 0
     capacity: int = 0
     stopped: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.known_tokens + 1
 
     def parked_pages(self) -> list[Prefix]:
         """Names of its private pages while suspended: here, too, a name less its last part is the page above."""
@@ -230,14 +234,14 @@ class ReferenceTiers:
         return None
 
     def touch(self, sequence: TierSequence, parked: list[Prefix]) -> None:
-        """The deepest is the oldest. Of the snapshots all, or only that at the last boundary of the sequence."""
-        own = sequence.committed // self.setup.interval * self.setup.interval if self.setup.states else 0
+        """The deepest is the oldest. Of the snapshots all, or only those at the last boundaries of the sequence."""
+        own = own_boundaries(self.setup, sequence)
         for depth, item in reversed(list(enumerate([*sequence.path, *parked], start=1))):
             self.clock += 1
             for kind in self.kinds:
                 if item in kind.entries:
                     is_snapshot = kind is self.states and item not in parked
-                    if is_snapshot and self.setup.admission == "last" and depth * self.setup.block != own:
+                    if is_snapshot and self.setup.admission == "last" and depth * self.setup.block not in own:
                         continue
                     entry = kind.entries[item]
                     entry.time = self.clock

@@ -1,4 +1,4 @@
-"""Admission `last`: one snapshot a request, at the last boundary of its prompt, then of what it has decoded."""
+"""Admission `last`: a request keeps the last boundary of its prompt, and that of what it has decoded so far."""
 
 import numpy as np
 import pytest
@@ -17,9 +17,9 @@ def snapshots_of(manager):
     return sorted((ordinal + 1) * 32 for run in runs for segment in run.items for ordinal in segment.ordinals)
 
 
-def serve(manager, prompt, cuts=(), reserve=False):
+def serve(manager, prompt, cuts=(), reserve=False, priority=None):
     """A request whose prompt is committed up to each of the cuts, and then to its end."""
-    sequence = manager.create_kv_cache(prompt[:-1])
+    sequence = manager.create_kv_cache(prompt[:-1], priority=priority)
     assert sequence.resume()
     assert sequence.resize(len(prompt) + 1)
     if reserve:
@@ -56,7 +56,7 @@ def test_points_of_a_prompt_are_its_last_boundary_alone_and_then_each_next_one()
     sequence.resume()
     sequence.resize(300)
     assert [list(sequence.snapshot_points(end)) for end in (64, 191, 192, 200, 255, 256)] == [
-        [], [], [192], [192], [192], [256],
+        [], [], [192], [192], [192], [192, 256],
     ]  # fmt: skip
     assert sequence.next_snapshot_point() == 192
     sequence.commit(PROMPT[:192])
@@ -73,14 +73,18 @@ def test_points_that_are_not_the_last_get_no_slot_and_a_slot_that_is_passed_over
     assert list(sequence.reserve_snapshots([256])) == [192, 256]  # before it is known where decoding ends
     sequence.commit(PROMPT[:260])
     manager.check()
-    assert snapshots_of(manager) == [256]
+    assert snapshots_of(manager) == [192, 256]
+    sequence.commit(PROMPT[260:261])
+    sequence.reserve_snapshots([300])  # no boundary, and what is never reached
     sequence.close()
-    assert manager.used_slots(1) == 1
+    assert manager.used_slots(1) == 2
     assert manager.stats().snapshots_skipped_not_admitted == 3
 
 
-def test_decoding_replaces_the_snapshot_by_the_next_one():
-    manager = last_manager(40, 4)
+@pytest.mark.parametrize("states", [3, 9])
+def test_decoding_keeps_that_of_the_prompt_and_replaces_the_next_one_by_the_next(states):
+    manager = last_manager(40, states)
+    serve(manager, PROMPT[500:564], reserve=True)
     sequence = manager.create_kv_cache(PROMPT[:99])
     sequence.resume()
     sequence.resize(400)
@@ -88,11 +92,68 @@ def test_decoding_replaces_the_snapshot_by_the_next_one():
     for end in range(65, 330):
         sequence.commit(PROMPT[end - 1 : end])
         manager.check()
-        assert snapshots_of(manager) == [end // 64 * 64]
-    assert manager.used_slots(1) == 2
+        others = [] if states == 3 and end >= 128 else [64]
+        assert snapshots_of(manager) == sorted([64, *others, *([end // 64 * 64] if end >= 128 else [])])
     sequence.close()
     stats = manager.stats()
-    assert (stats.snapshots_taken, stats.snapshots_superseded, stats.snapshots_evicted) == (5, 4, 0)
+    # a full pool gives up one of the others, not two: each next one lies where the one before was
+    assert (stats.snapshots_taken, stats.snapshots_superseded, stats.snapshots_evicted) == (6, 3, states == 3)
+    assert manager.probe_reuse(PROMPT[:99]).usable_tokens == 64
+    assert manager.probe_reuse(PROMPT[:400]).usable_tokens == 320
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_no_room_but_that_of_the_prompt_is_no_room_while_decoding(is_new):
+    manager = last_manager(40, 2)  # a live state and one snapshot
+    if not is_new:
+        serve(manager, PROMPT[:64], reserve=True)
+    sequence = manager.create_kv_cache(PROMPT[:70])
+    sequence.resume()
+    sequence.resize(400)
+    for end in (64, 128, 192):
+        sequence.commit(PROMPT[sequence.num_committed_tokens : end])
+    assert list(sequence.reserve_snapshots([256])) == []
+    sequence.close()
+    assert snapshots_of(manager) == [64]
+    assert manager.stats().snapshots_skipped_no_room == 2
+
+
+def test_of_the_two_that_a_request_leaves_the_decoded_one_goes_first_and_others_before_it():
+    manager = last_manager(40, 4)
+    serve(manager, PROMPT[500:564], reserve=True)
+    sequence = manager.create_kv_cache(PROMPT[:63])
+    sequence.resume()
+    sequence.resize(129)
+    sequence.commit(PROMPT[:64])
+    sequence.commit(PROMPT[64:128])
+    sequence.close()
+    left = []
+    for start in (600, 700, 800):
+        serve(manager, PROMPT[start : start + 64], reserve=True)
+        left.append(
+            [manager.probe_reuse(tokens).usable_tokens for tokens in (PROMPT[500:600], PROMPT[:65], PROMPT[:200])]
+        )
+    assert left == [[0, 64, 128], [0, 64, 64], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("priority", [None, lambda group, block: 35])  # with one, snapshots of one touch would join
+def test_a_later_request_touches_only_its_own_of_two_snapshots_that_were_taken_together(priority):
+    manager = last_manager(40, 4)
+    sequence = manager.create_kv_cache(PROMPT[:63], priority=priority)
+    sequence.resume()
+    sequence.resize(129)
+    sequence.reserve_snapshots([64, 128])
+    sequence.commit(PROMPT[:128])  # prompt and output at once
+    sequence.suspend()  # which touches both
+    sequence.resume()
+    sequence.close()
+    assert snapshots_of(manager) == [64, 128]
+    manager.check()
+    serve(manager, PROMPT[500:564], reserve=True)
+    serve(manager, PROMPT[:70], reserve=True, priority=priority)  # touches 64 alone
+    serve(manager, PROMPT[600:664], reserve=True)
+    assert manager.probe_reuse(PROMPT[:200]).usable_tokens == 64
+    assert manager.probe_reuse(PROMPT[500:600]).usable_tokens == 64
 
 
 @pytest.mark.parametrize("other", ["started from it", "is about to start", "touched it"])
@@ -105,7 +166,7 @@ def test_decoding_leaves_a_snapshot_that_others_make_use_of(other):
     sequence.reserve_snapshots([])
     assert snapshots_of(manager) == []  # 64 was passed
     sequence.commit(PROMPT[100:128])
-    assert snapshots_of(manager) == [128]
+    assert snapshots_of(manager) == [128]  # decoded
     if other == "started from it":
         serve(manager, PROMPT[:150])
     elif other == "is about to start":

@@ -366,14 +366,12 @@ def test_text_outputs_are_cut_into_tokens_by_themselves(
 
 def test_a_trace_that_cannot_tell_outputs_is_refused_in_one_line(write_trace: WriteTrace, tmp_path: Path) -> None:
     request = Request(0, 1, [1] * 40, [2] * 3)
-    without_session = [{name: value for name, value in rows_of([request], 16)[0].items() if name != "session_id"}]
     lengths = ["TIMESTAMP,ContextTokens,GeneratedTokens\r", "2023-11-16 18:15:46.5,374,44\r"]
     prompts_only = tmp_path / "prompts.npz"
     write_binary(read_trace(write_trace(rows_of([request], 16)), 16), prompts_only)
     wrong = token_rows([request, request._replace(output=[7, 7])])
     wrong[1]["output_toks"] = 3
     for path, message in (
-        (write_trace(without_session), "trace.jsonl: --outputs: expected sessions, whose next turn reveals what was"),
         (write_trace(lengths, "a.csv"), "--outputs: expected a trace of the format ssmcache-npz, weka-session, "),
         (prompts_only, "prompts.npz: --outputs: expected a trace that was converted with it, got prompts only"),
         (write_trace(wrong), "trace.jsonl:2: output_tok_ids: expected 3 ids, as output_toks says, got 2"),
@@ -385,9 +383,48 @@ def test_a_trace_that_cannot_tell_outputs_is_refused_in_one_line(write_trace: Wr
     assert read_trace(write_trace(wrong)).num_requests == 2  # what is not asked for is not judged
 
 
-def test_a_converted_trace_keeps_outputs_and_gives_them_when_asked(write_trace: WriteTrace, tmp_path: Path) -> None:
+@settings(max_examples=100, deadline=None)
+@given(requests=messy_sessions(), block=st.integers(1, 4), factor=st.integers(1, 2))
+def test_without_sessions_outputs_take_memory_and_nobody_looks_them_up(
+    write_trace: WriteTrace, requests: list[Request], block: int, factor: int
+) -> None:
+    rows = rows_of(requests, block)
+    for row in rows:
+        del row["session_id"], row["turn"]
+    path = write_trace(rows)
+    plain, recorded = read_trace(path, block), read_trace(path, block, WITH_OUTPUTS)
+    assert (recorded.label, recorded.reading) == (
+        "trace.jsonl (prompts and outputs, none of them known)", "outputs (none known)",
+    )  # fmt: skip
+    assert recorded.output_known is not None
+    assert not recorded.output_known.any()
+    trace = recorded.with_block(block * factor)
+    kept = [keys for path in trace.paths() for keys in path.keys.tolist()]
+    in_prompts = [keys for prompt in trace.prompts() for keys in prompt.keys.tolist()]
+    assert trace.path_tokens.tolist() == [len(one.prompt) + max(len(one.output) - 1, 0) for one in requests]
+    # each block beyond the prompts' is there once
+    assert len(set(kept)) - len(set(in_prompts)) == len(kept) - len(in_prompts)
+    prompts_only = plain.with_block(block * factor)
+    assert [prompt.keys.tolist() for prompt in trace.prompts()] == [one.keys.tolist() for one in prompts_only.paths()]
+    assert np.array_equal(infinite_cache(trace, None).tokens, infinite_cache(prompts_only, None).tokens)
+    assert recorded.without_outputs().reading == ""
+
+
+def test_a_trace_of_sessions_that_reveal_nothing_says_so_too(write_trace: WriteTrace) -> None:
+    trace = read_trace(write_trace(rows_of([Request(0, 1, [1] * 16, [2] * 3)], 16)), 16, WITH_OUTPUTS)
+    assert trace.label == "trace.jsonl (prompts and outputs, none of them known)"
+    assert trace.reading == "outputs (none known)"
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["sessions", "no_sessions"])
+def test_a_converted_trace_keeps_outputs_and_gives_them_when_asked(
+    write_trace: WriteTrace, tmp_path: Path, named: bool
+) -> None:
     requests = linear([([(9, 8), (9, 8), (5, 2)], 1), ([(7, 3), (1, 0)], 1)], [0, 1, 0])
-    original, packed = write_trace(rows_of(requests, 4)), tmp_path / "trace.npz"
+    rows = rows_of(requests, 4)
+    if not named:
+        rows = [{name: value for name, value in row.items() if name not in ("session_id", "turn")} for row in rows]
+    original, packed = write_trace(rows), tmp_path / "trace.npz"
     write_binary(read_trace(original, 4, WITH_OUTPUTS), packed)
     for options in (WITH_OUTPUTS, ReadOptions()):
         expected, found = read_trace(original, 4, options), read_trace(packed, options=options)
@@ -401,7 +438,8 @@ def test_a_converted_trace_keeps_outputs_and_gives_them_when_asked(write_trace: 
 
 
 def test_a_trace_with_outputs_says_so_and_is_not_split(write_trace: WriteTrace) -> None:
-    trace = read_trace(write_trace(rows_of([Request(0, 1, [1] * 16, [2] * 3)], 16)), 16, WITH_OUTPUTS)
+    requests = [Request(0, 1, [1] * 16, [2] * 3), Request(0, 2, [1] * 16 + [2] * 3, [])]
+    trace = read_trace(write_trace(rows_of(requests, 16)), 16, WITH_OUTPUTS)
     assert trace.label == "trace.jsonl (prompts and outputs)"
     assert trace.reading == "outputs"
     with pytest.raises(TraceError, match="expected prompts only, got outputs too"):

@@ -32,6 +32,7 @@ from ssmcache_sim.grid_arena import arena_hits
 from ssmcache_sim.grid_cells import GridCapacity, grid_capacity, grid_totals
 from ssmcache_sim.grid_last import last_boundaries, last_hits
 from ssmcache_sim.hit_depth import hit_depths
+from ssmcache_sim.measured import estimate
 from ssmcache_sim.phase import shifted
 from ssmcache_sim.replay import replay
 from ssmcache_sim.settings import Prefill
@@ -45,8 +46,10 @@ BLOCK = 2
 
 
 @st.composite
-def conversations(draw: st.DrawFn) -> Pairs:
-    """Requests that go on from an earlier one, with its output or a part of it, that repeat one, or begin anew."""
+def conversations(draw: st.DrawFn, answered_anew: bool = False) -> Pairs:
+    """Requests that go on from an earlier one, with its output or a part of it, that repeat one, or begin anew.
+    `answered_anew`: no two outputs begin with the same token.
+    """
     stretches = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 12)), max_size=3).map(
         lambda parts: [token for token, length in parts for _ in range(length)]
     )
@@ -59,14 +62,14 @@ def conversations(draw: st.DrawFn) -> Pairs:
                 case 0:
                     prompt = []
                 case 1:  # the same again, answer and all
-                    pairs.append((prompt, output))
+                    pairs.append((prompt, [len(pairs) + 9, *output[1:]] if answered_anew else output))
                     continue
                 case 2:
                     prompt = (prompt + output)[: draw(st.integers(0, 40))]
                 case _:
                     prompt = prompt + output
         prompt = (prompt + draw(stretches))[:90] or [0]
-        pairs.append((prompt, draw(stretches)))
+        pairs.append((prompt, [*[len(pairs) + 9] * answered_anew, *draw(stretches)]))
     return pairs
 
 
@@ -253,6 +256,60 @@ def test_every_cell_equals_lists_in_order_of_use(
     assert arena.usable.tolist() == [arena_in_order_of_use(pairs, block, interval, budget) for budget in budgets]
 
 
+def test_cells_of_last_boundaries_that_the_grid_claims_equal_their_replays(
+    trace_with_outputs: WithOutputs, tiny_config: TinyConfig
+) -> None:
+    claims: list[str] = []
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        pairs=st.booleans().flatmap(conversations),
+        multiple=st.integers(1, 3),
+        more_pages=st.integers(0, 100),
+        num_states=st.integers(2, 9),
+    )
+    def check(pairs: Pairs, multiple: int, more_pages: int, num_states: int) -> None:
+        trace, interval = trace_with_outputs(pairs, BLOCK), BLOCK * multiple
+        num_pages = trace.longest_path // BLOCK + 1 + more_pages
+        config = tiny_config(BLOCK, num_pages=num_pages, interval=interval, num_states=num_states)
+        config = replace(config, admission="last")
+        capacity = grid_capacity(trace, config)
+        claims.append(capacity if isinstance(capacity, str) else "")
+        if isinstance(capacity, str):
+            return
+        (totals,) = grid_totals(trace, [(config, capacity)])
+        result = replay(trace, config)
+        ignored = {"peaks": (), "tiers": (), "moved": (), "snapshots": None}
+        assert replace(totals, **ignored) == replace(result.totals, **ignored)
+        distances, found = stack_distances(trace, [BLOCK, interval]), last_boundaries(trace, interval)
+        estimated = estimate(trace, distances, config, found, (1, 1))
+        assert estimated.start_tokens.tolist() == result.usable.tolist()
+        assert result.totals.snapshots is not None
+        assert estimated.snapshots_taken == result.totals.snapshots.taken
+
+    check()
+    reasons = {reason: claims.count(reason) for reason in set(claims)}
+    assert reasons[""] > 20
+    assert len(reasons) == 4, reasons
+
+
+def test_an_output_that_comes_to_a_boundary_of_an_earlier_request_is_the_case_that_is_not_claimed(
+    trace_with_outputs: WithOutputs, tiny_config: TinyConfig
+) -> None:
+    pairs: Pairs = [([3] * 5, []), ([1], [2] * 12), ([4] * 5, []), ([1], [2] * 12), ([3] * 5, [])]
+    trace = trace_with_outputs(pairs, BLOCK)
+    # 12 is there when the same answer is decoded again; 4 and 8, which are not, take a slot in turn until then
+    config = replace(tiny_config(BLOCK, num_pages=60, interval=4, num_states=4), admission="last")
+    assert grid_capacity(trace, config) == "last boundaries: an output comes to a boundary that an earlier request kept"
+    assert replay(trace, config).usable.tolist() == [0] * 5
+    assert in_order_of_use(pairs, BLOCK, 4, 59, 3, only_last=True) == 4
+    new = trace_with_outputs(pairs[:3], BLOCK)
+    assert isinstance(grid_capacity(new, config), GridCapacity)
+    one_snapshot = replace(tiny_config(BLOCK, num_pages=60, interval=4, num_states=2), admission="last")
+    expected = "no room for the snapshots of a prompt and its output beside the live state"
+    assert grid_capacity(new, one_snapshot) == expected
+
+
 def in_order_of_use(pairs: Pairs, block: int, interval: int, blocks: int, states: int, only_last: bool) -> int:
     """Usable tokens of all requests, from lists of blocks and of snapshots with the latest ones in front."""
     kept_blocks: list[tuple[int, ...]] = []
@@ -268,7 +325,8 @@ def in_order_of_use(pairs: Pairs, block: int, interval: int, blocks: int, states
         new = [tuple(path[:end]) for end in range(block, len(path) + 1, block)]
         kept_blocks = (new + [one for one in kept_blocks if one not in new])[:blocks]
         new = [tuple(path[:end]) for end in range(interval, len(path) + 1, interval)]
-        new = new[-1:] if only_last else new
+        if only_last:  # of the prompt in front of that of its output
+            new = list(dict.fromkeys(new[: len(prompt) // interval][-1:] + new[-1:]))
         kept_states = (new + [one for one in kept_states if one not in new])[:states]
     return total
 
@@ -422,3 +480,30 @@ def test_cells_of_real_traces_equal_their_replays(
     unlimited = replay(trace, tiny_config(block, num_pages=None, interval=8 * block, num_states=0))
     assert np.array_equal(unlimited.usable, infinite_cache(trace, 8 * block).tokens)
     assert np.array_equal(unlimited.attention, ceiling)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("capacity", "prompts_only", "with_outputs"), [(10_000_000, "27.8%", "27.3%"), (None, "35.0%", "35.0%")]
+)
+def test_decoding_leaves_the_last_boundaries_of_prompts(
+    shared_traces: Path,
+    tiny_config: TinyConfig,
+    capacity: int | None,
+    prompts_only: str,
+    with_outputs: str,
+) -> None:
+    """The conversation trace names no sessions, so nobody looks up what is decoded: it costs the memory that it takes,
+    and no prompt its snapshot.
+    """
+    trace = read_trace(shared_traces / "mooncake_conversation.jsonl.gz", options=ReadOptions(outputs=True))
+    slots = trace.num_keys if capacity is None else capacity // 512
+    config = replace(tiny_config(512, num_pages=slots + 1, interval=512, num_states=slots + 1), admission="last")
+    totals = [replay(each, config).totals for each in (trace.without_outputs(), trace)]
+    assert [f"{each.usable_token_hit_rate:.1%}" for each in totals] == [prompts_only, with_outputs]
+    grid = grid_capacity(trace, config)
+    if isinstance(grid, GridCapacity):
+        (by_grid,) = grid_totals(trace, [(config, grid)])
+        assert by_grid.lost_snapshot_by_cause == totals[1].lost_snapshot_by_cause
+        assert by_grid.usable_hit_tokens == totals[1].usable_hit_tokens
+    assert isinstance(grid, GridCapacity) == (capacity is None)

@@ -166,7 +166,7 @@ def build_trace(
         rebase: arrivals count from the first one.
         ordered: whether rows come in order of arrival, so that late ones are worth a word.
 
-    Errors: TraceError without a row, or where outputs cannot be revealed.
+    Errors: TraceError without a row.
     """
     check_not_empty(source, rows)
     order = np.argsort(rows.arrival_ms, kind="stable")
@@ -201,7 +201,7 @@ def build_trace(
         return trace
     if outputs == "revealed":
         trace = with_revealed_outputs(trace, rows.turn[order] > 0, _parents(rows, order))
-    return replace(trace, reading=reading_with_outputs(trace.reading))
+    return replace(trace, reading=reading_with_outputs(trace))
 
 
 def _parents(rows: Rows, order: Int64Array) -> Int64Array | None:

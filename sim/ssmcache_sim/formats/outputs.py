@@ -13,15 +13,15 @@ whether what was generated was cut and something else took its place. If it is s
 and is not revealed. Several requests may go on from one: the first of them that is long enough reveals.
 
 An output that nobody reveals still takes memory, as it does in an engine that keeps the blocks it generates: its full
-blocks have keys of their own that nobody ever looks up.
+blocks have keys of their own that nobody ever looks up. So a trace that names no sessions says what decoding costs, and
+nothing of what it may bring; its label says so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
-from ssmcache_sim.errors import TraceError
 from ssmcache_sim.scratch import new_ids
 from ssmcache_sim.trace import BoolArray, Int64Array, Trace, offsets_of, path_lengths
 
@@ -36,14 +36,13 @@ def with_revealed_outputs(trace: Trace, turn_recorded: BoolArray, parent: Int64A
         turn_recorded: [num_requests] whether the file numbers the request's turn.
         parent: [num_requests] the request that each goes on from, -1 for none, where the file names it; else None.
 
-    Cost: O(blocks) NumPy work. Errors: TraceError for a trace that names no sessions.
+    Cost: O(blocks) NumPy work.
     """
-    if trace.sessions is None:
-        raise TraceError(
-            f"{trace.name}: --outputs: expected sessions, whose next turn reveals what was generated, got a trace that "
-            "names none"
-        )
-    goes_on = _by_session(trace, turn_recorded) if parent is None else _by_parent(trace, parent)
+    goes_on: Iterable[tuple[int, int]] = ()
+    if parent is not None:
+        goes_on = _by_parent(trace, parent)
+    elif trace.sessions is not None:
+        goes_on = _by_session(trace, turn_recorded)
     whole = trace.prompt_tokens + trace.output_tokens
     revealed_by = np.full(trace.num_requests, _NOBODY, dtype=np.int64)
     for request, earlier in goes_on:
