@@ -314,6 +314,9 @@ def test_a_manager_and_a_sequence_are_contexts_that_close_themselves() -> None:
 class Handle:
     """What has the value of an integer but is none, like a tensor."""
 
+    def __repr__(self) -> str:
+        return "a handle"
+
     def __index__(self) -> int:
         return 40
 
