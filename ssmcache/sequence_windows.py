@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pins import Pin
 from ssmcache.pools import IntArray, SlotArray, int_array
@@ -242,11 +244,24 @@ class SequenceWindow:
 
     # -- what kernels read -------------------------------------------------------------------------------------------
 
-    def fill(self, row: SlotArray, num_blocks: int) -> None:
-        """Write the slots of the blocks into a row, which is -1 elsewhere."""
-        for block, pin in self.pins.items():
-            if block < num_blocks and pin.tier == GPU_TIER:
-                row[block] = pin.slot
-        for block, slot in self.own.items():
-            if block < num_blocks:
-                row[block] = slot
+    @property
+    def stale_end(self) -> int:
+        """The block from which on the window has pages, beside those of its sinks."""
+        return self._shape[2]
+
+    def slot_of(self, block: int) -> int:
+        """Its slot on the GPU, -1 without one."""
+        slot = self.own.get(block)
+        if slot is None:
+            pin = self.pins.get(block)
+            slot = -1 if pin is None or pin.tier != GPU_TIER else pin.slot
+        return slot
+
+    def slots(self, first: int, end: int) -> SlotArray:
+        """`slot_of` of the blocks `first`..`end - 1`."""
+        found = np.full(end - first, -1, dtype=np.int32)
+        is_short = end - first < len(self.own) + len(self.pins)
+        for block in range(first, end) if is_short else (*self.own, *self.pins):
+            if first <= block < end:
+                found[block - first] = self.slot_of(block)
+        return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +111,80 @@ def test_only_entries_that_change_are_written_and_the_row_is_always_what_page_in
     kv.close()
     known.close()
     runner.finish()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_others_write_into_a_row_stays_but_where_an_entry_changes(seed: int) -> None:
+    """So nothing else was written, not even with the same value, and the row was not read to find that out."""
+    random = Random(seed)
+    runner = Runner(Shape(block=2, windows=((7, 3),), slots=(110,)))
+    known = start(runner)
+    assert known.resize(30)
+    known.commit(TEXT[:30])
+    kv = start(runner, TEXT[: random.randint(0, 20)])
+    rows = [np.zeros(30, np.int32) for _ in range(2)]
+    for group, row in enumerate(rows):
+        kv.bind_page_indices(group, row)
+    for _ in range(40):
+        before = [kv.page_indices(group, np.empty(30, np.int32)) for group in (0, 1)]
+        for row in rows:
+            row[:] = 99
+        if random.random() < 0.6:
+            history = random.randint(kv.history_length, min(kv.history_length + 6, 48))
+            assert kv.resize(random.randint(history, 48), history)
+        else:
+            kv.commit(TEXT[kv.num_committed_tokens : random.randint(kv.num_committed_tokens, kv.capacity)])
+        for group, row in enumerate(rows):
+            now = kv.page_indices(group, np.empty(30, np.int32))
+            assert row.tolist() == np.where(before[group] == now, 99, now).tolist()
+
+
+def elements_handled(monkeypatch: pytest.MonkeyPatch, kv: KVCache, capacity: int, history: int) -> int:
+    """Entries of all arrays that a `resize` makes by joining or filling."""
+    count = 0
+
+    def counted(name: str) -> Callable[..., np.ndarray]:
+        function = getattr(np, name)
+
+        def call(*args: Any, **options: Any) -> np.ndarray:
+            nonlocal count
+            result = function(*args, **options)
+            count += result.size
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("concatenate", "full"):
+            patch.setattr(np, name, counted(name))
+        assert kv.resize(capacity, history)
+    return count
+
+
+@pytest.mark.parametrize("num_blocks", [10, 1_000])
+def test_a_bound_row_costs_entries_that_change_however_long_it_is(
+    num_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Runner(Shape(block=4, windows=((6, 1),), slots=(2_400,)))
+    handled: dict[bool, list[int]] = {}
+    for is_bound in (False, True):
+        kv = start(runner)
+        assert kv.resize(4 * num_blocks, 4 * num_blocks)
+        rows = [RecordingRow.of(num_blocks + 4) for _ in range(2)]
+        for group, row in enumerate(rows):
+            if is_bound:
+                kv.bind_page_indices(group, row)
+                row.take_written()
+        handled[is_bound] = []
+        for length in range(4 * num_blocks + 1, 4 * num_blocks + 9):
+            handled[is_bound].append(elements_handled(monkeypatch, kv, length, length - 1))
+            if is_bound:
+                ends_in_block = length % 4 == 1
+                assert rows[0].take_written() == [length // 4] * ends_in_block
+                assert len(rows[1].take_written()) <= 2
+        kv.close()
+    assert all(bound <= unbound + 4 for bound, unbound in zip(handled[True], handled[False], strict=True))
+    assert handled[True][1:4] == [0, 0, 0]
 
 
 def test_the_row_of_another_sequence_in_the_same_table_is_left_alone() -> None:

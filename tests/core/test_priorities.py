@@ -172,7 +172,14 @@ def fail() -> int:
     raise CallbackError
 
 
-ANSWERS = {"-1": lambda: -1, "101": lambda: 101, "1.5": lambda: 1.5, "None": lambda: None, "an error": fail}
+ANSWERS = {
+    "-1": lambda: -1,
+    "101": lambda: 101,
+    "1.5": lambda: 1.5,
+    "None": lambda: None,
+    "True": lambda: True,
+    "an error": fail,
+}
 
 
 def look(manager: KVCacheManager, kv: KVCache) -> tuple[object, ...]:
