@@ -33,6 +33,8 @@ def commit_blocks(sequence: SequenceCommits, keys: Int64Array, base: int, first:
     start = position = cursor.end
     if position > first:
         _check_shared(sequence, keys, base, first, min(position, last))
+    if sequence.root.retired:  # they stay its own
+        return
     while position < last:
         child = cursor.children.get(keys.item(position - base) if one_key else kind.edge_key(keys, position - base))
         if child is None:
@@ -187,6 +189,8 @@ def commit_tail(sequence: SequenceCommits) -> Run | None:
     """
     store, tail, cursor = sequence.store, sequence.pending, sequence.cursor
     block = cursor.end
+    if sequence.root.retired:
+        return None
     if not tail.size or store.pages is None or block * sequence.kind.width > sequence.num_committed_tokens:
         return None
     if any(block not in window.own for window in sequence.windows):

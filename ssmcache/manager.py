@@ -303,18 +303,27 @@ class KVCacheManager:
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
-    def clear_reusable_blocks(self) -> None:
-        """Forget everything that is cached. Errors: RuntimeError while sequences are open."""
+    def clear_reusable_blocks(self, scope: ReuseScope | None = None) -> None:
+        """Offer nothing any more of what is cached, in one scope or in all: for new weights, or an adapter that goes.
+
+        Sequences may be open. One that was resumed before goes on with what it has, unchanged, in whatever tier it
+        lies, but what it commits from now on stays its own: it has to do with what was cleared, so none of it is ever
+        offered, and no snapshot taken. One that was only created finds nothing of what was there. What a sequence still
+        holds goes when the last that holds it closes, all else at once.
+
+        Errors: TypeError for a scope that is none.
+        """
         with self.lock:
-            self._require_no_open_sequences("clear_reusable_blocks")
-            self.store.clear()
+            if not isinstance(scope, ReuseScope | None):
+                raise TypeError(f"clear_reusable_blocks: expected a ReuseScope or None, got {scope!r}")
+            self.store.clear(scope, self.open_sequences)
 
     def shutdown(self) -> None:
         """Give the memory back. Idempotent. Errors: RuntimeError while sequences are open."""
         with self.lock:
             self._require_no_open_sequences("shutdown")
             if not self._closed:
-                self.store.clear()
+                self.store.clear(None, ())
                 self.memory.close()
                 self._closed = True
 

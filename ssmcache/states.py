@@ -211,6 +211,12 @@ class SequenceStates:
         if self._slots or self._refused:
             self.give_back_reserved()
 
+    def pass_over(self, start: int, end: int) -> None:
+        """Tokens `start`..`end - 1` were committed, and nothing of them is offered."""
+        interval = self.admission.interval
+        self._manager.counters.snapshots_skipped_not_admitted += end // interval - start // interval
+        self.give_back_reserved()
+
     def _give_up_taken(self, cursor: Run) -> None:
         """The snapshot that this sequence took before has a successor: it goes, unless others have touched it, started
         from it, or are about to.
