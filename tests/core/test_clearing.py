@@ -12,7 +12,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from faulty_memory import FaultyMemory, at_random
+from faulty_memory import FaultyMemory, at_random, once
 from managers import make_manager
 from payload import Request, Runner, Shape, run_at_random
 from stored import Stored
@@ -304,6 +304,30 @@ def test_a_suspended_sequence_comes_back_from_the_tiers_below() -> None:
     assert runner.compute(request, 20, reserve=True)
     runner.close(request)
     assert used(runner) == [0] * 4
+    runner.finish()
+
+
+def test_a_page_that_is_lost_after_a_clear_is_lost_for_those_alone_who_hold_it() -> None:
+    memory = FaultyMemory()
+    runner = Retraining(Shape(block=1, slots=(8, 10), partly=False), memory=memory)
+    first, second = (started(runner, text, 4) for text in ([1, 2, 3, 4, 0], [1, 2, 5, 6, 0]))
+    runner.suspend(first)
+    runner.suspend(second)
+    runner.clear(None)
+    big = runner.create([9, 9])
+    assert runner.resume(big)
+    assert big.kv.resize(8)  # all else goes to the host
+    runner.close(big)
+    memory.fault = once(1, 0, (3,))
+    for _ in range(2):
+        assert not runner.resume(first)
+        assert first.kv.shortage.reason == "lost"
+        runner.manager.check()
+    assert runner.resume(second)
+    assert runner.compute(second, 5, reserve=False)
+    runner.close(second)
+    runner.close(first)
+    assert used(runner) == [0, 0]
     runner.finish()
 
 

@@ -126,6 +126,44 @@ def test_threads_at_work_leave_no_error_no_leak_and_no_wrong_byte(name: str, swi
     first.finish()
 
 
+def test_clears_while_other_threads_are_at_work_leave_no_error_no_leak_and_no_wrong_byte(
+    switching: None, tmp_path: Path
+) -> None:
+    first = Runner(SHAPES["window and SSM, 3 tiers"], str(tmp_path))
+    second = copy.copy(first)
+    second.requests = []
+    errors: list[BaseException] = []
+    done = Event()
+
+    def work(runner: Runner, seed: int) -> None:
+        try:
+            hammer(runner, Random(seed), [[0, 1, 0, 1]], 250)
+        except BaseException as error:
+            errors.append(error)
+
+    def clear() -> None:
+        try:
+            while not done.is_set():
+                first.manager.clear_reusable_blocks()
+                first.manager.check()
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [Thread(target=work, args=(runner, seed)) for seed, runner in enumerate((first, second))]
+    clearing = Thread(target=clear)
+    for thread in (*workers, clearing):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    done.set()
+    clearing.join()
+    if errors:
+        raise errors[0]
+    for request in list(second.requests):
+        second.close(request)
+    first.finish()
+
+
 class Slow(SimulatedMemory):
     """Stays in a copy until it is told to go on."""
 
