@@ -32,6 +32,8 @@ def commit_blocks(sequence: SequenceCommits, keys: Int64Array, base: int, last: 
     cursor = sequence.cursor
     one_key = kind.width == 1
     start = position = cursor.end
+    if sequence.root.retired:  # they stay its own
+        return
     while position < last:
         child = cursor.children.get(keys.item(position - base) if one_key else kind.edge_key(keys, position - base))
         if child is None:
@@ -223,6 +225,8 @@ def commit_tail(sequence: SequenceCommits) -> Run | None:
     """
     store, tail, cursor = sequence.store, sequence.pending, sequence.cursor
     block = cursor.end
+    if sequence.root.retired:
+        return None
     if not tail.size or store.pages is None or block * sequence.kind.width > sequence.num_committed_tokens:
         return None
     if is_lost(sequence):

@@ -11,7 +11,7 @@ from ssmcache.pins import Pin
 from ssmcache.segments import Segment, SparseSegment
 from ssmcache.sparse_segments import SparseSegments
 from ssmcache.tiers import Tiers
-from ssmcache.tree import Root, Run, root_of
+from ssmcache.tree import Root, Run, root_of, runs_below
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
@@ -27,7 +27,7 @@ def check_manager(manager: KVCacheManager) -> None:
     """Raise AssertionError with the first broken invariant."""
     store = manager.store
     runs = store.all_runs()
-    for root in (*store.roots.values(), *store.lost_roots):
+    for root in (*store.roots.values(), *store.detached):
         _check_children(root)
     for run in runs:
         _check_run(run, has_pages=store.pages is not None, has_tiers=store.has_tiers)
@@ -92,14 +92,18 @@ def _check_page_counts(manager: KVCacheManager) -> None:
 def _check_roots(manager: KVCacheManager) -> None:
     store = manager.store
     for scope, root in store.roots.items():
-        _expect(root.scope == scope and not root.lost, f"the root of {scope} is lost, or of another scope")
-    _expect(all(root.lost for root in store.lost_roots), "a root among the lost ones that is not lost")
+        is_in_place = root.scope == scope and not (root.lost or root.retired)
+        _expect(is_in_place, f"the root of {scope} is lost, retired, or of another scope")
+    _expect(all(root.lost or root.retired for root in store.detached), "a detached root that is not lost or retired")
+    for root in store.detached:
+        unheld = [run for run in runs_below(root) if not run.holds]
+        _expect(not unheld, f"{len(unheld)} runs that nobody holds or can find")
     if manager.event_log is None:
         return
     for run in store.all_runs():
         *_, top = run.path()
         assert isinstance(top.parent, Root)
-        expected = 0 if top.parent.lost or run.num_tokens else run.end - run.start
+        expected = 0 if top.parent.lost or top.parent.retired or run.num_tokens else run.end - run.start
         _expect(len(run.digests) == expected, f"run {run.start}..{run.end} has {len(run.digests)} digests")
 
 

@@ -319,12 +319,21 @@ class KVCacheManager:
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
-    def clear_reusable_blocks(self) -> None:
-        """Forget everything that is cached. Errors: RuntimeError while sequences are open."""
+    def clear_reusable_blocks(self, scope: ReuseScope | None = None) -> None:
+        """Offer nothing any more of what is cached, in one scope or in all: for new weights, or an adapter that goes.
+
+        Sequences may be open. One that was resumed before goes on with what it has, unchanged, in whatever tier it
+        lies, but what it commits from now on stays its own: it has to do with what was cleared, so none of it is ever
+        offered, and no snapshot taken. One that was only created finds nothing of what was there. What a sequence still
+        holds goes when the last that holds it closes, all else at once.
+
+        Errors: TypeError for a scope that is none.
+        """
         with self.calls:
-            self._require_no_open_sequences("clear_reusable_blocks")
+            if scope is not None:
+                check_scope("clear_reusable_blocks", scope)
             self.calls.changing = True
-            self.store.clear()
+            self.store.clear(scope, self.open_sequences)
 
     def shutdown(self) -> None:
         """Give the memory back. Idempotent; good for a broken manager too. Errors: RuntimeError while sequences of a
@@ -333,7 +342,7 @@ class KVCacheManager:
         with self.calls.lock:
             if self.calls.broken_by is None:
                 self._require_no_open_sequences("shutdown")
-                self.store.clear()
+                self.store.clear(None, ())
             if not self._closed:
                 self._closed = True
                 self.memory.close()

@@ -215,8 +215,8 @@ class KVCache(SequenceCommits):
                     store.pages.pools[GPU_TIER].give_back(self.own_pages)
                     self.own_pages = NO_SLOTS
                 store.touch_and_release(self, leaf)
-                if store.lost_roots:
-                    store.free_lost()
+                if store.detached:
+                    store.free_path(self.cursor)
             self.status = CLOSED
             was_resumed = self._input is None
             self._input = None

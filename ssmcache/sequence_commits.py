@@ -32,13 +32,15 @@ class SequenceCommits(SequencePages):
         """
         if type(end) is not int:
             end = to_integer("snapshot_points", "an end in tokens", end)
-        if self.states is None:
+        if self.states is None or self.root.retired:
             return range(0)
         return self.states.admission.points(self.num_committed_tokens, end, self.states.prompt_tokens)
 
     def next_snapshot_point(self) -> int | None:
-        """The next position at which a snapshot is wanted; None without SSM layers. For decoding."""
-        if self.states is None:
+        """The next position at which a snapshot is wanted; None if none is: without SSM layers, or since
+        `clear_reusable_blocks`. For decoding.
+        """
+        if self.states is None or self.root.retired:
             return None
         return self.states.admission.next_point(self.num_committed_tokens, self.states.prompt_tokens)
 
@@ -72,7 +74,7 @@ class SequenceCommits(SequencePages):
             self.calls.changing = True
             if self.manager.streams.only is not self.stream:
                 self.manager.streams.acquire(self.stream)
-            slots = self.states.reserve(wanted, self.cursor)
+            slots = self.states.reserve(() if self.root.retired else wanted, self.cursor)
             if self.manager.streams.only is not self.stream:
                 self.manager.streams.release(self.stream)
             return slots
@@ -82,7 +84,8 @@ class SequenceCommits(SequencePages):
 
         Full blocks go into the tree; where a block is there already, its page replaces the private one. A snapshot
         is kept at each reserved point that the commit covers, and copied from the live state at the end of the commit
-        if one is wanted there. No room for a snapshot is counted, never an error.
+        if one is wanted there. No room for a snapshot is counted, never an error. Of a sequence that was resumed before
+        `clear_reusable_blocks` the tokens count as committed, but all stays its own.
 
         Args:
             tokens: [n] integers or digests, or the part of the prompt's `BlockKeys` that starts at
@@ -115,7 +118,9 @@ class SequenceCommits(SequencePages):
             if last > first:
                 commit_blocks(self, keys, base, last)
             self.pending = pending
-            if self.states is not None:
+            if self.states is not None and self.root.retired:
+                self.states.pass_over(start, end)
+            elif self.states is not None:
                 self.states.commit(self.cursor, start, end, self.history_length)
             self.num_committed_tokens = end
             if end > self.history_length:

@@ -139,6 +139,14 @@ class SparseStore(SparseSegments):
                 self.pins.break_off(tier, slot)
         self._evict(run, tier, ordinals, slots)
 
+    def drop_unpinned(self, run: Run) -> None:
+        """Drop what lies on a run that nobody depends on."""
+        for segment in list(self.on(run)):
+            ordinals, slots = segment.take_oldest(len(segment.slots), self.pins.by_slot[segment.tier])
+            if slots:
+                self._evict(run, segment.tier, ordinals, slots)
+        self.drop_empty(run)
+
     def _num_at_once(self, segment: SparseSegment, count: int, kept: Container[int]) -> int:
         """How many slots of a segment may be dropped before the effect of that has to be seen."""
         return count

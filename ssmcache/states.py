@@ -237,6 +237,12 @@ class SequenceStates:
         if self._slots or self._refused:
             self.give_back_reserved()
 
+    def pass_over(self, start: int, end: int) -> None:
+        """Tokens `start`..`end - 1` were committed, and nothing of them is offered."""
+        interval = self.admission.interval
+        self._manager.counters.snapshots_skipped_not_admitted += end // interval - start // interval
+        self.give_back_reserved()
+
     def _add_last(self, cursor: Run, last: int, present: set[int], ordinals: IntArray, slots: IntArray) -> None:
         """Attach the states of the prompt's boundary and of what was decoded, up to `last`: each with a time of its
         own, since they are not touched together, the deepest as the oldest. What was decoded takes the place of what

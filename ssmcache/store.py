@@ -5,10 +5,11 @@ A slot is *cached* while the tree owns it or a suspended sequence has parked it,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ssmcache.events import CacheObserver
+from ssmcache.keys import ReuseScope
 from ssmcache.layout import LayerGroup, LayerGroupKind
 from ssmcache.memory.base import GPU_TIER, Memory
 from ssmcache.pages import PageTiers
@@ -17,7 +18,7 @@ from ssmcache.segments import DEFAULT_RANK, PageSegment
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.soft_holds import PathHolder, SoftHolds
 from ssmcache.tiers import Tiers
-from ssmcache.tree import Run
+from ssmcache.tree import Root, Run
 from ssmcache.windows import Window, WindowStore
 
 
@@ -234,10 +235,25 @@ class BlockStore(SoftHolds):
         """Every layer group, in order."""
         return self._all_tiers
 
-    def clear(self) -> None:
-        """Take every block out of the tree. No sequence is open."""
-        with self.not_evicting():
-            for child in [child for root in self.roots.values() for child in root.children.values()]:
-                self.drop_subtree(child, child.start)
-        assert not self.roots, "a scope without a sequence has lost all blocks"
-        self.version += 1
+    def clear(self, scope: ReuseScope | None, holders: Iterable[PathHolder]) -> None:
+        """Offer nothing of one scope, or of all, any more; `holders` are all that are open. Who holds a path softly
+        loses it; who was resumed keeps it below a retired root, which is its root from now on.
+        """
+        by_root: dict[Root, list[PathHolder]] = {
+            root: [] for root in self.roots.values() if scope is None or root.scope == scope
+        }
+        for holder in holders:
+            if holder.root in by_root:
+                by_root[holder.root].append(holder)
+                if holder.soft:
+                    self.drop_soft_hold(holder)
+        for root, here in by_root.items():
+            retired = self.retire(root)
+            for holder in here:
+                if holder.locked:
+                    holder.root = retired
+                    if holder.cursor is root:
+                        holder.cursor = retired
+                    root.num_sequences -= 1
+                    retired.num_sequences += 1
+            self.settle_leaf(root)

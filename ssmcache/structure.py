@@ -33,7 +33,7 @@ class TreeStructure:
         self.clock = Clock()
         self.version = 0
         self.events = events
-        self.lost_roots: list[Root] = []
+        self.detached: list[Root] = []  # lost or retired, with what is still held below
 
     # -- scopes ------------------------------------------------------------------------------------------------------
 
@@ -199,6 +199,38 @@ class TreeStructure:
                 parent.warm_children -= 1
         self.settle_leaf(parent)
 
+    def retire(self, root: Root) -> Root:
+        """Offer nothing below a root any more: what no resumed sequence holds is dropped, the rest hangs below the
+        returned root. Nobody holds anything there softly.
+        """
+        self.version += 1
+        with self.not_evicting():
+            for run in reversed(runs_below(root)):
+                if not (run.children or run.holds) and run.end > run.start:
+                    self.drop_tail(run, run.end - run.start)
+            for run in runs_below(root):
+                for sparse in self.sparse_stores():
+                    sparse.drop_unpinned(run)
+        retired = Root(root.kind, root.scope)
+        retired.retired = True
+        for run in list(root.children.values()):
+            self._tell_lost(run)
+            self._detach(run, retired)
+        return retired
+
+    def _detach(self, run: Run, root: Root) -> None:
+        """Hang a run, with all below it, under a root that nobody looks below."""
+        assert run.parent is not None
+        run.parent.remove_child(run)
+        run.parent = root
+        root.add_child(run)
+        if len(root.children) == 1:
+            self.detached.append(root)
+
+    def _tell_lost(self, run: Run) -> None:
+        if self.events is not None:
+            self.events.lost(run, None if self.pages is None else self.pages.layer_group)
+
     @contextmanager
     def not_evicting(self) -> Iterator[None]:
         """What is dropped meanwhile does not go for want of room, and is not counted."""
@@ -265,25 +297,21 @@ class TreeStructure:
         """
         self.version += 1
         root = root_of(run)
-        if self.roots.get(root.scope) is not root:
+        if not root.retired and self.roots.get(root.scope) is not root:
             root.lost = True  # out of the tree already, or the pages that a suspended sequence parked
             return
         parent = run.parent
         assert parent is not None
         if run.start < block:
             parent = self.split(run, block)
-        if self.events is not None:
-            self.events.lost(run, None if self.pages is None else self.pages.layer_group)
+        self._tell_lost(run)
         lost_root = Root(run.kind, root.scope)
         lost_root.lost = True
         lost_root.start = lost_root.end = run.start
         self.forget_holds(parent, run.holds, run.idle_holds)
-        parent.remove_child(run)
+        self._detach(run, lost_root)
         if parent.pages is not None and run.pages is not None and parent.pages.tier == run.pages.tier:
             parent.warm_children -= 1
-        run.parent = lost_root
-        lost_root.children[run.edge] = run
-        self.lost_roots.append(lost_root)
         for below in (run, *runs_below(run)):  # out of the tree already: without a hold some of it may go at once
             if below.soft_holds:  # one that is being resumed just now keeps its own
                 self.drop_soft_holds_of(below)
@@ -298,15 +326,27 @@ class TreeStructure:
     def free_lost(self) -> None:
         """Drop what is lost and held by nobody."""
         with self.not_evicting():
-            for run in [run for root in self.lost_roots for run in reversed(runs_below(root))]:
+            for run in [run for root in self.detached for run in reversed(runs_below(root))]:
                 if not (run.children or run.holds or run.soft_holds) and run.end > run.start:
                     self.drop_tail(run, run.end - run.start)
-        self.lost_roots = [root for root in self.lost_roots if root.children]
+        self.detached = [root for root in self.detached if root.children]
+
+    def free_path(self, cursor: Run) -> None:
+        """The last holder of a path that is detached may have left: drop what nobody holds any more."""
+        root = root_of(cursor)
+        if not (root.lost or root.retired):
+            return
+        with self.not_evicting():
+            for run in list(cursor.path()):
+                if not (run.children or run.holds) and run.end > run.start:
+                    self.drop_tail(run, run.end - run.start)
+        if not root.children and root in self.detached:
+            self.detached.remove(root)
 
     def all_runs(self) -> list[Run]:
         """Every run of every scope, parents before their children."""
         runs: list[Run] = []
-        for root in (*self.roots.values(), *self.lost_roots):
+        for root in (*self.roots.values(), *self.detached):
             runs += runs_below(root)
         return runs
 

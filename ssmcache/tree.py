@@ -64,16 +64,14 @@ class Run:
 
     def add_child(self, child: Run) -> None:
         """The child has a new edge."""
-        edge = child.edge
-        self.children[edge] = child
-        if self.siblings is not None and isinstance(edge, bytes):
-            self.siblings.add(edge)
+        self.children[child.edge] = child
+        if self.siblings is not None:
+            self.siblings.add(child.edge)  # type: ignore[arg-type]  # tokens
 
     def remove_child(self, child: Run) -> None:
-        edge = child.edge
-        del self.children[edge]
-        if self.siblings is not None and isinstance(edge, bytes):
-            self.siblings.remove(edge)
+        del self.children[child.edge]
+        if self.siblings is not None:
+            self.siblings.remove(child.edge)  # type: ignore[arg-type]
             if len(self.children) <= FEW:
                 self.siblings = None
 
@@ -128,16 +126,17 @@ class PartialRun(Run):
 
 class Root(Run):
     """Where the paths of one scope start; holds no block. `num_sequences` are the open sequences of the scope; `lost`
-    says that what is below cannot be reached any more, since a page above it, or of it, could not be read.
+    says that what is below cannot be reached any more, since a page above it, or of it, could not be read; `retired`,
+    that it was cleared while sequences held it, who go on with it and offer nothing more.
     """
 
-    __slots__ = ("lost", "num_sequences", "scope")
+    __slots__ = ("lost", "num_sequences", "retired", "scope")
 
     def __init__(self, kind: KeyKind, scope: ReuseScope) -> None:
         super().__init__(None, kind, b"", 0, 0, np.empty(0, dtype=np.int64))
         self.scope = scope
         self.num_sequences = 0
-        self.lost = False
+        self.lost = self.retired = False
 
 
 def root_of(run: Run) -> Root:

@@ -61,14 +61,14 @@ def follow(mirror: Mirror, events: list[CacheEvent]) -> None:
 
 
 def content_of(manager: KVCacheManager) -> Mirror:
-    """What the tree has, from its keys alone. The lost and the partial are left out."""
+    """What the tree offers, from its keys alone. The partial are left out."""
     there: Mirror = {}
     for run in manager.store.all_runs():
         above, tokens = run, []
         while above.parent is not None:
             tokens = above.keys.tolist() + tokens
             above = above.parent
-        if above.lost or run.num_tokens:
+        if above.lost or above.retired or run.num_tokens:
             continue
         digests = chain(tokens, manager.tokens_per_block, above.scope)
         if run.pages is not None:

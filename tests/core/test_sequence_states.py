@@ -261,12 +261,10 @@ def test_an_empty_scope_is_forgotten():
     assert len(manager.store.roots) <= 2
 
 
-def test_clear_and_shutdown_are_refused_while_sequences_are_open():
+def test_shutdown_is_refused_while_sequences_are_open():
     manager = make_manager(8, 3)
     leave(manager, 0, 64)
     sequence = manager.create_kv_cache(())
-    with pytest.raises(RuntimeError, match=r"clear_reusable_blocks: expected no open sequence, got 1"):
-        manager.clear_reusable_blocks()
     with pytest.raises(RuntimeError, match="shutdown"):
         manager.shutdown()
     sequence.close()
