@@ -110,7 +110,7 @@ class KVCache(SequenceCommits):
             manager = self.manager
             self.stream = stream
             if manager.streams.only is not stream:
-                manager.streams.acquire(stream)
+                manager.streams.enter(stream)
             if self.states is not None:
                 self.states.stream = stream
             if self._input is None:
@@ -123,7 +123,9 @@ class KVCache(SequenceCommits):
                 if self.shortage is None:
                     self._start(keys, num_tokens)
             if manager.streams.only is not stream:
-                manager.streams.release(stream)
+                if self.shortage is None:
+                    manager.streams.acquire(self)
+                manager.streams.end(stream)
             if self.shortage is not None:
                 return False
             self.status = ACTIVE
@@ -157,7 +159,7 @@ class KVCache(SequenceCommits):
         """
         with self.manager.lock:
             self._require_active("suspend")
-            self.manager.streams.release(self.stream)
+            self.manager.streams.release(self)
             if self.states is not None:
                 self.states.give_back_reserved()
             self._rows = None
@@ -176,9 +178,9 @@ class KVCache(SequenceCommits):
                 raise StateError(f"prefetch: expected a SUSPENDED sequence, got {self.status.name}")
             if not 0 <= tier < len(self.manager.tier_names):
                 raise ValueError(f"prefetch: expected a tier in 0..{len(self.manager.tier_names) - 1}, got {tier}")
-            self.manager.streams.acquire(self.stream)
+            self.manager.streams.enter(self.stream)
             self.shortage = resuming.prefetch(self, tier)
-            self.manager.streams.release(self.stream)
+            self.manager.streams.end(self.stream)
             self._loads = self.manager.memory.loads()
             return self.shortage is None
 
@@ -204,7 +206,7 @@ class KVCache(SequenceCommits):
                 if self.status is ACTIVE:
                     manager.num_active -= 1
                     if manager.streams.only is not self.stream:
-                        manager.streams.release(self.stream)
+                        manager.streams.release(self)
                 if self.pending.size and manager.partly and self.parked is None:
                     leaf = commit_tail(self)
                 if self.states is not None:
@@ -255,7 +257,7 @@ class KVCache(SequenceCommits):
         """
         with self.manager.lock:
             self._require_active("set_stream")
-            self.manager.streams.switch(self.stream, stream)
+            self.manager.streams.switch(self, stream)
             self.stream = stream
             if self.states is not None:
                 self.states.stream = stream

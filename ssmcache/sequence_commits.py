@@ -64,11 +64,10 @@ class SequenceCommits(SequencePages):
                     f"reserve_snapshots: expected points in {self.num_committed_tokens + 1}..{self.capacity}, "
                     f"got {wanted}"
                 )
-            if self.manager.streams.only is not self.stream:
-                self.manager.streams.acquire(self.stream)
+            before = None if self.manager.streams.only is self.stream else self.manager.streams.uses(self)
             slots = self.states.reserve(wanted, self.cursor)
-            if self.manager.streams.only is not self.stream:
-                self.manager.streams.release(self.stream)
+            if before is not None:
+                self.manager.streams.follow(self, before)
             return slots
         finally:
             lock.release()
@@ -105,8 +104,7 @@ class SequenceCommits(SequencePages):
             keys, base, pending = self._keys_of_commit(tokens, first, last)
             if self.priority is not None:
                 self.priority.prepare(last + 1)
-            if self.manager.streams.only is not self.stream:  # it may go on with pages that others have written
-                self.manager.streams.acquire(self.stream)
+            before = None if self.manager.streams.only is self.stream else self.manager.streams.uses(self)
             if last > first:
                 commit_blocks(self, keys, base, first, last)
             self.pending = pending
@@ -117,8 +115,8 @@ class SequenceCommits(SequencePages):
                 self.history_length = end
                 for window in self.windows:
                     window.forget_stale(end, -(-self.capacity // block))
-            if self.manager.streams.only is not self.stream:
-                self.manager.streams.release(self.stream)
+            if before is not None:  # it may go on with pages that others have written
+                self.manager.streams.follow(self, before)
             if self._rows is not None:
                 self._rows.refresh()
         finally:

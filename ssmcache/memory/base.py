@@ -41,6 +41,13 @@ class SlotMoves(NamedTuple):
     destinations: MovedSlots
 
 
+class Copier(Protocol):
+    """Whoever takes orders for copies."""
+
+    def copy(self, moves: SlotMoves, stream: Any) -> None:
+        """See `Memory.copy`."""
+
+
 class Memory(Protocol):
     """Owns the bytes of all pools: for each tier and layer group, equal slots numbered from 0.
 
