@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _NO_STREAM, _SEVERAL = object(), object()
 _MAX_STREAMS = 32  # whose waits are exact; torch makes no more of one kind
-_MAX_READS_BY_NEW = 4
+_MAX_READS_BY_NEW = 5
 _NOTHING: Clock = {}
 _SlotsOf = Iterable[tuple[SlotPool[Any], MovedSlots]]
 
@@ -195,7 +195,7 @@ class StreamOrder:
 
     def _wait(self, stream: Hashable, events: list[Event]) -> None:
         for event in events:
-            if not event.number:  # of a call under way, which has called somebody who came here
+            if not event.number:  # of a call under way, which has called somebody else, or was cut short
                 self._record(event)
         known = dict(self._clocks.pop(stream, _NOTHING))
         for event in sorted(events, key=lambda event: -event.number):  # what covers others comes first
