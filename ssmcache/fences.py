@@ -68,7 +68,7 @@ _UNUSED = Fence(None)
 
 
 class Fences:
-    """The fences of one pool.
+    """The fences of one pool. All calls are for one slot or more.
 
     Args:
         pool: its slots; what was in use before has the fence `first`.
@@ -101,11 +101,7 @@ class Fences:
         places = self._places(slots)
         fences = self._cells[places].tolist()
         after = {fence: fence.read(event, clock) for fence in set(fences)}
-        self._cells[places] = [after[fence] for fence in fences] if len(after) > 1 else next(iter(after.values()), None)
-
-    def events(self) -> set[Event]:
-        """All that are kept, for checks."""
-        return {event for fence in set(self._cells.tolist()) for event in fence.before_writing()}
+        self._cells[places] = after[fences[0]] if len(after) == 1 else [after[fence] for fence in fences]
 
     def _places(self, slots: MovedSlots) -> npt.NDArray[np.intp]:
         size = self._cells.size

@@ -104,7 +104,11 @@ class SequenceCommits(SequencePages):
             keys, base, pending = self._keys_of_commit(tokens, first, last)
             if self.priority is not None:
                 self.priority.prepare(last + 1)
-            before = None if self.manager.streams.only is self.stream else self.manager.streams.uses(self)
+            before = None
+            if self.manager.streams.only is not self.stream and (
+                last > first or self.windows or self.states is not None
+            ):
+                before = self.manager.streams.uses(self)
             if last > first:
                 commit_blocks(self, keys, base, first, last)
             self.pending = pending
