@@ -30,7 +30,7 @@ def compact(manager: KVCacheManager, tiers: Tiers[Any, Any], tier: int, limit: i
     table = tiers.pools[tier].plan_compaction(limit, in_use)
     if table:
         moves = SlotMoves(tiers.layer_group, tier, list(table), tier, list(table.values()))
-        manager.memory.copy(moves, stream)
+        manager.streams.copy(moves, stream)
         tiers.moved[tier][tier] += len(table)
         for segment in segments:
             _renumber(tiers, segment, table)

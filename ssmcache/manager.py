@@ -70,12 +70,12 @@ class KVCacheManager:
         size = config.event_buffer_size
         self.event_log = EventLog(size, self._token_ids) if size else None
         told = self.event_log if observer is None else observer
+        self.streams = StreamOrder(memory, self.pools)
         self.admission = admission_of(config.admission, config.ssm_reuse_interval)
         keeps_path = self.admission.keeps_path
-        self.store = BlockStore(self.groups, self.pools, memory, self.tokens_per_block, told, keeps_path)
+        self.store = BlockStore(self.groups, self.pools, self.streams, self.tokens_per_block, told, keeps_path)
         self.page_group = -1 if self.store.pages is None else self.store.pages.layer_group
         self.state_group = -1 if self.store.snapshots is None else self.store.snapshots.layer_group
-        self.streams = StreamOrder(memory)
         self.counters = Counters(len(config.cache_tiers))
         self.traffic: deque[tuple[int, int]] = deque(maxlen=_TRAFFIC_SEQUENCES)  # (capacity, history) at the end
         self.num_active = 0
@@ -198,7 +198,7 @@ class KVCacheManager:
         return Shortage(reason, tiers.layer_group, self.tier_names[tier], needed, pool.free, evictable, held)
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:
-        self.memory.copy(moves, stream)
+        self.streams.copy(moves, stream)
         self.counters.copied[moves.layer_group, moves.source_tier] += len(moves.sources)
 
     def copy_state(self, tier: int, source_slot: int, destination_slot: int, stream: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ssmcache.memory.base import Memory
+from ssmcache.memory.base import Copier
 from ssmcache.pools import PagePool, SlotArray
 from ssmcache.segments import PageSegment, Segment
 from ssmcache.tiers import Tiers
@@ -22,7 +22,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
     Attributes: `locked` and `held`, cached pages by tier that an ACTIVE sequence needs, or only suspended ones.
     """
 
-    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[PagePool], memory: Memory) -> None:
+    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[PagePool], memory: Copier) -> None:
         super().__init__(layer_group, pools, memory)
         self.locked = [0] * len(pools)
         self.held = [0] * len(pools)

@@ -115,7 +115,7 @@ class KVCache(SequenceCommits):
             if stream is not before:
                 self._set_stream(stream)
             if manager.streams.only is not stream:
-                manager.streams.acquire(stream)
+                manager.streams.enter(stream)
             if self._input is None:
                 self.shortage = resuming.resume_again(self)
             else:
@@ -124,7 +124,9 @@ class KVCache(SequenceCommits):
                 if self.shortage is None:
                     self._start(keys, num_tokens)
             if manager.streams.only is not stream:
-                manager.streams.release(stream)
+                if self.shortage is None:
+                    manager.streams.acquire(self)
+                manager.streams.end(stream)
             if self.shortage is not None:
                 self._set_stream(before)
                 return False
@@ -158,7 +160,7 @@ class KVCache(SequenceCommits):
         with self.calls:
             self._require_active("suspend")
             self.calls.changing = True
-            self.manager.streams.release(self.stream)
+            self.manager.streams.release(self)
             if self.states is not None:
                 self.states.give_back_reserved()
             self._rows = None
@@ -177,9 +179,9 @@ class KVCache(SequenceCommits):
                 raise StateError(f"prefetch: expected a SUSPENDED sequence, got {self.status.name}")
             tier = to_integer("prefetch", "a tier", tier, 0, len(self.manager.tier_names) - 1)
             self.calls.changing = True
-            self.manager.streams.acquire(self.stream)
+            self.manager.streams.enter(self.stream)
             self.shortage = resuming.prefetch(self, tier)
-            self.manager.streams.release(self.stream)
+            self.manager.streams.end(self.stream)
             self._loads = self.manager.memory.loads()
             return self.shortage is None
 
@@ -204,7 +206,7 @@ class KVCache(SequenceCommits):
                 if self.status is ACTIVE:
                     manager.num_active -= 1
                     if manager.streams.only is not self.stream:
-                        manager.streams.release(self.stream)
+                        manager.streams.release(self)
                 if self.pending.size and manager.partly:
                     leaf = commit_tail(self)
                 if self.states is not None:
@@ -255,7 +257,7 @@ class KVCache(SequenceCommits):
             self._require_active("set_stream")
             self.manager.memory.check_stream("set_stream", stream)
             self.calls.changing = True
-            self.manager.streams.switch(self.stream, stream)
+            self.manager.streams.switch(self, stream)
             self._set_stream(stream)
 
     def _set_stream(self, stream: Any) -> None:

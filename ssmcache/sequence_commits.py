@@ -72,11 +72,10 @@ class SequenceCommits(SequencePages):
                     f"got {wanted}"
                 )
             self.calls.changing = True
-            if self.manager.streams.only is not self.stream:
-                self.manager.streams.acquire(self.stream)
+            before = None if self.manager.streams.only is self.stream else self.manager.streams.uses(self)
             slots = self.states.reserve(() if self.root.retired else wanted, self.cursor)
-            if self.manager.streams.only is not self.stream:
-                self.manager.streams.release(self.stream)
+            if before is not None:
+                self.manager.streams.follow(self, before)
             return slots
 
     def commit(self, tokens: Tokens) -> None:
@@ -113,8 +112,11 @@ class SequenceCommits(SequencePages):
             if self.cursor.end > first:
                 check_shared(self, keys, base, first, min(self.cursor.end, last))
             self.calls.changing = True
-            if self.manager.streams.only is not self.stream:  # it may go on with pages that others have written
-                self.manager.streams.acquire(self.stream)
+            before = None
+            if self.manager.streams.only is not self.stream and (
+                last > first or self.windows or self.states is not None
+            ):
+                before = self.manager.streams.uses(self)
             if last > first:
                 commit_blocks(self, keys, base, last)
             self.pending = pending
@@ -127,8 +129,8 @@ class SequenceCommits(SequencePages):
                 self.history_length = end
                 for window in self.windows:
                     window.forget_stale(end, -(-self.capacity // block))
-            if self.manager.streams.only is not self.stream:
-                self.manager.streams.release(self.stream)
+            if before is not None:  # it may go on with pages that others have written
+                self.manager.streams.follow(self, before)
             if self._rows is not None:
                 self._rows.refresh()
 

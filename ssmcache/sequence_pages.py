@@ -73,6 +73,11 @@ class SequencePages(PathHolder):
         return max(self.cursor.end * self.manager.tokens_per_block, self.reuse_match.usable_tokens)
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks that there is room for: what kernels may use of the path and the pages after it."""
+        return -(-self.capacity // self.manager.tokens_per_block)
+
+    @property
     def num_own_pages(self) -> int:
         return self.own_pages.size
 
@@ -119,14 +124,21 @@ class SequencePages(PathHolder):
             self.calls.changing = True
             pages = self.store.pages
             missing = 0 if pages is None else num_blocks - self.cursor.end - self.own_pages.size
-            shortage = None
-            if missing or (self.windows and self._windows_change(history, num_blocks)):
+            shortage = before = None
+            changes = missing or (self.windows and self._windows_change(history, num_blocks))
+            streams = self.manager.streams
+            if streams.only is not self.stream and (changes or num_blocks != self.num_blocks):
+                before = streams.uses(self)
+            if changes:
                 shortage = self._change(missing, history, num_blocks)
             self.shortage = shortage
+            if shortage is None:
+                self.capacity = capacity
+                self.history_length = history
+            if before is not None:
+                streams.follow(self, before)
             if shortage is not None:
                 return False
-            self.capacity = capacity
-            self.history_length = history
             if self._rows is not None:
                 self._rows.refresh()
             return True
@@ -136,17 +148,11 @@ class SequencePages(PathHolder):
 
     def _change(self, missing: int, history: int, num_blocks: int) -> Shortage | None:
         """Take `missing` pages and what windows need for these lengths, or give some back."""
-        changes_hands = missing > 0 or (missing < 0 and self.own_pages.size > 0) or self.windows
-        ordered = changes_hands and self.manager.streams.only is not self.stream
-        if ordered:
-            self.manager.streams.acquire(self.stream)
         shortage = self._shortage_of_windows(history, num_blocks)
         if missing and shortage is None:
             shortage = self._change_pages(missing)
         if self.windows and shortage is None:
             shortage = self._change_windows(history, num_blocks, missing)
-        if ordered:
-            self.manager.streams.release(self.stream)
         return shortage
 
     def _change_pages(self, missing: int) -> Shortage | None:

@@ -214,8 +214,7 @@ def _carry_out(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
 
 def _make_room(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
     """Move and drop what no longer fits, and make the rest lie in the slots that remain; False if a copy failed."""
-    streams = manager.streams
-    stream = streams.acquire_any()
+    stream = manager.streams.latest
     groups = manager.store.all_tiers()
     try:
         for group in groups:
@@ -228,7 +227,7 @@ def _make_room(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
     except TransferError:
         return False
     finally:
-        streams.release(stream)
+        manager.streams.end(stream)
     return True
 
 

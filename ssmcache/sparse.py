@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ssmcache.memory.base import GPU_TIER, Memory
+from ssmcache.memory.base import GPU_TIER, Copier
 from ssmcache.pools import IntArray, StatePool
 from ssmcache.segments import SparseSegment
 from ssmcache.sparse_segments import SparseSegments
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class SparseStore(SparseSegments):
     """The slots of one layer group that lie on blocks of the tree, or are parked by a suspended sequence."""
 
-    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Memory) -> None:
+    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Copier) -> None:
         super().__init__(store, layer_group, pools, memory)
         self.gpu_pool = pools[GPU_TIER]
         self.num_evicted_unused = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ssmcache.memory.base import GPU_TIER, Memory
+from ssmcache.memory.base import GPU_TIER, Copier
 from ssmcache.pins import Pin, PinTable
 from ssmcache.pools import IntArray, StatePool, int_array
 from ssmcache.segments import DEFAULT_RANK, SparseSegment
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class SparseSegments(Tiers[SparseSegment, IntArray]):
     """The segments of one layer group: found, made, cut and joined. Who goes, and when, is `SparseStore`'s."""
 
-    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Memory) -> None:
+    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Copier) -> None:
         super().__init__(layer_group, pools, memory)
         self._store = store
         self.pins = PinTable(len(pools))

@@ -11,7 +11,7 @@ from typing import Any
 from ssmcache.events import CacheObserver
 from ssmcache.keys import ReuseScope
 from ssmcache.layout import LayerGroup, LayerGroupKind
-from ssmcache.memory.base import GPU_TIER, Memory
+from ssmcache.memory.base import GPU_TIER, Copier
 from ssmcache.pages import PageTiers
 from ssmcache.pools import IntArray, PagePool, SlotPool, StatePool
 from ssmcache.segments import DEFAULT_RANK, PageSegment
@@ -35,7 +35,7 @@ class BlockStore(SoftHolds):
         self,
         groups: Sequence[LayerGroup],
         pools: Sequence[Sequence[SlotPool]],  # type: ignore[type-arg]  # of pages or states, as the group says
-        memory: Memory,
+        memory: Copier,
         tokens_per_block: int,
         events: CacheObserver | None,
         keeps_path: bool,

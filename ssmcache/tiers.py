@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ssmcache.eviction import EvictionQueue
-from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves, TransferError
+from ssmcache.memory.base import GPU_TIER, Copier, SlotMoves, TransferError
 from ssmcache.pools import IntArray, SlotArray, SlotPool
 from ssmcache.segments import Segment
 
@@ -33,7 +33,7 @@ class Tiers(Generic[S, Slots]):
     suspended sequence (other used slots of the GPU are private to ACTIVE ones); `moved`, slots moved from tier to tier.
     """
 
-    def __init__(self, layer_group: int, pools: Sequence[SlotPool[Slots]], memory: Memory) -> None:
+    def __init__(self, layer_group: int, pools: Sequence[SlotPool[Slots]], memory: Copier) -> None:
         self.layer_group = layer_group
         self.pools: tuple[SlotPool[Slots], ...] = tuple(pools)
         self.last_tier = len(pools) - 1

@@ -6,7 +6,7 @@ from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from ssmcache.integers import MAX_BLOCKS
-from ssmcache.memory.base import Memory
+from ssmcache.memory.base import Copier
 from ssmcache.pools import StatePool
 from ssmcache.segments import SparseSegment
 from ssmcache.sparse import SparseStore
@@ -60,7 +60,7 @@ class WindowStore(SparseStore):
     """Pages of one sliding window life cycle. A path touch reaches only those that the end of the path needs."""
 
     def __init__(
-        self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Memory, window: Window
+        self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Copier, window: Window
     ) -> None:
         super().__init__(store, layer_group, pools, memory)
         self.window = window

@@ -49,6 +49,13 @@ def check_any_stream(call: str, stream: Any) -> None:
         raise TypeError(f"{call}: expected a hashable stream, got {stream!r}") from None
 
 
+class Copier(Protocol):
+    """Whoever takes orders for copies."""
+
+    def copy(self, moves: SlotMoves, stream: Any) -> None:
+        """See `Memory.copy`."""
+
+
 class Memory(Protocol):
     """Owns the bytes of all pools: for each tier and layer group, equal slots numbered from 0.
 

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
-from ordered_memory import OrderedMemory, OrderedRunner
-from payload import Shape, run_at_random
+from ordered_memory import ExactMemory, ExactRunner, OrderedMemory, OrderedRunner
+from payload import Request, Shape, run_at_random
 
 SHAPES = {
     "attention": Shape(),
@@ -55,6 +55,21 @@ def test_changing_sizes_between_calls_is_ordered_too(shape: Shape, tmp_path: Pat
         run_with_changes(runner, rng)
 
 
+@each_shape
+@pytest.mark.parametrize("num_streams", [2, 3, 6])
+def test_a_stream_comes_after_what_it_has_to_and_no_more(shape: Shape, num_streams: int, tmp_path: Path) -> None:
+    num_joined = 0
+    for seed in range(4):
+        rng = random.Random(seed)
+        runner = ExactRunner(shape, tmp_path, num_streams, rng)
+        run_at_random(runner, rng, 120)
+        num_joined += runner.memory.num_joined
+        runner = ExactRunner(shape, tmp_path, num_streams, rng)
+        run_with_changes(runner, rng)
+        num_joined += runner.memory.num_joined
+    assert num_joined > 100
+
+
 def run_with_changes(runner: OrderedRunner, rng: random.Random) -> None:
     """Prompts from a small set, a few sequences suspended at a time, and sizes that change while none is ACTIVE."""
     manager = runner.manager
@@ -74,9 +89,9 @@ def run_with_changes(runner: OrderedRunner, rng: random.Random) -> None:
             tier = rng.randrange(len(quotas))
             quota = quotas[tier]
             assert quota is not None
-            manager.resize_tier(tier, int(quota * rng.uniform(0.6, 1.2)))
+            runner.change_sizes(tier, int(quota * rng.uniform(0.6, 1.2)))
         if rng.random() < 0.2:
-            manager.adjust()
+            runner.change_sizes(0, None)
         if waiting and rng.random() < 0.5:
             request = waiting.pop()
             runner.resume(request)
@@ -101,3 +116,28 @@ def test_the_race_detector_tells_ordered_accesses_from_others() -> None:
         memory.access("a", [place], writes=True)
     memory.wait("c", memory.record("b"))  # and so for a, by way of b
     memory.access("c", [place], writes=True)
+
+
+def test_the_race_detector_tells_waits_that_are_needed_from_others(tmp_path: Path) -> None:
+    def runner() -> tuple[ExactMemory, Request, Request]:
+        found = ExactRunner(Shape(), tmp_path, 2, random.Random(0))
+        one, other = found.create([1, 2, 3]), found.create([5, 6, 7])
+        assert one.kv.resume(0)
+        assert other.kv.resume(1)
+        assert one.kv.resize(2)
+        return found.memory, one, other
+
+    memory, _, other = runner()
+    memory.wait(1, memory.record(0))
+    with pytest.raises(AssertionError, match="stream 1 comes after"):
+        other.kv.resize(2)
+    memory, _, other = runner()
+    event = memory.record(0)
+    memory.wait(1, event)
+    with pytest.raises(AssertionError, match=r"stream 1 waits for .* though it comes after it anyway"):
+        memory.wait(1, event)
+    memory, one, other = runner()
+    one.kv.close()
+    memory.wait = lambda stream, event: None  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match=r"stream 1 comes after .* and not after"):
+        other.kv.resize(2)

@@ -198,7 +198,7 @@ def test_every_use_of_a_slot_waits_for_the_uses_before_it(name: str, tmp_path: P
     assert num_ordered > 300
 
 
-@pytest.mark.parametrize("missing", ["acquire", "release", "switch", "a wait"])
+@pytest.mark.parametrize("missing", ["acquire", "release", "follow", "switch", "a wait"])
 def test_without_the_order_there_would_be_races(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing == "a wait":
         wait = OrderedMemory.wait
@@ -268,14 +268,130 @@ class CountingMemory(SimulatedMemory):
         self.num_waits += 1
 
 
+def decode(kv: Any, num_tokens: int) -> None:
+    for _ in range(num_tokens):
+        end = kv.num_committed_tokens + 1
+        assert kv.resize(end)
+        kv.commit([7])
+
+
+def test_no_decode_step_waits_for_the_prefill_of_another_sequence() -> None:
+    memory = OrderedMemory()
+    manager = make_manager(200, 100, block=2, interval=4, memory=memory)
+    chatting = manager.create_kv_cache([7])
+    assert chatting.resume("decode")
+    long = manager.create_kv_cache([1] * 200)
+    assert long.resume("prefill")
+    for start in range(0, 200, 50):
+        assert long.resize(start + 50)
+        long.reserve_snapshots(long.snapshot_points(start + 50))
+        memory.write(0, 0, int(long.page_indices(0)[-1]), "prefill")
+        decode(chatting, 16)
+        long.commit([1] * 50)
+    assert memory.num_waits == 0
+    long.close()
+    chatting.close()
+
+
+def test_a_reader_waits_for_the_chunk_that_it_reuses_and_not_for_later_ones() -> None:
+    memory = OrderedMemory()
+    manager = make_manager(200, 0, block=2, memory=memory)
+    manager.create_kv_cache(()).resume("b")
+    writer = manager.create_kv_cache(())
+    assert writer.resume("a")
+    for token in (1, 2):
+        assert writer.resize(4 * token)
+        for slot in writer.page_indices(0)[2 * token - 2 :]:
+            memory.write(0, 0, int(slot), "a")
+        writer.commit([token] * 4)
+    shared = [int(slot) for slot in writer.page_indices(0)]
+    reader = manager.create_kv_cache([1] * 4)
+    assert reader.resume("b")
+    assert [int(slot) for slot in reader.page_indices(0)] == shared[:2]
+    for slot in shared[:2]:
+        memory.read(0, 0, slot, "b")
+    with pytest.raises(RaceError):
+        memory.read(0, 0, shared[2], "b")
+    assert memory.num_waits == 1
+
+
+def test_readers_of_a_page_do_not_wait_for_each_other_and_who_takes_it_waits_for_all_of_them() -> None:
+    memory = OrderedMemory()
+    manager = make_manager(2, 0, block=2, memory=memory)
+    for stream in "abcd":  # all are known from here on
+        kv = manager.create_kv_cache(())
+        assert kv.resume(stream)
+        kv.close()
+    writer = manager.create_kv_cache(())
+    assert writer.resume("a")
+    assert writer.resize(4)
+    writer.commit([1] * 4)
+    writer.close()
+    for stream in "bcbc":
+        kv = manager.create_kv_cache([1] * 4)
+        assert kv.resume(stream)
+        for slot in kv.page_indices(0):
+            memory.read(0, 0, int(slot), stream)
+        kv.close()
+    assert memory.num_waits == 2  # b and c, for the commit
+    assert "c" not in memory.clocks["b"]
+    taker = manager.create_kv_cache(())
+    assert taker.resume("d")
+    assert memory.num_waits == 2
+    assert taker.resize(2)
+    assert memory.num_waits == 5  # for b, c, and a, which let go of it after its commit
+    assert taker.resize(4)
+    assert memory.num_waits == 5
+    for slot in taker.page_indices(0):
+        memory.write(0, 0, int(slot), "d")
+
+
+def test_slots_that_nobody_used_are_taken_without_waiting() -> None:
+    memory = OrderedMemory()
+    manager = make_manager(8, 0, block=1, memory=memory)
+    first = manager.create_kv_cache(())
+    assert first.resume("a")
+    assert first.resize(4)
+    second = manager.create_kv_cache(())
+    assert second.resume("b")
+    assert second.resize(4)  # the other half
+    assert memory.num_waits == 0
+    first.resize(2)
+    assert second.resize(5)
+    assert memory.num_waits == 1
+
+
+def test_a_copy_that_raises_is_waited_for_by_who_uses_its_slots_next() -> None:
+    class Failing(OrderedMemory):
+        fails = False
+
+        def copy(self, moves: SlotMoves, stream: Any) -> None:
+            super().copy(moves, stream)
+            if self.fails:
+                raise OSError("the device is gone")
+
+    memory = Failing()
+    manager = make_manager(0, 4, block=2, interval=2, memory=memory)
+    for stream in "ab":
+        assert manager.create_kv_cache(()).resume(stream)
+    moves = SlotMoves(0, 0, [0], 0, [1])
+    memory.fails = True
+    with pytest.raises(OSError, match="gone"):
+        manager.streams.copy(moves, "a")
+    memory.fails = False
+    manager.streams.copy(moves, "b")  # and no race
+
+
+@pytest.mark.parametrize("num_states", [0, 20])
 @pytest.mark.parametrize("num_streams", [3, 10_000])
-def test_ten_thousand_readers_of_a_page_leave_a_handful_of_events(num_streams: int) -> None:
+def test_ten_thousand_readers_of_a_page_leave_a_handful_of_events(num_streams: int, num_states: int) -> None:
     memory = CountingMemory()
-    manager = make_manager(100, 20, block=2, interval=2, memory=memory)
+    manager = make_manager(100, num_states, block=2, interval=2, memory=memory)
     kv = manager.create_kv_cache(())
     assert kv.resume(0)
     assert kv.resize(8)
-    kv.reserve_snapshots([2, 4, 6, 8])
+    if num_states:
+        kv.reserve_snapshots([2, 4, 6, 8])
     kv.commit([1] * 8)
     kv.close()
     most = 0

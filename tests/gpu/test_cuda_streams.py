@@ -27,6 +27,7 @@ GPU, HOST, DISK = 0, 1, 2
 SLOT = 64 << 10
 BLOCK = 4
 LONG_CYCLES = 400_000_000  # a fifth of a second and more
+VERY_LONG_CYCLES = 10 * LONG_CYCLES
 
 both_ways = pytest.mark.parametrize("waits", [True, False], ids=["as it is", "without waits"])
 
@@ -238,6 +239,93 @@ def test_a_slot_that_is_freed_while_a_kernel_reads_it_is_written_after_that(
     torch.cuda.synchronize()
     assert (values(found) == [5, 5, 5, 5]) is waits
     writer.close()
+    manager.shutdown()
+
+
+def known(manager: KVCacheManager, streams: tuple[Any, Any]) -> None:
+    """Both streams have been used, so what comes later is not put down to the first."""
+    for stream in streams:
+        sequence = manager.create_kv_cache([2000])
+        assert sequence.resume(stream)
+        sequence.close()
+    torch.cuda.synchronize()
+
+
+def spin(stream: Any) -> Any:
+    """Keep a stream busy for seconds; an event at the end of that."""
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(VERY_LONG_CYCLES)
+    return stream.record_event()
+
+
+def test_decode_steps_are_over_while_a_chunk_that_shares_nothing_with_them_computes(streams: tuple[Any, Any]) -> None:
+    prefill, decode = streams
+    manager, memory = small_manager(64)
+    view = memory.view(0)
+    known(manager, streams)
+    chatting, _ = started(manager, list(range(BLOCK)), decode, 0)
+    chatting.commit(list(range(BLOCK)))
+    long = manager.create_kv_cache(list(range(1000, 1000 + 16 * BLOCK)))
+    assert long.resume(prefill)
+    assert long.resize(16 * BLOCK)
+    chunk = spin(prefill)
+    with torch.cuda.stream(prefill):
+        view[int(long.page_indices(0)[0])].fill_(3)
+    written = prefill.record_event()
+    for token in range(4 * BLOCK):
+        end = chatting.num_committed_tokens + 1
+        assert chatting.resize(end)
+        slot = int(chatting.page_indices(0)[(end - 1) // BLOCK])
+        with torch.cuda.stream(decode):
+            view[slot].fill_(token)
+        chatting.commit([token])
+        if token == BLOCK:
+            long.commit(list(range(1000, 1000 + 8 * BLOCK)))  # while it computes, and nobody waits for that either
+    decode.synchronize()
+    assert not chunk.query(), "the decode steps waited for the chunk"
+    written.synchronize()
+    assert values(view[np_list(chatting.page_indices(0))[1:]]) == [BLOCK - 1 + BLOCK * block for block in range(4)]
+    for sequence in (long, chatting):
+        sequence.close()
+    manager.shutdown()
+
+
+@both_ways
+def test_who_reuses_a_page_of_a_chunk_waits_for_it_and_for_no_later_one(streams: tuple[Any, Any], waits: bool) -> None:
+    first, second = streams
+    manager, memory = small_manager(16)
+    view = memory.view(0)
+    known(manager, streams)
+    memory.waits = waits
+    prompt = list(range(8 * BLOCK))
+    writer, slots = started(manager, prompt, first, 0)
+    places = np_list(slots.cpu())
+    with torch.cuda.stream(first):
+        for slot in places[:2]:
+            view[slot].fill_(5)
+    first.synchronize()
+    writer.commit(prompt[: 2 * BLOCK])
+    chunk = spin(first)
+    with torch.cuda.stream(first):
+        for slot in places[2:4]:
+            view[slot].fill_(6)
+    writer.commit(prompt[2 * BLOCK : 4 * BLOCK])
+
+    early = manager.create_kv_cache(prompt[: 2 * BLOCK])
+    assert early.resume(second)
+    assert early.num_committed_tokens == 2 * BLOCK
+    second.synchronize()
+    assert not chunk.query(), "a reader of the first chunk waited for the second"
+
+    late = manager.create_kv_cache(prompt[: 4 * BLOCK])
+    assert late.resume(second)
+    assert late.num_committed_tokens == 4 * BLOCK
+    second.synchronize()
+    assert chunk.query() is waits
+    torch.cuda.synchronize()
+    assert values(view[places[:4]]) == [5, 5, 6, 6]
+    for sequence in (early, late, writer):
+        sequence.close()
     manager.shutdown()
 
 
