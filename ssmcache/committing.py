@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from ssmcache.keys import Int64Array
 from ssmcache.match import common_prefix, match_partial
 from ssmcache.memory.base import GPU_TIER
-from ssmcache.pools import SlotArray, int_array
+from ssmcache.pools import SlotArray
 from ssmcache.priority import Priority, rank_in
-from ssmcache.segments import DEFAULT_RANK, SparseSegment
+from ssmcache.segments import DEFAULT_RANK, SparseSegment, use_of, with_use
 from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 
@@ -156,21 +156,13 @@ def _raise_pages(store: BlockStore, run: Run, priority: Priority) -> None:
 
 def _raise_sparse(store: SparseStore, segment: SparseSegment, priority: Priority, first: int) -> None:
     """Give the slots of blocks from `first` on their priority, as segments of their own."""
-    run = segment.run
-    assert run is not None
     by_rank: dict[int, list[int]] = {}
     for index, ordinal in enumerate(segment.ordinals):
         rank = priority.rank(store.layer_group, ordinal) if ordinal >= first else segment.rank
+        rank = with_use(rank, use_of(segment.rank))
         if rank > segment.rank:
             by_rank.setdefault(rank, []).append(index)
-    ordinals, slots = segment.ordinals[:], segment.slots[:]
-    for rank, indices in by_rank.items():
-        chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
-        part = store.new_segment(run, segment.stamp, rank, segment.tier, *chosen)
-        store.queues[segment.tier].put(part)
-    segment.take(sorted(index for indices in by_rank.values() for index in indices))
-    if not segment.slots:
-        store.drop_empty(run)
+    store.rerank(segment, by_rank)
 
 
 def commit_tail(sequence: SequenceCommits) -> Run | None:

@@ -10,6 +10,7 @@ from ssmcache.events import CacheObserver
 from ssmcache.keys import Int64Array, KeyKind, ReuseScope
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pages import PageTiers
+from ssmcache.places import PlaceTable
 from ssmcache.pools import SlotArray
 from ssmcache.recency import Clock
 from ssmcache.snapshots import SnapshotStore
@@ -25,6 +26,7 @@ class TreeStructure:
     pages: PageTiers | None
     snapshots: SnapshotStore | None
     windows: tuple[WindowStore, ...]
+    places: PlaceTable | None  # where there are windows
 
     def __init__(self, tokens_per_block: int, has_tiers: bool, events: CacheObserver | None) -> None:
         self.tokens_per_block = tokens_per_block
@@ -59,6 +61,8 @@ class TreeStructure:
         parent = run.parent
         assert parent is not None
         assert run.start < at < run.end
+        if self.places is not None:
+            self.places.before_change(run)
         upper = Run(parent, run.kind, run.edge, run.start, at, run.split_keys(at))
         upper.holds, upper.idle_holds = run.holds, run.idle_holds
         upper.children[run.edge] = run
@@ -80,6 +84,8 @@ class TreeStructure:
                 if not segment.slots:
                     store.queues[segment.tier].retire(segment)
                     run.items = tuple(other for other in run.items if other is not segment)
+        if self.places is not None:
+            self.places.split(upper, run)
         return upper
 
     def append(self, run: Run, keys: Int64Array, num_blocks: int, slots: SlotArray | None, rank: int) -> Run:
@@ -104,7 +110,11 @@ class TreeStructure:
             run.children[child.edge] = child
             if slots is not None:
                 self._give_pages(child, slots, rank)
+            if self.places is not None:
+                self.places.note(run)
             run = child
+        if self.places is not None:
+            self.places.note(run)
         tiers = self.pages
         if tiers is not None:
             tiers.cached[GPU_TIER] += num_blocks
@@ -128,6 +138,9 @@ class TreeStructure:
         run.children[leaf.edge] = leaf
         self._give_pages(leaf, slots, rank)
         self.pages.cached[GPU_TIER] += 1
+        if self.places is not None:
+            self.places.note(run)
+            self.places.note(leaf)
         return leaf
 
     def can_absorb(self, run: Run) -> bool:
@@ -148,6 +161,9 @@ class TreeStructure:
         assert parent is not None
         grandparent = parent.parent
         assert grandparent is not None
+        if self.places is not None:
+            self.places.before_change(parent)
+            self.places.before_change(run)
         run.prepend_keys(parent)
         if run.pages is not None:
             assert parent.pages is not None
@@ -163,6 +179,8 @@ class TreeStructure:
         if parent.pages is not None:
             assert self.pages is not None
             self.pages.queues[parent.pages.tier].retire(parent.pages)
+        if self.places is not None:
+            self.places.absorb(parent, run)
 
     # -- leaving -----------------------------------------------------------------------------------------------------
 
@@ -187,12 +205,17 @@ class TreeStructure:
         if run.digests:
             run.digests = run.digests[: new_end - run.start]
         if new_end > run.start:
+            if self.places is not None:
+                self.places.note(run)
             if pages is None or not pages.queued:
                 self.settle_leaf(run)
             return
         parent = run.parent
         assert parent is not None
         del parent.children[run.edge]
+        if self.places is not None:
+            self.places.forget(run)
+            self.places.note(parent)
         if pages is not None and tiers is not None:
             tiers.queues[tier].retire(pages)
             if self.has_tiers and parent.pages is not None and parent.pages.tier == tier:
@@ -281,6 +304,9 @@ class TreeStructure:
             if below.soft_holds:  # one that is being resumed just now keeps its own
                 self.drop_soft_holds_of(below)
         self.forget_holds(parent, run.holds, run.idle_holds)
+        if self.places is not None:
+            self.places.cut_off(run)
+            self.places.note(parent)
         del parent.children[run.edge]
         if parent.pages is not None and run.pages is not None and parent.pages.tier == run.pages.tier:
             parent.warm_children -= 1

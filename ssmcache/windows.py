@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ssmcache.memory.base import Memory
+from ssmcache.pins import Pin
 from ssmcache.pools import StatePool
-from ssmcache.segments import SparseSegment
+from ssmcache.segments import SparseSegment, with_use
 from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 
 if TYPE_CHECKING:
+    from ssmcache.places import PlaceTable
     from ssmcache.store import BlockStore
 
-_MAX_BLOCKS = 1 << 24
+_MAX_BLOCKS = 1 << 21
 
 
 class Window:
@@ -65,6 +68,49 @@ class WindowStore(SparseStore):
     ) -> None:
         super().__init__(store, layer_group, pools, memory)
         self.window = window
+        self._is_moving = False  # segments are on their way between tiers
+
+    def lifts(self, runs: Iterable[Run], wanted: Container[Pin | None], tier: int) -> list[SparseSegment]:
+        self._settle_uses()  # which cuts segments, and must not while these are on their way
+        return super().lifts(runs, wanted, tier)
+
+    def bring(self, lifts: list[SparseSegment], tier: int, beside: int, stream: Any) -> None:
+        if not lifts:
+            self._settle_uses()
+        self._is_moving = True
+        try:
+            super().bring(lifts, tier, beside, stream)
+        finally:
+            self._is_moving = False
+
+    def _make_way(
+        self, tier: int, count: int, leaving: list[int], downs: list[tuple[int, list[SparseSegment]]]
+    ) -> int:
+        # what nobody reads would only push something else out of the tier below
+        if tier < self.last_tier:
+            self.drop(tier, self._short_by(tier, count, leaving), only_unread=True)
+        return super()._make_way(tier, count, leaving, downs)
+
+    def _settle_uses(self) -> None:
+        if not self._is_moving and self._store.places is not None:
+            self._store.places.settle()
+
+    def _note_added(self, places: PlaceTable, segment: SparseSegment) -> None:
+        assert segment.run is not None
+        places.note_pages(segment.run, segment.ordinals[0], segment.ordinals[-1] + 1)
+
+    def set_uses(self, run: Run, first: int, uses: Sequence[int]) -> None:
+        """Give the pages of some blocks of a run, from `first` on, their uses."""
+        for segment in list(self.on(run)):
+            changed: dict[int, list[int]] = {}
+            begin, end = (bisect_left(segment.ordinals, block) for block in (first, first + len(uses)))
+            for index in range(begin, end):
+                rank = with_use(segment.rank, uses[segment.ordinals[index] - first])
+                if rank != segment.rank:
+                    changed.setdefault(rank, []).append(index)
+            if changed:
+                self.rerank(segment, changed)
+        self.join_like(run)
 
     def _num_at_once(self, segment: SparseSegment, count: int, kept: Container[int]) -> int:
         # with a sink page goes all that is below it, and that may be enough
