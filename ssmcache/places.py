@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ssmcache.segments import use_of
 from ssmcache.tree import Run, runs_below
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class PlaceTable:
 
     def note(self, run: Run) -> None:
         """A run ends elsewhere, has other snapshots, or a child more or less."""
-        if run.parent is not None:
+        if run.parent is not None and run.parent.children.get(run.edge) is run:  # else it was parked, or has just gone
             self._changed[run] = None
 
     def note_pages(self, run: Run, first: int, end: int) -> None:
@@ -63,18 +64,24 @@ class PlaceTable:
     def split(self, upper: Run, run: Run) -> None:
         """A run was cut: `upper` is what was above."""
         length = upper.end * self._block
-        own, readers = self._own.pop(run, {}), self._readers.pop(run, {})
-        self._own[upper] = {place: use for place, use in own.items() if place <= length}
-        self._own[run] = {place: use for place, use in own.items() if place > length}
-        self._readers[upper] = {key: n for key, n in readers.items() if key[0] <= length or self._reads(key[0], upper)}
-        self._readers[run] = {key: n for key, n in readers.items() if key[0] > length}
+        if run in self._own:
+            own = self._own[run]
+            self._own[upper] = {place: use for place, use in own.items() if place <= length}
+            self._own[run] = {place: use for place, use in own.items() if place > length}
+        if run in self._readers:
+            readers, own = self._readers[run], self._own.get(run, {})
+            self._readers[upper] = {key: n for key, n in readers.items() if key[0] <= length or self._reads(key[0], upper)}
+            below = {key: n for key, n in readers.items() if key[0] > length}
+            self._readers[run] = {key: n for key, n in below.items() if key[0] in own or self._reads(key[0], run)}
         if run in self._pages:
             self._pages[upper] = self._pages[run]
 
     def absorb(self, parent: Run, run: Run) -> None:
         """A run took over the blocks of the one above it, of which it was the only child."""
-        self._own[run] = {**self._own.pop(parent, {}), **self._own.pop(run, {})}
-        self._readers[run] = {**self._readers.pop(parent, {}), **self._readers.pop(run, {})}
+        if parent in self._own:
+            self._own[run] = {**self._own.pop(parent), **self._own.get(run, {})}
+        if parent in self._readers:
+            self._readers[run] = {**self._readers.pop(parent), **self._readers.get(run, {})}
         if parent in self._pages:
             self.note_pages(run, *self._pages.pop(parent))
 
@@ -89,7 +96,7 @@ class PlaceTable:
         assert run.parent is not None
         for below in (run, *runs_below(run)):
             for place, use in self._own.get(below, {}).items():
-                self._count(run.parent, place, use, -1)
+                self._count(below, run.parent, place, use, -1)
 
     # -- counting ----------------------------------------------------------------------------------------------------
 
@@ -121,9 +128,9 @@ class PlaceTable:
         for place in sorted(old.keys() | new.keys()):
             if old.get(place) != new.get(place):
                 if place in old:
-                    self._count(run, place, old[place], -1)
+                    self._count(run, run, place, old[place], -1)
                 if place in new:
-                    self._count(run, place, new[place], 1)
+                    self._count(run, run, place, new[place], 1)
         self._own[run] = new
 
     def places_on(self, run: Run) -> Places:
@@ -154,10 +161,10 @@ class PlaceTable:
         """Whether a place below a run may read pages of it."""
         return self._widest.stale_blocks(place)[1] < run.end or run.start < self._num_sinks
 
-    def _count(self, run: Run, place: int, use: int, change: int) -> None:
-        """A place more, or less, on a run: its readers, and those of the runs above, and their pages."""
+    def _count(self, run: Run, lowest: Run, place: int, use: int, change: int) -> None:
+        """A place of a run more, or less, for `lowest`, which is the run itself or above it, and the runs above that."""
         first, end = self._widest.stale_blocks(place)[1], -(-place // self._block)
-        above = run
+        above = lowest
         while above.parent is not None:
             if above is run or self._reads(place, above):
                 readers = self._readers.setdefault(above, {})
@@ -196,3 +203,33 @@ class PlaceTable:
         if run.start < window.num_sink_blocks:
             end = min(window.num_sink_blocks, run.end)
             store.set_uses(run, run.start, self.uses(window, run, run.start, end))
+
+    def check(self, runs: Sequence[Run]) -> None:
+        """Raise AssertionError unless the counts are those of the places, and, where nothing is left to be settled, both
+        they and the uses of all pages those of the tree.
+        """
+        readers: dict[Run, Readers] = {run: {} for run in runs}
+        for run in runs:
+            for place, use in self._own.get(run, {}).items():
+                for above in run.path():
+                    if above is run or self._reads(place, above):
+                        readers[above][place, use] = readers[above].get((place, use), 0) + 1
+        for table in (self._own, self._readers, self._changed, self._pages):
+            _expect(table.keys() <= readers.keys(), "places are kept of a run that is not in the tree")
+        for run, counts in readers.items():
+            _expect(counts == self._readers.get(run, {}), f"run {run.start}..{run.end} has readers {counts}")
+        if self._changed or self._pages:
+            return
+        for run in runs:
+            _expect(self.places_on(run) == self._own.get(run, {}), f"run {run.start}..{run.end} has other places")
+            for store in self._windows:
+                uses = self.uses(store.window, run, run.start, run.end)
+                for segment in store.on(run):
+                    found = {use_of(segment.rank)}
+                    expected = {uses[block - run.start] for block in segment.ordinals}
+                    _expect(found == expected, f"run {run.start}..{run.end}: window pages of uses {expected}")
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)

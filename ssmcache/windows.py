@@ -86,9 +86,10 @@ class WindowStore(SparseStore):
     def _make_way(
         self, tier: int, count: int, leaving: list[int], downs: list[tuple[int, list[SparseSegment]]]
     ) -> int:
-        # what nobody reads would only push something else out of the tier below
-        if tier < self.last_tier:
-            self.drop(tier, self._short_by(tier, count, leaving), only_unread=True)
+        # what nobody reads moves down where there is room, but pushes nothing out
+        below = [self._short_by(lower, 0, leaving) for lower in range(tier + 1, self.last_tier + 1)]
+        if below:
+            self.drop(tier, self._short_by(tier, count, leaving) + sum(min(0, short) for short in below), only_unread=True)
         return super()._make_way(tier, count, leaving, downs)
 
     def _settle_uses(self) -> None:
