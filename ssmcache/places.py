@@ -37,7 +37,7 @@ class PlaceTable:
         self._windows = tuple(windows)
         self._snapshots = snapshots
         self._block = tokens_per_block
-        self._widest = max((store.window for store in windows), key=lambda window: window.size)
+        self._size = max(store.window.size for store in windows)
         self._num_sinks = max(store.window.num_sink_blocks for store in windows)
         self._own: dict[Run, Places] = {}
         self._readers: dict[Run, Readers] = {}
@@ -125,12 +125,12 @@ class PlaceTable:
         old, new = self._own.get(run, {}), self.places_on(run)
         if old == new:
             return
-        for place in sorted(old.keys() | new.keys()):
-            if old.get(place) != new.get(place):
-                if place in old:
-                    self._count(run, run, place, old[place], -1)
-                if place in new:
-                    self._count(run, run, place, new[place], 1)
+        for place, use in old.items():
+            if new.get(place) != use:
+                self._count(run, run, place, use, -1)
+        for place, use in new.items():
+            if old.get(place) != use:
+                self._count(run, run, place, use, 1)
         self._own[run] = new
 
     def places_on(self, run: Run) -> Places:
@@ -157,16 +157,20 @@ class PlaceTable:
         assert self._snapshots is not None
         return any(segment.ordinals for segment in self._snapshots.on(run))
 
+    def _first_read(self, place: int) -> int:
+        """The first block, sinks aside, that some window reads at a place."""
+        return (place + 1 - self._size) // self._block
+
     def _reads(self, place: int, run: Run) -> bool:
         """Whether a place below a run may read pages of it."""
-        return self._widest.stale_blocks(place)[1] < run.end or run.start < self._num_sinks
+        return self._first_read(place) < run.end or run.start < self._num_sinks
 
     def _count(self, run: Run, lowest: Run, place: int, use: int, change: int) -> None:
         """A place of a run more, or less, for `lowest`, which is the run itself or above it, and the runs above that."""
-        first, end = self._widest.stale_blocks(place)[1], -(-place // self._block)
+        first, end = self._first_read(place), -(-place // self._block)
         above = lowest
         while above.parent is not None:
-            if above is run or self._reads(place, above):
+            if above is run or first < above.end or above.start < self._num_sinks:
                 readers = self._readers.setdefault(above, {})
                 count = readers.get((place, use), 0) + change
                 if count:
@@ -183,17 +187,18 @@ class PlaceTable:
     def uses(self, window: Window, run: Run, first: int, end: int) -> bytearray:
         """The use of a page of each of the blocks `first`..`end - 1` of a run."""
         uses = bytearray(max(0, end - first))
-        readers = self._readers.get(run, {})
-        deepest = 0
-        for place, use in sorted(readers, key=lambda reader: reader[1]):
-            last = -(-place // self._block)
-            deepest = max(deepest, last)
-            begin, stop = max(first, window.stale_blocks(place)[1]), min(end, last)
-            if begin < stop:
-                uses[begin - first : stop - first] = bytes((use,)) * (stop - begin)
-        sinks = min(end, window.num_sink_blocks, deepest) - first  # nothing reads on below the deepest place
-        if sinks > 0:
-            uses[:sinks] = bytes((READ,)) * sinks
+        readers, block, size = self._readers.get(run, {}), self._block, window.size
+        shortest, longest = first * block, end * block + size - 1
+        near = [reader for reader in readers if shortest < reader[0] < longest]
+        for use in READ_BETWEEN, READ:
+            for place, read in near:
+                if read == use:
+                    begin, stop = max(first, (place + 1 - size) // block), min(end, -(-place // block))
+                    uses[begin - first : stop - first] = bytes((use,)) * (stop - begin)
+        if first < window.num_sink_blocks and readers:
+            deepest = -(-max(place for place, _ in readers) // block)  # nothing reads on below it
+            sinks = min(end, window.num_sink_blocks, deepest) - first
+            uses[: max(0, sinks)] = bytes((READ,)) * sinks
         return uses
 
     def _settle_pages(self, store: WindowStore, run: Run, first: int, end: int) -> None:

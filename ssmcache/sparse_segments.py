@@ -111,9 +111,16 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
         assert run is not None
         ordinals, slots = segment.ordinals[:], segment.slots[:]
         for rank, indices in indices_by_rank.items():
-            chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
+            first, end = indices[0], indices[-1] + 1
+            if end - first == len(indices):
+                chosen = ordinals[first:end], slots[first:end]
+            else:
+                chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
             self.queues[segment.tier].put(self.new_segment(run, segment.stamp, rank, segment.tier, *chosen))
-        segment.take(sorted(index for indices in indices_by_rank.values() for index in indices))
+        for index in sorted((index for indices in indices_by_rank.values() for index in indices), reverse=True):
+            del segment.ordinals[index], segment.slots[index]
+        if segment.ordinals:
+            segment.tail = segment.ordinals[-1]
         if not segment.slots:
             self.drop_empty(run)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ssmcache.memory.base import Memory
 from ssmcache.pins import Pin
 from ssmcache.pools import StatePool
-from ssmcache.segments import SparseSegment, with_use
+from ssmcache.segments import SparseSegment, use_of, with_use
 from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 
@@ -87,9 +87,10 @@ class WindowStore(SparseStore):
         self, tier: int, count: int, leaving: list[int], downs: list[tuple[int, list[SparseSegment]]]
     ) -> int:
         # what nobody reads moves down where there is room, but pushes nothing out
-        below = [self._short_by(lower, 0, leaving) for lower in range(tier + 1, self.last_tier + 1)]
+        below = range(tier + 1, self.last_tier + 1)
         if below:
-            self.drop(tier, self._short_by(tier, count, leaving) + sum(min(0, short) for short in below), only_unread=True)
+            room = sum(max(0, -self._short_by(lower, 0, leaving)) for lower in below)
+            self.drop(tier, self._short_by(tier, count, leaving) - room, only_unread=True)
         return super()._make_way(tier, count, leaving, downs)
 
     def _settle_uses(self) -> None:
@@ -100,18 +101,24 @@ class WindowStore(SparseStore):
         assert segment.run is not None
         places.note_pages(segment.run, segment.ordinals[0], segment.ordinals[-1] + 1)
 
-    def set_uses(self, run: Run, first: int, uses: Sequence[int]) -> None:
+    def set_uses(self, run: Run, first: int, uses: bytearray) -> None:
         """Give the pages of some blocks of a run, from `first` on, their uses."""
+        any_changed = False
         for segment in list(self.on(run)):
+            ordinals, use = segment.ordinals, use_of(segment.rank)
+            begin, end = max(ordinals[0] - first, 0), min(ordinals[-1] + 1 - first, len(uses))
+            if begin >= end or uses.count(use, begin, end) == end - begin:
+                continue
             changed: dict[int, list[int]] = {}
-            begin, end = (bisect_left(segment.ordinals, block) for block in (first, first + len(uses)))
-            for index in range(begin, end):
-                rank = with_use(segment.rank, uses[segment.ordinals[index] - first])
-                if rank != segment.rank:
-                    changed.setdefault(rank, []).append(index)
+            for index in range(bisect_left(ordinals, first + begin), bisect_left(ordinals, first + end)):
+                new = uses[ordinals[index] - first]
+                if new != use:
+                    changed.setdefault(with_use(segment.rank, new), []).append(index)
             if changed:
                 self.rerank(segment, changed)
-        self.join_like(run)
+                any_changed = True
+        if any_changed:
+            self.join_like(run)
 
     def _num_at_once(self, segment: SparseSegment, count: int, kept: Container[int]) -> int:
         # with a sink page goes all that is below it, and that may be enough
