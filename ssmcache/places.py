@@ -1,13 +1,13 @@
-"""Places of the tree where somebody can go on, and the window pages that are read there: what goes first.
+"""Places of the tree where somebody can go on, and what window pages are of use for: this decides which go first.
 
-A place is the length of a path, in tokens, at which a sequence can start: that of each kept snapshot; without SSM layers
-each length at which a path ends or paths part. Nobody is known to want another one. Who goes on at a path's end, or
-where paths part, starts at the deepest snapshot above: the other snapshots lie *between*. So a window page is of one of
-three uses: `UNREAD` at any place, `READ_BETWEEN` only, or `READ` where a path ends or parts.
+A place is the length of a path, in tokens, at which a sequence can start: that of each kept snapshot; without SSM
+layers each length at which a path ends or paths part. Who goes on where a path ends or parts starts, in hybrids, at the
+deepest snapshot above; the other snapshots lie *between*. So a window page is of one of three uses: `UNREAD` at any
+place, `READ_BETWEEN` only, or `READ` where a path ends or parts.
 
-Changes of the tree are noted as they happen and counted when room is short (`settle`): so they cost nothing as long as
-there is room, and a page costs only when a place near it came or went. Places far below a page do not read it, sinks
-aside: those that do are counted on the run of the page, so that nobody looks for them among a thousand children.
+Changes of the tree are noted as they happen and settled when room is short: then pages near a place that came or went
+get their use anew. Each run counts the places, on it and below, that read pages of it, so that nobody looks for them
+among a thousand children.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class PlaceTable:
 
     def before_change(self, run: Run) -> None:
         """A run is about to be cut, or joined with another: count what was noted of it."""
-        if self._changed.pop(run, run) is None:
+        if run in self._changed:
+            del self._changed[run]
             self._settle_around(run)
 
     def split(self, upper: Run, run: Run) -> None:
@@ -70,7 +71,9 @@ class PlaceTable:
             self._own[run] = {place: use for place, use in own.items() if place > length}
         if run in self._readers:
             readers, own = self._readers[run], self._own.get(run, {})
-            self._readers[upper] = {key: n for key, n in readers.items() if key[0] <= length or self._reads(key[0], upper)}
+            self._readers[upper] = {
+                key: n for key, n in readers.items() if key[0] <= length or self._reads(key[0], upper)
+            }
             below = {key: n for key, n in readers.items() if key[0] > length}
             self._readers[run] = {key: n for key, n in below.items() if key[0] in own or self._reads(key[0], run)}
         if run in self._pages:
@@ -89,7 +92,7 @@ class PlaceTable:
         """A run has left the tree."""
         self.cut_off(run)
         for table in (self._own, self._readers, self._changed, self._pages):
-            table.pop(run, None)  # type: ignore[attr-defined]
+            table.pop(run, None)
 
     def cut_off(self, run: Run) -> None:
         """A run, with all below it, is about to leave its parent, or has just left."""
@@ -166,7 +169,7 @@ class PlaceTable:
         return self._first_read(place) < run.end or run.start < self._num_sinks
 
     def _count(self, run: Run, lowest: Run, place: int, use: int, change: int) -> None:
-        """A place of a run more, or less, for `lowest`, which is the run itself or above it, and the runs above that."""
+        """A place of a run more, or less, for `lowest`, the run itself or one above it, and the runs above that."""
         first, end = self._first_read(place), -(-place // self._block)
         above = lowest
         while above.parent is not None:
@@ -210,8 +213,8 @@ class PlaceTable:
             store.set_uses(run, run.start, self.uses(window, run, run.start, end))
 
     def check(self, runs: Sequence[Run]) -> None:
-        """Raise AssertionError unless the counts are those of the places, and, where nothing is left to be settled, both
-        they and the uses of all pages those of the tree.
+        """Raise AssertionError unless the counts are those of the places, and, if nothing is left to be settled, the
+        places and the uses of all pages those of the tree.
         """
         readers: dict[Run, Readers] = {run: {} for run in runs}
         for run in runs:

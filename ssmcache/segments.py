@@ -46,7 +46,8 @@ def with_use(rank: int, use: int) -> int:
 
 
 class Segment:
-    """`tail` is the deepest, hence oldest, block. Who goes first: the lowest `rank + stamp - tail`.
+    """`tail` is the deepest, hence oldest, block. Who goes first: the lowest `rank + stamp - tail`. The rank weighs
+    more than any time: it is a priority, and of window pages, within that, their use.
 
     `run` is None once the segment has left the tree, which also breaks the circle between the two; `queued` says that
     the eviction queue of its tier has an entry for it.

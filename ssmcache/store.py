@@ -210,8 +210,8 @@ class BlockStore(SoftHolds):
             snapshots.stamp(run, stamp)
 
     def _touch_windows(self, cursor: Run, stamp: int, own: int) -> None:
-        """Stamp what a sequence needs that goes on at the end of the path, and where others part from it; in hybrids at
-        its snapshots instead: at all, or only at that of the block `own`.
+        """Stamp what a sequence needs that goes on at the end of the path, or where others part from it; in hybrids not
+        there but at its snapshots: at all, or only at that of the block `own`.
         """
         block = self.tokens_per_block
         ends = [cursor.start * block + cursor.num_tokens if cursor.num_tokens else cursor.end * block]

@@ -61,7 +61,9 @@ class Window:
 
 
 class WindowStore(SparseStore):
-    """Pages of one sliding window life cycle. A path touch reaches only those that the end of the path needs."""
+    """Pages of one sliding window life cycle. A path touch reaches only those that who goes on at the end of the path
+    needs, or at a place on it. Whatever their age, pages that nobody would read go first (`places.py`).
+    """
 
     def __init__(
         self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Memory, window: Window
@@ -69,6 +71,8 @@ class WindowStore(SparseStore):
         super().__init__(store, layer_group, pools, memory)
         self.window = window
         self._is_moving = False  # segments are on their way between tiers
+
+    # -- uses --------------------------------------------------------------------------------------------------------
 
     def lifts(self, runs: Iterable[Run], wanted: Container[Pin | None], tier: int) -> list[SparseSegment]:
         self._settle_uses()  # which cuts segments, and must not while these are on their way
@@ -83,9 +87,7 @@ class WindowStore(SparseStore):
         finally:
             self._is_moving = False
 
-    def _make_way(
-        self, tier: int, count: int, leaving: list[int], downs: list[tuple[int, list[SparseSegment]]]
-    ) -> int:
+    def _make_way(self, tier: int, count: int, leaving: list[int], downs: list[tuple[int, list[SparseSegment]]]) -> int:
         # what nobody reads moves down where there is room, but pushes nothing out
         below = range(tier + 1, self.last_tier + 1)
         if below:
@@ -119,6 +121,8 @@ class WindowStore(SparseStore):
                 any_changed = True
         if any_changed:
             self.join_like(run)
+
+    # -- going -------------------------------------------------------------------------------------------------------
 
     def _num_at_once(self, segment: SparseSegment, count: int, kept: Container[int]) -> int:
         # with a sink page goes all that is below it, and that may be enough

@@ -13,6 +13,7 @@ from payload import Runner, Shape, make_config, run_at_random
 from window_uses import READ, READ_BETWEEN, UNREAD, blocks_seen, uses_of_blocks
 
 from ssmcache import KVCacheManager, SimulatedMemory
+from ssmcache.layout import LayerGroupKind
 from ssmcache.pools import IntArray
 from ssmcache.segments import SparseSegment
 from ssmcache.sparse import SparseStore
@@ -55,8 +56,8 @@ def starts_at(manager: KVCacheManager, num_tokens: int) -> int:
 
 
 def num_needed(manager: KVCacheManager) -> int:
-    """Window pages that there must be at once, at the worst moment: for each chat what its next turn reads at its start,
-    for the one that is served all that it computes, and one more if it starts with the copy of a partial block.
+    """Window pages that there must be at once, at the worst moment: for each chat what its next turn reads at its
+    start, for the one that is served all that it computes, and one more if it starts with the copy of a partial block.
     """
     sinks = manager.groups[int(manager.store.pages is not None)].num_sink_tokens
     needed = 0
@@ -112,7 +113,7 @@ def test_by_age_alone_no_chat_would_go_on(monkeypatch: pytest.MonkeyPatch) -> No
     assert num_continued(make(133, ssm=True)) == 0
 
 
-# -- single cases --------------------------------------------------------------------------------------------------------
+# -- single cases -----------------------------------------------------------------------------------------------------
 
 
 def small(window_slots: int, **shape: Any) -> Runner:
@@ -182,7 +183,7 @@ def test_what_nobody_reads_moves_down_into_free_room_but_pushes_nothing_out() ->
         assert runner.manager.probe_reuse([number] * length).usable_tokens == length
 
 
-# -- at random -----------------------------------------------------------------------------------------------------------
+# -- at random --------------------------------------------------------------------------------------------------------
 
 
 class Watch:
@@ -229,7 +230,10 @@ def watching(runner: Runner) -> Iterator[Watch]:
         if isinstance(store, WindowStore) and selected:
             parked = {segment.run for segment in selected} - set(watch.runner.manager.store.all_runs())
             places = {
-                (segment.run, ordinal) for segment in selected if segment.run not in parked for ordinal in segment.ordinals
+                (segment.run, ordinal)
+                for segment in selected
+                if segment.run not in parked
+                for ordinal in segment.ordinals
             }
             kept = {slot for slot, pin in store.pins.by_slot[tier].items() if pin.locked}
             if places:
@@ -245,14 +249,16 @@ def watching(runner: Runner) -> Iterator[Watch]:
 
 
 RANDOM_SHAPES = {
-    "full and a window": Shape(windows=((5, 0),)),
-    "sinks": Shape(windows=((5, 3),), slots=(12,)),
-    "two windows": Shape(windows=((3, 0), (8, 0)), slots=(14, 9)),
-    "SSM": Shape(windows=((5, 0),), ssm=True, slots=(12, 9)),
-    "SSM and sinks": Shape(windows=((4, 2),), ssm=True, slots=(14,)),
-    "a window alone": Shape(full=False, windows=((5, 2),), slots=(14,)),
-    "a window and SSM": Shape(full=False, windows=((5, 0),), ssm=True, interval=2, slots=(14,)),
+    "full and a window": Shape(windows=((5, 0),), slots=(40,)),
+    "sinks": Shape(windows=((5, 3),), slots=(40,)),
+    "two windows": Shape(windows=((3, 0), (8, 0)), slots=(40,)),
+    "two tiers": Shape(windows=((5, 0),), slots=(40, 40)),
+    "SSM": Shape(windows=((5, 0),), ssm=True, slots=(40,)),
+    "SSM, sinks and two tiers": Shape(windows=((4, 2),), ssm=True, slots=(40, 40)),
+    "a window alone": Shape(full=False, windows=((5, 2),), slots=(40,)),
+    "a window and SSM": Shape(full=False, windows=((5, 0),), ssm=True, interval=2, slots=(40,)),
 }
+WINDOW_SLOTS = (14, 6)  # by tier
 
 
 @pytest.mark.parametrize("name", RANDOM_SHAPES)
@@ -261,6 +267,10 @@ def test_no_page_goes_or_moves_down_while_one_of_less_use_could(name: str) -> No
     for seed in range(6):
         random = Random(seed)
         runner = Runner(RANDOM_SHAPES[name], memory=SimulatedMemory())
+        for group, pools in zip(runner.manager.groups, runner.manager.pools, strict=True):
+            if group.kind is LayerGroupKind.WINDOW:  # so that those are short
+                for pool, count in zip(pools, WINDOW_SLOTS, strict=False):
+                    pool.capacity = count
         with watching(runner) as watch:
             run_at_random_unchecked(runner, random)
         seen += watch.seen

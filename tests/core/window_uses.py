@@ -14,7 +14,9 @@ UNREAD, READ_BETWEEN, READ = range(3)
 def blocks_seen(size: int, num_sink_tokens: int, block: int, length: int) -> set[int]:
     """Blocks of `length` tokens that who goes on there reads: with a key of the window, or with a sink in them."""
     return {
-        key // block for key in range(length) if key > length - size or key // block * block < min(num_sink_tokens, length)
+        key // block
+        for key in range(length)
+        if key > length - size or key // block * block < min(num_sink_tokens, length)
     }
 
 
@@ -27,7 +29,10 @@ def places_of(manager: KVCacheManager) -> dict[tuple[Run, int], int]:
     if store.snapshots is None:
         return dict.fromkeys(ends.items(), READ)
     snapshots = {
-        (run, (ordinal + 1) * block) for run in runs for segment in store.snapshots.on(run) for ordinal in segment.ordinals
+        (run, (ordinal + 1) * block)
+        for run in runs
+        for segment in store.snapshots.on(run)
+        for ordinal in segment.ordinals
     }
     places = dict.fromkeys(snapshots, READ_BETWEEN)
     for end in ends:
