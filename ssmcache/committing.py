@@ -12,7 +12,7 @@ from ssmcache.pages import PageTiers
 from ssmcache.parking import is_lost
 from ssmcache.pools import SlotArray, int_array
 from ssmcache.priority import Priority, rank_in, stretches_in
-from ssmcache.segments import DEFAULT_RANK, SparseSegment
+from ssmcache.segments import DEFAULT_RANK, SparseSegment, use_of, with_use
 from ssmcache.siblings import FEW
 from ssmcache.tree import Run
 from ssmcache.windows import WindowStore
@@ -166,10 +166,12 @@ def _raise_sparse(sequence: SequenceCommits, segment: SparseSegment, first: int)
     """
     priority, store, ordinals = sequence.priority, segment.store, segment.ordinals
     begin, end = max(first, ordinals[0]), ordinals[-1] + 1
-    if begin >= end or (priority is None and segment.rank >= DEFAULT_RANK):
+    use = use_of(segment.rank)
+    if begin >= end or (priority is None and segment.rank >= with_use(DEFAULT_RANK, use)):
         return False
     raised: dict[int, list[int]] = {}
-    for start, stop, rank in stretches_in(priority, store.layer_group, begin, end):
+    for start, stop, given in stretches_in(priority, store.layer_group, begin, end):
+        rank = with_use(given, use)
         if rank > segment.rank:
             indices = range(bisect_left(ordinals, start), bisect_left(ordinals, stop))
             if len(indices) == len(ordinals):

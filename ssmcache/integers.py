@@ -2,7 +2,7 @@
 
 import numpy as np
 
-MAX_BLOCKS = 1 << 24
+MAX_BLOCKS = 1 << 22
 """Blocks of one sequence at most: what its times and slots have room for."""
 
 

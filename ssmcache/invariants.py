@@ -40,6 +40,8 @@ def check_manager(manager: KVCacheManager) -> None:
         _check_queues(manager, tiers)
     if store.pages is not None:
         _check_page_counts(manager)
+    if store.places is not None:
+        store.places.check(runs)
     if store.snapshots is not None:
         cached = {(segment.tier, slot) for segment in segments_of(manager, store.snapshots) for slot in segment.slots}
         _expect(store.snapshots.reused_slots() <= cached, "a slot that is no snapshot counts as a reused one")

@@ -25,6 +25,9 @@ DEFAULT_PRIORITY = 35
 # a priority weighs more than any time: the clock counts touched blocks and stays far below this
 _PRIORITY_SHIFT = 54
 DEFAULT_RANK = 0  # small numbers are fast
+# what a window page is of use for (`places.py`) weighs less than a priority and more than any time
+_USE_SHIFT = 52
+_MOST_USE = 2
 
 
 def rank_of(priority: int) -> int:
@@ -32,8 +35,19 @@ def rank_of(priority: int) -> int:
     return (priority - DEFAULT_PRIORITY) << _PRIORITY_SHIFT
 
 
+def use_of(rank: int) -> int:
+    """The use in the rank of a window page; that of anything else is the greatest."""
+    return (rank + (_MOST_USE << _USE_SHIFT)) >> _USE_SHIFT & 3
+
+
+def with_use(rank: int, use: int) -> int:
+    """The rank with the same priority for a window page of another use."""
+    return rank + ((use - use_of(rank)) << _USE_SHIFT)
+
+
 class Segment:
-    """`tail` is the deepest, hence oldest, block. Who goes first: the lowest `rank + stamp - tail`.
+    """`tail` is the deepest, hence oldest, block. Who goes first: the lowest `rank + stamp - tail`. The rank weighs
+    more than any time: it is a priority, and of window pages, within that, their use.
 
     `run` is None once the segment has left the tree, which also breaks the circle between the two; `queued` says that
     the eviction queue of its tier has an entry for it.

@@ -13,6 +13,7 @@ from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 
 if TYPE_CHECKING:
+    from ssmcache.places import PlaceTable
     from ssmcache.store import BlockStore
 
 
@@ -36,7 +37,13 @@ class SnapshotStore(SparseStore):
         """(tier, slot) of the snapshots that somebody has started from."""
         return {(tier, slot) for tier, slots in enumerate(self._reused) for slot in slots}
 
-    def _forgotten(self, tier: int, slots: Sequence[int]) -> int:
+    def _note_added(self, places: PlaceTable, segment: SparseSegment) -> None:
+        assert segment.run is not None
+        places.note(segment.run)
+
+    def _forgotten(self, run: Run, tier: int, slots: Sequence[int]) -> int:
+        if self._store.places is not None:
+            self._store.places.note(run)
         reused = self._reused[tier]
         if not reused:
             return 0

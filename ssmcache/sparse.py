@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssmcache.memory.base import GPU_TIER, Copier
 from ssmcache.pools import IntArray, StatePool
-from ssmcache.segments import SparseSegment
+from ssmcache.segments import SparseSegment, use_of
 from ssmcache.sparse_segments import SparseSegments
 from ssmcache.tree import Run
 
@@ -75,12 +75,16 @@ class SparseStore(SparseSegments):
 
     # -- going -------------------------------------------------------------------------------------------------------
 
-    def drop(self, tier: int, count: int) -> None:
+    def drop(self, tier: int, count: int, only_unread: bool = False) -> None:
+        """`only_unread`: no more than are of no use and come before all others."""
         queue, kept, pool = self.queues[tier], self.pins.by_slot[tier], self.pools[tier]
         passed_over: list[SparseSegment] = []
         goal = pool.used - count
         while pool.used > goal:
+            self._settle_uses()
             segment = queue.oldest()
+            if only_unread and (segment is None or use_of(segment.rank)):
+                break
             if segment is None:
                 self._put_back(passed_over)
                 self._store.drop_newest_soft_hold()
@@ -111,6 +115,9 @@ class SparseStore(SparseSegments):
                 self.queues[segment.tier].put(segment)
         passed_over.clear()
 
+    def _settle_uses(self) -> None:
+        """Bring up to date what the order of the queues depends on."""
+
     def _stays_out(self, segment: SparseSegment) -> bool:
         """Whether a segment that could not go comes back to the queue by other means."""
         return False
@@ -120,7 +127,7 @@ class SparseStore(SparseSegments):
         count = len(slots)
         self.give_back(tier, slots)
         self.num_evicted += count
-        self.num_evicted_unused += count - self._forgotten(tier, slots)
+        self.num_evicted_unused += count - self._forgotten(run, tier, slots)
         self._store.version += 1
         if self._store.events is not None:
             self._store.events.removed(self.layer_group, tier, run, ordinals)
@@ -236,7 +243,7 @@ class SparseStore(SparseSegments):
         for slot in slots:
             self.pins.break_off(tier, slot)
         self.give_back(tier, slots)
-        self._forgotten(tier, slots)
+        self._forgotten(run, tier, slots)
         if not segment.slots:
             self.drop_empty(run)
         self._settle_lost(run, ordinals[0])

@@ -13,6 +13,7 @@ from ssmcache.tiers import Tiers
 from ssmcache.tree import Run
 
 if TYPE_CHECKING:
+    from ssmcache.places import PlaceTable
     from ssmcache.store import BlockStore
 
 
@@ -87,6 +88,8 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
                 else:
                     segment = self.new_segment(run, stamp, rank, tier, ordinals, slots)
                 queue.put(segment)
+                if self._store.places is not None:
+                    self._note_added(self._store.places, segment)
                 end = begin
                 if ordinals[begin] == run.start:
                     self._regain(run)
@@ -120,7 +123,11 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
         assert run is not None
         ordinals, slots = segment.ordinals[:], segment.slots[:]
         for rank, indices in indices_by_rank.items():
-            chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
+            first, end = indices[0], indices[-1] + 1
+            if end - first == len(indices):
+                chosen = ordinals[first:end], slots[first:end]
+            else:
+                chosen = int_array(ordinals[index] for index in indices), int_array(slots[index] for index in indices)
             self.queues[segment.tier].put(self.new_segment(run, segment.stamp, rank, segment.tier, *chosen))
         segment.take(sorted(index for indices in indices_by_rank.values() for index in indices))
         if not segment.slots:
@@ -159,7 +166,7 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
         ordinals, slots = segment.take([index])
         self.pins.break_off(tier, slot)
         self.cached[tier] -= 1
-        self._forgotten(tier, slots)
+        self._forgotten(run, tier, slots)
         if self._store.events is not None:
             self._store.events.removed(self.layer_group, tier, run, ordinals)
         if not segment.slots:
@@ -197,8 +204,12 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
         """The blocks from `new_end` on leave the tree: so does what the segment has there, which is something."""
         raise NotImplementedError
 
-    def _forgotten(self, tier: int, slots: Sequence[int]) -> int:
-        """These slots left the tree; returns how many of them somebody has made use of, as far as that is known."""
+    def _note_added(self, places: PlaceTable, segment: SparseSegment) -> None:
+        """A segment is new on its run."""
+        raise NotImplementedError
+
+    def _forgotten(self, run: Run, tier: int, slots: Sequence[int]) -> int:
+        """These slots left a run; returns how many of them somebody has made use of, as far as that is known."""
         return 0
 
     def lifts(self, runs: Iterable[Run], wanted: Container[Pin | None], tier: int) -> list[SparseSegment]:

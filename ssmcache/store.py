@@ -13,6 +13,7 @@ from ssmcache.keys import ReuseScope
 from ssmcache.layout import LayerGroup, LayerGroupKind
 from ssmcache.memory.base import GPU_TIER, Copier
 from ssmcache.pages import PageTiers
+from ssmcache.places import PlaceTable
 from ssmcache.pools import IntArray, PagePool, SlotPool, StatePool
 from ssmcache.segments import DEFAULT_RANK, PageSegment
 from ssmcache.snapshots import SnapshotStore
@@ -57,6 +58,7 @@ class BlockStore(SoftHolds):
                 window = Window(group.window_size, group.num_sink_tokens, tokens_per_block)
                 windows.append(WindowStore(self, index, states, memory, window))
         self.windows = tuple(windows)
+        self.places = PlaceTable(windows, self.snapshots, tokens_per_block) if windows else None
         groups_there = (self.pages, *windows, self.snapshots)
         self._all_tiers = tuple(tiers for tiers in groups_there if tiers is not None)
         # page counts by tier, which change with every hold
@@ -209,14 +211,16 @@ class BlockStore(SoftHolds):
             snapshots.stamp(run, stamp)
 
     def _touch_windows(self, cursor: Run, stamp: int, own: Sequence[int]) -> None:
-        """Stamp what a sequence needs that goes on at the end of the path, in hybrids also at its snapshots: at all, or
-        only at those of the blocks `own`.
+        """Stamp what a sequence needs that goes on at the end of the path, or where others part from it; in hybrids not
+        there but at its snapshots: at all, or only at those of the blocks `own`.
         """
         block = self.tokens_per_block
         ends = [cursor.start * block + cursor.num_tokens if cursor.num_tokens else cursor.end * block]
         if self.snapshots is not None:
             touched = self.snapshots.ordinals_on(cursor, 0) if self._keeps_path else own
             ends += [(ordinal + 1) * block for ordinal in touched]
+        else:
+            ends += [run.end * block for run in cursor.path() if len(run.children) > 1]
         for store in self.windows:
             store.touch(cursor, stamp, ends)
 

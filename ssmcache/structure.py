@@ -10,6 +10,7 @@ from ssmcache.events import CacheObserver
 from ssmcache.keys import Int64Array, KeyKind, ReuseScope
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pages import PageTiers
+from ssmcache.places import PlaceTable
 from ssmcache.pools import SlotArray, fitting
 from ssmcache.recency import Clock
 from ssmcache.snapshots import SnapshotStore
@@ -25,6 +26,7 @@ class TreeStructure:
     pages: PageTiers | None
     snapshots: SnapshotStore | None
     windows: tuple[WindowStore, ...]
+    places: PlaceTable | None  # where there are windows
 
     def __init__(self, tokens_per_block: int, has_tiers: bool, events: CacheObserver | None) -> None:
         self.tokens_per_block = tokens_per_block
@@ -57,6 +59,8 @@ class TreeStructure:
         parent = run.parent
         assert parent is not None
         assert run.start < at < run.end
+        if self.places is not None:
+            self.places.before_change(run)
         upper = Run(parent, run.kind, run.edge, run.start, at, run.split_keys(at))
         upper.holds, upper.idle_holds = run.holds, run.idle_holds
         upper.children[run.edge] = run
@@ -78,6 +82,8 @@ class TreeStructure:
                 if not segment.slots:
                     store.queues[segment.tier].retire(segment)
                     run.items = tuple(other for other in run.items if other is not segment)
+        if self.places is not None:
+            self.places.split(upper, run)
         return upper
 
     def append(self, run: Run, keys: Int64Array, num_blocks: int, slots: SlotArray | None, rank: int) -> Run:
@@ -102,7 +108,11 @@ class TreeStructure:
             run.add_child(child)
             if slots is not None:
                 self._give_pages(child, GPU_TIER, slots, rank)
+            if self.places is not None:
+                self.places.note(run)
             run = child
+        if self.places is not None:
+            self.places.note(run)
         tiers = self.pages
         if tiers is not None:
             tiers.cached[GPU_TIER] += num_blocks
@@ -127,6 +137,9 @@ class TreeStructure:
         run.add_child(leaf)
         self._give_pages(leaf, tier, slots, rank)
         self.pages.cached[tier] += 1
+        if self.places is not None:
+            self.places.note(run)
+            self.places.note(leaf)
         return leaf
 
     def can_absorb(self, run: Run) -> bool:
@@ -147,6 +160,9 @@ class TreeStructure:
         assert parent is not None
         grandparent = parent.parent
         assert grandparent is not None
+        if self.places is not None:
+            self.places.before_change(parent)
+            self.places.before_change(run)
         run.prepend_keys(parent)
         if run.pages is not None:
             assert parent.pages is not None
@@ -162,6 +178,8 @@ class TreeStructure:
         if parent.pages is not None:
             assert self.pages is not None
             self.pages.queues[parent.pages.tier].retire(parent.pages)
+        if self.places is not None:
+            self.places.absorb(parent, run)
 
     # -- leaving -----------------------------------------------------------------------------------------------------
 
@@ -187,12 +205,17 @@ class TreeStructure:
             run.digests = run.digests[: new_end - run.start]
         if new_end > run.start:
             run.key_buffer = fitting(run.key_buffer, (new_end - run.start) * run.kind.width)
+            if self.places is not None:
+                self.places.note(run)
             if pages is None or not pages.queued:
                 self.settle_leaf(run)
             return
         parent = run.parent
         assert parent is not None
         parent.remove_child(run)
+        if self.places is not None:
+            self.places.forget(run)
+            self.places.note(parent)
         if pages is not None and tiers is not None:
             tiers.queues[tier].retire(pages)
             if self.has_tiers and parent.pages is not None and parent.pages.tier == tier:
@@ -220,8 +243,12 @@ class TreeStructure:
 
     def _detach(self, run: Run, root: Root) -> None:
         """Hang a run, with all below it, under a root that nobody looks below."""
-        assert run.parent is not None
-        run.parent.remove_child(run)
+        parent = run.parent
+        assert parent is not None
+        if self.places is not None:
+            self.places.cut_off(run)
+            self.places.note(parent)
+        parent.remove_child(run)
         run.parent = root
         root.add_child(run)
         if len(root.children) == 1:

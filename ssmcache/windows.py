@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ssmcache.integers import MAX_BLOCKS
 from ssmcache.memory.base import Copier
+from ssmcache.pins import Pin
 from ssmcache.pools import StatePool
-from ssmcache.segments import SparseSegment
+from ssmcache.segments import SparseSegment, use_of, with_use
 from ssmcache.sparse import SparseStore
 from ssmcache.tree import Run
 
 if TYPE_CHECKING:
+    from ssmcache.places import PlaceTable
     from ssmcache.store import BlockStore
 
 
@@ -57,13 +60,68 @@ class Window:
 
 
 class WindowStore(SparseStore):
-    """Pages of one sliding window life cycle. A path touch reaches only those that the end of the path needs."""
+    """Pages of one sliding window life cycle. A path touch reaches only those that who goes on at the end of the path
+    needs, or at a place on it. Whatever their age, pages that nobody would read go first (`places.py`).
+    """
 
     def __init__(
         self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Copier, window: Window
     ) -> None:
         super().__init__(store, layer_group, pools, memory)
         self.window = window
+        self._is_moving = False  # segments are on their way between tiers
+
+    # -- uses --------------------------------------------------------------------------------------------------------
+
+    def lifts(self, runs: Iterable[Run], wanted: Container[Pin | None], tier: int) -> list[SparseSegment]:
+        self._settle_uses()  # which cuts segments, and must not while these are on their way
+        return super().lifts(runs, wanted, tier)
+
+    def bring(self, lifts: list[SparseSegment], tier: int, beside: int, stream: Any) -> None:
+        if not lifts:
+            self._settle_uses()
+        self._is_moving = True
+        try:
+            super().bring(lifts, tier, beside, stream)
+        finally:
+            self._is_moving = False
+
+    def _make_way(self, tier: int, count: int, leaving: list[int], downs: list[tuple[int, list[SparseSegment]]]) -> int:
+        # what nobody reads moves down where there is room, but pushes nothing out
+        below = range(tier + 1, self.last_tier + 1)
+        if below:
+            room = sum(max(0, -self._short_by(lower, 0, leaving)) for lower in below)
+            self.drop(tier, self._short_by(tier, count, leaving) - room, only_unread=True)
+        return super()._make_way(tier, count, leaving, downs)
+
+    def _settle_uses(self) -> None:
+        if not self._is_moving and self._store.places is not None:
+            self._store.places.settle()
+
+    def _note_added(self, places: PlaceTable, segment: SparseSegment) -> None:
+        assert segment.run is not None
+        places.note_pages(segment.run, segment.ordinals[0], segment.ordinals[-1] + 1)
+
+    def set_uses(self, run: Run, first: int, uses: bytearray) -> None:
+        """Give the pages of some blocks of a run, from `first` on, their uses."""
+        any_changed = False
+        for segment in list(self.on(run)):
+            ordinals, use = segment.ordinals, use_of(segment.rank)
+            begin, end = max(ordinals[0] - first, 0), min(ordinals[-1] + 1 - first, len(uses))
+            if begin >= end or uses.count(use, begin, end) == end - begin:
+                continue
+            changed: dict[int, list[int]] = {}
+            for index in range(bisect_left(ordinals, first + begin), bisect_left(ordinals, first + end)):
+                new = uses[ordinals[index] - first]
+                if new != use:
+                    changed.setdefault(with_use(segment.rank, new), []).append(index)
+            if changed:
+                self.rerank(segment, changed)
+                any_changed = True
+        if any_changed:
+            self.join_like(run)
+
+    # -- going -------------------------------------------------------------------------------------------------------
 
     def _num_at_once(self, segment: SparseSegment, count: int, kept: Container[int]) -> int:
         # with a sink page goes all that is below it, and that may be enough

@@ -1,13 +1,18 @@
 """The oracle of who goes first: one tier, sequences one after the other, every page and snapshot an entry of its own
-with a priority and a time of its own. Written from the rules: lowest priority first, then the oldest; pages of full
-attention from the tails of leaves only; a window touches its sinks and what is seen at the path's end and at each
-snapshot, and what goes stale in between keeps the time of its sequence's resume.
+with a priority and a time of its own. Written from the rules: lowest priority first, then window pages by their use,
+then the oldest; pages of full attention from the tails of leaves only; a window touches its sinks and what is seen at
+the path's end and at each snapshot, without SSM also where others part from the path, and what goes stale in between
+keeps the time of its sequence's resume.
+
+The use of a window page: 0 if nobody would read it who goes on at a kept snapshot (without SSM: where a path ends or
+parts); 2 if somebody would who goes on where a path ends or parts, from the deepest snapshot above; 1 otherwise.
 
 Partial blocks are off here, and prompts are tokens.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -107,9 +112,52 @@ class EvictionReference:
             if group == self.model.full:
                 parents = {prefix[: -self.model.block] for prefix in entries}
                 candidates = [prefix for prefix in candidates if prefix not in parents]
-            victim = min(candidates, key=lambda prefix: entries[prefix].order)
+            victim = self._first_to_go(group, candidates)
             self._drop(group, victim)
         return True
+
+    def _first_to_go(self, group: int, candidates: list[Prefix]) -> Prefix:
+        entries = self.entries[group]
+        if group not in self.model.windows:
+            return min(candidates, key=lambda prefix: entries[prefix].order)
+        places = self.places()
+
+        def order(prefix: Prefix) -> tuple[int, int, tuple[int, int]]:
+            return entries[prefix].priority, self.use(group, prefix, places), entries[prefix].time
+
+        return min(candidates, key=order)
+
+    def known(self) -> set[Prefix]:
+        """Every block of the tree."""
+        block = self.model.block
+        if self.model.full >= 0:
+            return {*self.entries[self.model.full], *self.path}
+        there = {prefix for entries in self.entries.values() for prefix in entries} | set(self.path)
+        return {prefix[:end] for prefix in there for end in range(block, len(prefix) + 1, block)}
+
+    def places(self) -> dict[Prefix, int]:
+        """Where somebody can go on, and the use of what is read there."""
+        known = self.known()
+        num_children = Counter(prefix[: -self.model.block] for prefix in known)
+        ends = [prefix for prefix in known if num_children[prefix] != 1]
+        if self.model.ssm < 0:
+            return dict.fromkeys(ends, 2)
+        snapshots = self.entries[self.model.ssm]
+        places = dict.fromkeys(snapshots, 1)
+        for end in ends:
+            above = [prefix for prefix in snapshots if end[: len(prefix)] == prefix]
+            if above:
+                places[max(above, key=len)] = 2
+        return places
+
+    def use(self, group: int, page: Prefix, places: dict[Prefix, int]) -> int:
+        block = self.model.block
+        uses = [0]
+        for place, use in places.items():
+            read = self.needed(group, len(place), len(place) // block)
+            if place[: len(page)] == page and len(page) // block - 1 in read:
+                uses.append(use)
+        return max(uses)
 
     def _drop(self, group: int, victim: Prefix) -> None:
         self.num_evicted[group] += 1
@@ -202,6 +250,9 @@ class EvictionReference:
         ends = [len(self.path)]
         if self.model.ssm >= 0:
             ends += [b + 1 for b, prefix in enumerate(self.path) if prefix in self.entries[self.model.ssm]]
+        else:
+            num_children = Counter(prefix[:-block] for prefix in self.known())
+            ends += [b + 1 for b, prefix in enumerate(self.path) if num_children[prefix] > 1]
         for group, entries in self.entries.items():
             touched = set(range(len(self.path)))
             if group in self.model.windows:

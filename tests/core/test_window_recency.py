@@ -1,5 +1,6 @@
 """Which window pages a touch makes young: those that somebody needs who goes on at the end of the path, or at a
-snapshot of it. The order of eviction that follows is tested against an oracle in `test_eviction_order.py`.
+snapshot of it, or where others part from it. The order of eviction that follows is tested against an oracle in
+`test_eviction_order.py`, and the use of pages, which comes before their age, in `test_window_uses.py`.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def test_the_windows_of_all_leaves_survive_where_deepest_first_would_keep_what_n
 ) -> None:
     assert count_reusable_continuations() == NUM_CONVERSATIONS
     monkeypatch.setattr(WindowStore, "touch", touch_deepest_first)
+    assert count_reusable_continuations() == NUM_CONVERSATIONS  # since what nobody needs goes first, whatever its age
+    monkeypatch.setattr(WindowStore, "set_uses", lambda *_: None)
     assert count_reusable_continuations() == 0
 
 
@@ -102,6 +105,17 @@ def test_a_close_touches_the_sinks_and_the_window_before_the_end_of_the_path_alo
     after = stamps(manager, cursor)
     assert {b for b in after if after[b] != before[b]} == needed
     assert {after[b] for b in needed} == {manager.store.clock.now}
+
+
+def test_a_close_touches_the_window_where_others_part_from_the_path_too() -> None:
+    manager = make((4, 1), 40)
+    serve(manager, [*TEXT[:10], *[7] * 10])
+    kv = serve(manager, TEXT[:24], close=False)  # 5 blocks are shared
+    cursor, before = kv.cursor, stamps(manager, kv.cursor)
+    kv.close()
+    after = stamps(manager, cursor)
+    # the sink; before the point where they part; before the end
+    assert {b for b in after if after[b] != before[b]} == {0, 3, 4, 10, 11}
 
 
 def test_a_suspend_touches_the_same_pages_as_a_close() -> None:
