@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.memory.base import Memory
-from ssmcache.pins import Pin
 from ssmcache.pools import StatePool
 from ssmcache.segments import SparseSegment, use_of, with_use
 from ssmcache.sparse import SparseStore
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from ssmcache.places import PlaceTable
     from ssmcache.store import BlockStore
 
-_MAX_BLOCKS = 1 << 21
+_MAX_BLOCKS = 1 << 21  # of a path: times stay below the use in a rank for two billion activities
 
 
 class Window:
@@ -73,10 +72,6 @@ class WindowStore(SparseStore):
         self._is_moving = False  # segments are on their way between tiers
 
     # -- uses --------------------------------------------------------------------------------------------------------
-
-    def lifts(self, runs: Iterable[Run], wanted: Container[Pin | None], tier: int) -> list[SparseSegment]:
-        self._settle_uses()  # which cuts segments, and must not while these are on their way
-        return super().lifts(runs, wanted, tier)
 
     def bring(self, lifts: list[SparseSegment], tier: int, beside: int, stream: Any) -> None:
         if not lifts:
