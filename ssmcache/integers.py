@@ -3,7 +3,7 @@
 import numpy as np
 
 MAX_BLOCKS = 1 << 22
-"""Blocks of one sequence at most: what its times and slots have room for."""
+"""Blocks of one sequence at most: a billion activities then have times that stay below a rank."""
 
 
 def is_integer(value: object) -> bool:

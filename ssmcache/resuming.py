@@ -34,6 +34,9 @@ class _Need(NamedTuple):
 
     def bring(self, sequence: KVCache, tier: int) -> None:
         """Errors: TransferError."""
+        places = sequence.store.places
+        if places is not None:  # which cuts segments, and must not while they are on their way
+            places.settle()
         self.tiers.bring(self.lifts(), tier, self.beside, sequence.stream)
 
     def shortage(self, sequence: KVCache, tier: int) -> Shortage | None:

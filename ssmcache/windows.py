@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.integers import MAX_BLOCKS
 from ssmcache.memory.base import Copier
-from ssmcache.pins import Pin
 from ssmcache.pools import StatePool
 from ssmcache.segments import SparseSegment, use_of, with_use
 from ssmcache.sparse import SparseStore
@@ -72,10 +71,6 @@ class WindowStore(SparseStore):
         self._is_moving = False  # segments are on their way between tiers
 
     # -- uses --------------------------------------------------------------------------------------------------------
-
-    def lifts(self, runs: Iterable[Run], wanted: Container[Pin | None], tier: int) -> list[SparseSegment]:
-        self._settle_uses()  # which cuts segments, and must not while these are on their way
-        return super().lifts(runs, wanted, tier)
 
     def bring(self, lifts: list[SparseSegment], tier: int, beside: int, stream: Any) -> None:
         if not lifts:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from payload import Runner, Shape, make_config, run_at_random
+from pictures import deep_picture
 from window_uses import READ, READ_BETWEEN, UNREAD, blocks_seen, uses_of_blocks
 
 from ssmcache import KVCacheManager, SimulatedMemory
@@ -181,6 +182,26 @@ def test_what_nobody_reads_moves_down_into_free_room_but_pushes_nothing_out() ->
     runner.manager.check()
     for number, length in ((1, 20), (2, 12), (3, 20), (4, 12)):
         assert runner.manager.probe_reuse([number] * length).usable_tokens == length
+
+
+def test_a_refused_resume_changes_no_use_and_no_order() -> None:
+    runner = Runner(Shape(windows=((4, 0),), slots=(10, 20), partly=False, max_util=1.0), memory=SimulatedMemory())
+    manager = runner.manager
+    leave(runner, [1] * 16)
+    busy = manager.create_kv_cache()
+    assert busy.resume()
+    assert busy.resize(20)  # all that there was goes down
+    busy.commit([2] * 12)
+    waiting = manager.create_kv_cache([1] * 16)
+    before = deep_picture(manager)
+    assert not waiting.resume()
+    assert waiting.shortage is not None
+    assert waiting.shortage.reason == "slots"
+    assert deep_picture(manager) == before
+    busy.close()
+    assert waiting.resume()
+    assert waiting.num_committed_tokens == 16
+    manager.check()
 
 
 # -- at random --------------------------------------------------------------------------------------------------------

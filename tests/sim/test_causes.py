@@ -124,21 +124,21 @@ def test_with_a_window_a_snapshot_may_be_there_and_of_no_use(
 
 def test_the_window_before_a_snapshot_is_blamed_where_it_alone_is_gone(trace_of: TraceOf) -> None:
     zeros_and_ones = [
+        (13, 1),
+        (5, 3),
+        (3, 3),
+        (6, 4),
+        (12, 1),
+        (10, 1),
         (11, 3),
-        (1, 5),
-        (1, 5),
-        (15, 2),
-        (3, 5),
-        (9, 4),
-        (7, 1),
-        (10, 0),
-        (4, 0),
-        (15, 3),
-        (9, 4),
-        (8, 0),
+        (8, 1),
+        (2, 5),
+        (7, 3),
+        (13, 3),
+        (11, 2),
     ]
     prompts = [[0] * zeros + [1] * ones for zeros, ones in zeros_and_ones]
-    lost = check(trace_of(prompts, BLOCK), windowed(9, 4)).lost_snapshot_by
+    lost = check(trace_of(prompts, BLOCK), windowed(8, 6)).lost_snapshot_by
     assert lost[SNAPSHOT_CAUSES.index("window")].sum() > 0
 
 
