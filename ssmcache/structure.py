@@ -312,12 +312,12 @@ class TreeStructure:
         for below in (run, *runs_below(run)):
             if below.soft_holds:  # one that is being resumed just now keeps its own
                 self.drop_soft_holds_of(below)
+        if run.end == run.start:
+            return  # without pages it went with the last that waited for it
         self.forget_holds(parent, run.holds, run.idle_holds)
         self._detach(run, lost_root)
         if parent.pages is not None and run.pages is not None and parent.pages.tier == run.pages.tier:
             parent.warm_children -= 1
-        for window in self.windows:
-            window.release(parent)  # whoever locks pages there does not find them from below any more
         self.settle_leaf(parent)
         self.free_lost()
 
@@ -325,12 +325,17 @@ class TreeStructure:
         raise NotImplementedError
 
     def free_lost(self) -> None:
-        """Drop what is lost and held by nobody."""
+        """Drop what is lost and held by nobody, and let what was locked above it come up again: whoever locked that
+        does not find it from below any more. Cost: O(everything), for each loss.
+        """
         with self.not_evicting():
             for run in [run for root in self.detached for run in reversed(runs_below(root))]:
                 if not (run.children or run.holds or run.soft_holds) and run.end > run.start:
                     self.drop_tail(run, run.end - run.start)
         self.detached = [root for root in self.detached if root.children]
+        for run in self.all_runs() if self.windows else ():
+            for segment in run.items:
+                segment.store.queues[segment.tier].put(segment)
 
     def free_path(self, cursor: Run) -> None:
         """The last holder of a path that is detached may have left: drop what nobody holds any more."""
