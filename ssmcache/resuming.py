@@ -218,6 +218,8 @@ def _bring_up_locked(sequence: KVCache, parked: Parked, tier: int) -> Shortage |
         shortage = transfer_shortage(sequence, error)
     if shortage is not None:
         _set_idle(sequence, parked, True)
+        if shortage.reason == "lost":
+            sequence.store.free_lost()
     return shortage
 
 

@@ -342,8 +342,6 @@ class TreeStructure:
         for below in (run, *runs_below(run)):  # out of the tree already: without a hold some of it may go at once
             if below.soft_holds:  # one that is being resumed just now keeps its own
                 self.drop_soft_holds_of(below)
-        for window in self.windows:
-            window.release(parent)  # whoever locks pages there does not find them from below any more
         self.settle_leaf(parent)
         self.free_lost()
 
@@ -351,12 +349,17 @@ class TreeStructure:
         raise NotImplementedError
 
     def free_lost(self) -> None:
-        """Drop what is lost and held by nobody."""
+        """Drop what is lost and held by nobody, and let what was locked above it come up again: whoever locked that
+        does not find it from below any more. Cost: O(everything), for each loss.
+        """
         with self.not_evicting():
             for run in [run for root in self.detached for run in reversed(runs_below(root))]:
                 if not (run.children or run.holds or run.soft_holds) and run.end > run.start:
                     self.drop_tail(run, run.end - run.start)
         self.detached = [root for root in self.detached if root.children]
+        for run in self.all_runs() if self.windows else ():
+            for segment in run.items:
+                segment.store.queues[segment.tier].put(segment)
 
     def free_path(self, cursor: Run) -> None:
         """The last holder of a path that is detached may have left: drop what nobody holds any more."""
