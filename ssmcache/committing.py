@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
 from ssmcache.keys import Int64Array
@@ -58,7 +58,7 @@ def commit_blocks(sequence: SequenceCommits, keys: Int64Array, base: int, last: 
             for begin, end, rank in sequence.priority.stretches(store.pages.layer_group, position, last):
                 cursor = _append(sequence, cursor, keys, begin - base, end - begin, rank)
     sequence.cursor = cursor
-    raise_priorities(sequence, start)
+    raise_priorities(sequence, cursor, start)
     for window in sequence.windows:
         window.commit(cursor, start, last)
 
@@ -116,32 +116,30 @@ def check_shared(sequence: SequenceCommits, keys: Int64Array, base: int, first: 
         run = run.parent
 
 
-def raise_priorities(sequence: SequenceCommits, first: int) -> None:
-    """The blocks of a sequence in the tree, from `first` on, keep the highest priority that they were given.
+def raise_priorities(sequence: SequenceCommits, cursor: Run, first: int) -> None:
+    """The blocks of a path in the tree, from `first` on, keep the highest priority that they were given, by this
+    sequence or before.
 
     Cost: O(runs from `first` on + stretches of priorities in them); what is raised pays once for each time.
     """
-    if sequence.priority is None and not sequence.manager.has_priorities:
+    manager, priority = sequence.manager, sequence.priority
+    if priority is None and not manager.has_priorities:
         return
-    run: Run = sequence.cursor
+    group = manager.page_group
+    starts, ranks = ((0,), (DEFAULT_RANK,)) if priority is None else priority.starts_and_ranks(group)
+    run = cursor
     while run.parent is not None and run.end > first:
-        above = run.parent
-        _raise_run(sequence, run, first)
+        above, pages = run.parent, run.pages
+        if run.items:
+            raised = [segment.store for segment in run.items if _raise_sparse(sequence, segment, first)]
+            for store in dict.fromkeys(raised):
+                store.join_like(run)
+        if pages is not None:
+            index = bisect_right(starts, run.start)
+            is_one_stretch = index == len(starts) or starts[index] >= run.end
+            if ranks[index - 1] > pages.rank or not is_one_stretch:
+                _raise_pages(sequence.store, run, stretches_in(priority, group, max(first, run.start), run.end))
         run = above
-
-
-def _raise_run(sequence: SequenceCommits, run: Run, first: int) -> None:
-    priority, pages = sequence.priority, run.pages
-    if run.items:
-        raised = [segment.store for segment in run.items if _raise_sparse(sequence, segment, first)]
-        for store in dict.fromkeys(raised):
-            store.join_like(run)
-    if pages is not None:
-        group = sequence.manager.page_group
-        begin = first if first > run.start else run.start
-        rank = DEFAULT_RANK if priority is None else priority.common_rank(group, begin, run.end)
-        if rank is None or rank > pages.rank:
-            _raise_pages(sequence.store, run, stretches_in(priority, group, begin, run.end))
 
 
 def _raise_pages(store: BlockStore, run: Run, stretches: list[tuple[int, int, int]]) -> None:
@@ -251,7 +249,7 @@ def _offer_tail(sequence: SequenceCommits, tail: Int64Array, parts: TailPages) -
     if known is not None:
         if known.num_tokens == tail.size:
             if known.run.num_tokens:
-                _raise_run(sequence, known.run, cursor.end)
+                raise_priorities(sequence, known.run, cursor.end)
             if known.run.num_tokens == tail.size:
                 parts.offer_windows(known.run, stamp, priority)
             return known.run if known.run.num_tokens else None

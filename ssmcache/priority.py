@@ -80,12 +80,10 @@ class Priority:
         stretches = self._stretches[layer_group]
         return stretches.ranks[bisect_right(stretches.starts, block) - 1]
 
-    def common_rank(self, layer_group: int, first: int, end: int) -> int | None:
-        """The rank of the blocks `first`..`end - 1` if it is one and the same."""
+    def starts_and_ranks(self, layer_group: int) -> tuple[list[int], list[int]]:
+        """Where the stretches of equal rank begin, and the rank of each."""
         stretches = self._stretches[layer_group]
-        index = bisect_right(stretches.starts, first)
-        is_one = index == len(stretches.starts) or stretches.starts[index] >= end
-        return stretches.ranks[index - 1] if is_one else None
+        return stretches.starts, stretches.ranks
 
     def stretches(self, layer_group: int, first: int, end: int) -> list[tuple[int, int, int]]:
         """The blocks `first`..`end - 1`, at least one, as neighbours of equal rank: (first, end, rank) of each. Cost:
@@ -153,7 +151,7 @@ def priority_of(given: PrioritiesGiven, num_groups: int) -> Priority | None:
     if callable(given):
         return _AskedPriority(given, num_groups)
     expected = "priority: expected a callable or a sequence of PriorityRange"
-    if not isinstance(given, Sequence):
+    if type(given) is not tuple and not isinstance(given, Sequence):
         raise TypeError(f"{expected}, got {type(given).__name__}")
     for entry in given:
         if not isinstance(entry, PriorityRange):

@@ -95,7 +95,7 @@ def first_resume(
         if shortage is not None:
             return shortage
     del store.soft_holders[sequence]
-    raise_priorities(sequence, 0)
+    raise_priorities(sequence, sequence.cursor, 0)
     return None
 
 
