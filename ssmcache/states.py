@@ -249,7 +249,7 @@ class SequenceStates:
         this sequence took so before.
         """
         block = self._manager.tokens_per_block
-        if last > self.prompt_tokens and (last // block - 1 in present or last // block - 1 in ordinals):
+        if last // block - 1 in present or last // block - 1 in ordinals:
             self._give_up_taken(cursor)
         for ordinal, slot in zip(reversed(ordinals), reversed(slots), strict=True):
             stamp = self._add(cursor, int_array((ordinal,)), int_array((slot,)))

@@ -170,3 +170,27 @@ def test_the_oldest_go_furthest_and_no_more_than_are_needed(
         watch.manager = runner.manager
         run_at_random(runner, random, num_steps=60, longest=random.choice((8, 16)))
     assert watch.num_down > 0
+
+
+class RunnerWithoutLoveForSinks(Runner):
+    """A sink page goes first of all, in whatever tier, and takes with it what is below it in any tier."""
+
+    def create(self, tokens: list[int], scope: ReuseScope = SCOPE, **options: object) -> Request:
+        def priority(group: int, block: int) -> int:
+            return 10 if block == 0 else 60 + (7 * block + sum(tokens)) % 3 * 10
+
+        return super().create(tokens, scope, priority=priority, **options)
+
+
+@pytest.mark.parametrize("slots", [(6, 2, 4), (8, 3, 4)])
+def test_what_a_lost_sink_takes_along_makes_room_too(
+    slots: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(Tiers.bring, with_priorities=True)
+    monkeypatch.setattr(Tiers, "bring", lambda *arguments: watch(*arguments))
+    shape = Shape(block=1, full=False, windows=((3, 1),), slots=slots, max_util=1.0, partly=False)
+    for seed in range(60):
+        runner = RunnerWithoutLoveForSinks(shape, str(tmp_path))
+        watch.manager = runner.manager
+        run_at_random(runner, Random(seed), num_steps=60, longest=12)
+    assert watch.num_through > 0

@@ -141,11 +141,13 @@ def test_a_later_request_touches_only_its_own_of_two_snapshots_that_were_taken_t
     manager = last_manager(40, 4)
     sequence = manager.create_kv_cache(PROMPT[:63], priority=priority)
     sequence.resume()
-    sequence.resize(129)
+    sequence.resize(200)
     sequence.reserve_snapshots([64, 128])
     sequence.commit(PROMPT[:128])  # prompt and output at once
     sequence.suspend()  # which touches both
     sequence.resume()
+    sequence.commit(PROMPT[128:161])
+    manager.check()
     sequence.close()
     assert snapshots_of(manager) == [64, 128]
     manager.check()

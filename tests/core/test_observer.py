@@ -112,6 +112,21 @@ def test_a_skipped_snapshot_is_told_with_its_block_and_the_reason() -> None:
     assert mirror.skips == [(1, "history"), (3, "crossed"), (5, "crossed")]
 
 
+def test_a_decoded_snapshot_that_the_next_one_replaces_is_told_as_removed_and_not_admitted() -> None:
+    mirror = Mirror()
+    config = make_manager(40, 9, block=BLOCK, interval=INTERVAL, admission="last").config
+    manager = KVCacheManager(config, SimulatedMemory(), mirror)
+    text = prompt(list(range(9)), 288)
+    sequence = manager.create_kv_cache(text[:99])  # a prompt of 100 tokens
+    sequence.resume()
+    sequence.resize(289)
+    for end in (64, 128, 192, 256):
+        sequence.commit(text[sequence.num_committed_tokens : end])
+        assert mirror.there == contents(manager)
+    assert mirror.skips == [(3, "not_admitted"), (5, "not_admitted")]
+    assert manager.stats().snapshots_superseded == 2
+
+
 def test_an_event_buffer_beside_an_observer_is_refused_and_a_skip_is_no_event() -> None:
     config = make_manager(None, None, event_buffer_size=10).config
     with pytest.raises(ValueError, match="event_buffer_size: expected 0 beside an observer, got 10"):

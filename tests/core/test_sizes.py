@@ -236,6 +236,20 @@ def test_adjustment_is_wanted_only_beyond_a_quarter_and_not_after_it_was_made() 
     assert seen == {False, True}
 
 
+def test_adjustment_is_wanted_where_but_one_small_pool_is_far_too_large() -> None:
+    runner = Runner(Shape(block=1, ssm=True, interval=8, slots=(600,)))
+    manager = runner.manager
+    close_one(manager, 8)  # 8 pages to 2 states
+    assert manager.adjust()
+    for _ in range(manager.traffic.maxlen):
+        close_one(manager, 7)  # 7 pages to 1 state: 1.09 times the pages, 0.63 times the states
+    assert manager.need_adjustment
+    assert manager.adjust()
+    pages, states = (pools[0].capacity for pools in manager.pools)
+    assert pages == pytest.approx(7 * states, abs=7)
+    assert not manager.need_adjustment
+
+
 def test_sequences_that_never_ran_say_nothing_about_the_traffic() -> None:
     runner = Runner(Shape(block=1, ssm=True, interval=8, slots=(600,)))
     for _ in range(50):

@@ -46,6 +46,22 @@ def test_blocks_are_stale_exactly_when_no_query_to_come_sees_a_key_of_them(
             assert window.num_needed(history, num_blocks) == len(expected)
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 12])
+@pytest.mark.parametrize("num_sink_tokens", [0, 1, 2, 4, 5, 9])
+def test_up_to_the_next_change_the_same_blocks_are_stale_and_without_sinks_not_longer(
+    block: int, size: int, num_sink_tokens: int
+) -> None:
+    window = Window(size, num_sink_tokens, block)
+    for history in range(NUM_BLOCKS * block + 1):
+        change = window.next_change(history)
+        stale = [window.stale_blocks(later) for later in range(history, change + 1)]
+        assert len(stale) > 1, f"history {history}"
+        assert set(stale[:-1]) == {stale[0]}
+        if not num_sink_tokens and history + 1 >= size:  # before that no key is out of the window yet
+            assert stale[-1] == (0, stale[0][1] + 1)
+
+
 @pytest.mark.parametrize(
     ("history", "stale"),
     [(0, 0), (127, 0), (158, 0), (159, 1), (190, 1), (191, 2), (192, 2), (222, 2), (223, 3)],

@@ -453,6 +453,22 @@ def test_snapshots_that_an_engine_or_a_policy_left_out_are_told_apart(
     assert found.stories[0].remedies == ()
 
 
+def test_a_snapshot_that_was_decoded_past_is_told_from_one_that_nobody_asked_for(
+    trace_with_outputs: Callable[..., Trace], tiny_config: TinyConfig
+) -> None:
+    config = replace(tiny_config(BLOCK, num_pages=40, interval=INTERVAL, num_states=9), admission="last")
+    # decoded up to 12: what was kept at 4 and 8 on the way is gone
+    pairs = [([0], [1] * 12), ([0, *[1] * 9], [])]
+    found = explain(trace_with_outputs(pairs, BLOCK), config, requests=[1])
+    assert told(found, config)[2] == (
+        "Tokens 0 to 8 (8): their KV was there, but the snapshots at the ends of these 2 intervals, taken during "
+        "request 0, were given up for a later one of the same request."
+    )
+    asked_at_once = [([0, *[1] * 12], []), ([0, *[1] * 9], [])]
+    found = explain(trace_with_outputs(asked_at_once, BLOCK), config, requests=[1])
+    assert "nobody asked for a snapshot" in told(found, config)[2]
+
+
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
 
