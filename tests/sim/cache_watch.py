@@ -86,6 +86,7 @@ def watched(trace: Trace, config: KVCacheManagerConfig, prefill: Prefill, result
         else:
             for point in kv.snapshot_points(prompt.stop):
                 kv.commit(prompt[kv.num_committed_tokens : point])
+        kept = before & _snapshots_in(manager)  # what goes until here may be taken anew
         kv.commit(prompt[kv.num_committed_tokens :])
         kv.close()
         path = prompt.keys.tolist()
@@ -96,7 +97,7 @@ def watched(trace: Trace, config: KVCacheManagerConfig, prefill: Prefill, result
         seen.fate.update(dict.fromkeys(before - after, "evicted"))
         seen.ended.update(dict.fromkeys(before - after, request))
         seen.fate.update(dict.fromkeys(after, "window"))
-        seen.taken.update(dict.fromkeys(after - before, request))
+        seen.taken.update(dict.fromkeys(after - kept, request))
         seen.used_by.update(dict.fromkeys(path, request))
         reasons = [reason for reason, count in _skips_of(manager).items() if count > skips[reason]]
         for index, key in enumerate(path[factor - 1 :: factor], 1):
