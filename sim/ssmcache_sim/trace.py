@@ -19,6 +19,11 @@ Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
+# What files may claim: far beyond anything recorded, and far from what the arithmetic on it can hold.
+MAX_TOKENS = 1 << 30  # of a prompt or an output
+MAX_BLOCK = 1 << 20  # tokens of a block
+MAX_TIME_MS = float(1 << 53)  # whole milliseconds are exact
+
 _OUTPUTS = "outputs"  # a part of `reading`
 
 

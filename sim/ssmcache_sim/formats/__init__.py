@@ -3,6 +3,7 @@
 A new format is a module with a `TraceFormat`, and a place in `_FORMATS`.
 """
 
+import json
 from pathlib import Path
 
 from ssmcache_sim.errors import TraceError
@@ -10,7 +11,7 @@ from ssmcache_sim.formats import azure, bailian, binary, dynamo, mooncake, text,
 from ssmcache_sim.formats.fields import parse_object
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import ReadProgress, RowError, SourceFile
-from ssmcache_sim.trace import LengthTrace, Trace
+from ssmcache_sim.trace import MAX_BLOCK, LengthTrace, Trace
 
 __all__ = ["ReadOptions", "ReadProgress", "format_names", "read_requests", "read_trace"]
 
@@ -66,8 +67,9 @@ def read_requests(
 ) -> Trace | LengthTrace:
     """As `read_trace`, and reads files that tell lengths only, too."""
     options = options or ReadOptions()
-    if tokens_per_block is not None and tokens_per_block < 1:
-        raise TraceError(f"trace block: expected a positive integer, got {tokens_per_block}")
+    if tokens_per_block is not None and not 1 <= tokens_per_block <= MAX_BLOCK:
+        most = f" up to {MAX_BLOCK:,}" if tokens_per_block > MAX_BLOCK else ""
+        raise TraceError(f"trace block: expected a positive integer{most}, got {tokens_per_block}")
     source = SourceFile(Path(path), options.skip_broken, progress)
     trace_format = _tell_format(source) if options.format_name is None else _named_format(options.format_name)
     for name in options.given():
@@ -91,7 +93,7 @@ def _tell_format(source: SourceFile) -> TraceFormat:
     for trace_format in _FORMATS:
         if trace_format.recognises(row):
             return trace_format
-    fields = ", ".join(sorted(row.fields)) or "no fields"
+    fields = json.dumps(", ".join(sorted(row.fields)) or "no fields")[1:-1]  # names of fields may hold anything
     raise TraceError(
         f"{source.name}: format: expected a row of one of: {', '.join(format_names())}; "
         f"got an object with {fields[:200]}"

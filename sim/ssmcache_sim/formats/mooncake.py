@@ -19,7 +19,15 @@ from ssmcache_sim.formats.building import (
     fitting,
     number_prefix_ids,
 )
-from ssmcache_sim.formats.fields import MAX_ID, int_field, int_list_field, parse_object, session_field, turn_field
+from ssmcache_sim.formats.fields import (
+    MAX_ID,
+    int_field,
+    int_list_field,
+    parse_object,
+    session_field,
+    tokens_field,
+    turn_field,
+)
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import SourceFile
 from ssmcache_sim.trace import Trace
@@ -69,8 +77,8 @@ def _parse(line: bytes) -> MooncakeRow:
     row = parse_object(line)
     return MooncakeRow(
         int_field(row, "timestamp", 0),
-        int_field(row, "input_length", 1),
-        int_field(row, "output_length", 0),
+        tokens_field(row, "input_length", 1),
+        tokens_field(row, "output_length", 0),
         int_list_field(row, "hash_ids", MAX_ID),
         session_field(row),
         turn_field(row),
