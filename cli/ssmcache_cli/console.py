@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from ssmcache_sim.errors import TraceWarning
 from ssmcache_sim.formats import ReadOptions, ReadProgress
 from ssmcache_sim.machine_profile import MachineProfile, read_profile
 from ssmcache_sim.results import RunTimes
@@ -125,9 +127,17 @@ def read_shown(
     options: ReadOptions,
     shown: bool,
 ) -> Requests:
-    """What `read`, one of the library's two, gives for a trace; with progress if `shown`."""
-    with progress_bar(f"read {path.name}", 100, shown) as progress:
-        return read(path, trace_block, options, lambda share: progress(int(100 * share)))
+    """What `read`, one of the library's two, gives for a trace; with progress if `shown`.
+
+    Says on stderr what the library warns of.
+    """
+    with progress_bar(f"read {path.name}", 100, shown) as progress, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", TraceWarning)
+        requests = read(path, trace_block, options, lambda share: progress(int(100 * share)))
+    for warning in warned:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return requests
 
 
 def note_broken_rows(requests: Trace | LengthTrace) -> None:

@@ -6,6 +6,7 @@ but for the last one: that was sampled and never computed, so no memory holds an
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,34 @@ class Sessions:
     def __post_init__(self) -> None:
         for array in (self.index, self.turns):
             array.flags.writeable = False
+
+
+class InferredBlock(NamedTuple):
+    """A block size that a file does not state and that only requests of one length tell: a guess.
+
+    Attributes:
+        tokens_per_block: as told by the number of their ids.
+        num_rows: how many requests of that length there are.
+        usual_tokens: what the format is published with.
+    """
+
+    tokens_per_block: int
+    num_rows: int
+    usual_tokens: int
+
+    def __str__(self) -> str:
+        rows = "a single row" if self.num_rows == 1 else f"{self.num_rows:,} rows of one length"
+        return f"inferred from {rows}"
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell whoever reads the trace, in a sentence; None where nothing is unusual."""
+        if self.tokens_per_block == self.usual_tokens:
+            return None
+        return (
+            f"blocks of {self.tokens_per_block:,} tokens are {self}, where {self.usual_tokens:,} are usual: "
+            "--trace-block (tokens_per_block) says what one id stands for"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +125,7 @@ class Trace:
             empty where the file alone decides. Equal `sha256`, `reading` and block: the same requests.
         output_known: [num_requests] bool, whether the content of the output is known; blocks of one that is not have
             keys that nobody else has. None: prompts only, a path is a prompt.
+        inferred_block: how the block size was guessed; None where the file or the reader states it.
 
     All arrays are read-only; a prompt is a view of them.
     """
@@ -117,6 +147,7 @@ class Trace:
     format_name: str = ""
     reading: str = ""
     output_known: BoolArray | None = None
+    inferred_block: InferredBlock | None = None
 
     def __post_init__(self) -> None:
         for array in self._arrays():
@@ -124,7 +155,8 @@ class Trace:
         assert np.array_equal(np.diff(self.offsets), self.path_tokens // self.tokens_per_block)
 
     def __repr__(self) -> str:
-        return f"Trace({self.label})\n  {_in_figures(self)} in blocks of {self.tokens_per_block:,}"
+        inferred = "" if self.inferred_block is None else f" ({self.inferred_block})"
+        return f"Trace({self.label})\n  {_in_figures(self)} in blocks of {self.tokens_per_block:,}{inferred}"
 
     def _arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         lengths = (self.arrival_ms, self.prompt_tokens, self.output_tokens)

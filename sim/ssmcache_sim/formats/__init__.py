@@ -4,9 +4,10 @@ A new format is a module with a `TraceFormat`, and a place in `_FORMATS`.
 """
 
 import json
+import warnings
 from pathlib import Path
 
-from ssmcache_sim.errors import TraceError
+from ssmcache_sim.errors import TraceError, TraceWarning
 from ssmcache_sim.formats import azure, bailian, binary, dynamo, mooncake, text, tokens, weka
 from ssmcache_sim.formats.fields import parse_object
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
@@ -65,7 +66,7 @@ def read_requests(
     options: ReadOptions | None = None,
     progress: ReadProgress | None = None,
 ) -> Trace | LengthTrace:
-    """As `read_trace`, and reads files that tell lengths only, too."""
+    """As `read_trace`, and reads files that tell lengths only, too. Warns (TraceWarning) of what it had to guess."""
     options = options or ReadOptions()
     if tokens_per_block is not None and not 1 <= tokens_per_block <= MAX_BLOCK:
         most = f" up to {MAX_BLOCK:,}" if tokens_per_block > MAX_BLOCK else ""
@@ -77,7 +78,10 @@ def read_requests(
             takers = ", ".join(taker.name for taker in _FORMATS if name in taker.options)
             flag = name.replace("_", "-")
             raise TraceError(f"--{flag}: expected a trace of the format {takers}, got {trace_format.name}")
-    return trace_format.read(source, tokens_per_block, options)
+    requests = trace_format.read(source, tokens_per_block, options)
+    if isinstance(requests, Trace) and requests.inferred_block is not None and requests.inferred_block.warning:
+        warnings.warn(f"{requests.name}: {requests.inferred_block.warning}", TraceWarning, stacklevel=3)
+    return requests
 
 
 def _named_format(name: str) -> TraceFormat:

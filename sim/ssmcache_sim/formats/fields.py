@@ -28,7 +28,7 @@ def int_field(row: dict[str, Any], name: str, minimum: int, where: str = "", max
     """An integer from `minimum` (0 or 1) to `maximum`. `where` is the path of the object, for messages."""
     value = row.get(name)
     if type(value) is not int or not minimum <= value <= maximum:  # `type`: bool is an int to isinstance
-        most = f" up to {maximum:,}" if type(value) is int and value > maximum else ""
+        most = f" up to {maximum:,}" if type(value) is int and maximum < min(value, _MAX_INT) else ""
         raise RowError(f"{where}{name}: expected {_EXPECTED_AT_LEAST[minimum]}{most}, got {_got(row, name)}")
     return value
 
