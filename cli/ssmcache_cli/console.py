@@ -1,13 +1,14 @@
 """What the commands share on the terminal: progress on stderr, interruption, times, options."""
 
+import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -165,6 +166,11 @@ class Stopwatch:
     def times(self) -> RunTimes:
         """The times so far."""
         return RunTimes(self._started_at, round(time.perf_counter() - self._start_seconds, 3))
+
+
+def print_json(value: Mapping[str, Any], indent: int | None = None) -> None:
+    """The document of `--json`. A number that JSON does not have is a bug of ours, and loud."""
+    typer.echo(json.dumps(value, indent=indent, allow_nan=False))
 
 
 @contextmanager

@@ -70,7 +70,6 @@ def manifest_head(command: str, trace: Trace) -> dict[str, Any]:
             "requests": trace.num_requests,
             "prompt_tokens": int(trace.prompt_tokens.sum()),
             "tokens_per_block": trace.tokens_per_block,
-            **({} if trace.inferred_block is None else {"block_origin": str(trace.inferred_block)}),
             "repairs": dict(trace.repairs),
             "broken_rows": trace.num_broken,
         },

@@ -20,9 +20,10 @@ Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-# What files may claim: far beyond anything recorded, and far from what the arithmetic on it can hold.
+# What files and settings may claim: far beyond anything real, and far from what the arithmetic on it can hold.
 MAX_TOKENS = 1 << 30  # of a prompt or an output
 MAX_BLOCK = 1 << 20  # tokens of a block
+MAX_INTERVAL = 1 << 24  # tokens between snapshots; the phase has an entry for each
 MAX_TIME_MS = float(1 << 53)  # whole milliseconds are exact
 
 _OUTPUTS = "outputs"  # a part of `reading`
@@ -229,13 +230,20 @@ class Trace:
         )
 
     def first_requests(self, count: int) -> "Trace":
-        """The first requests alone, which `reading` says. Errors: TraceError unless there are any."""
+        """The first requests alone, which `reading` says. Errors: TraceError unless there are any, with tokens."""
         if count < 1:
             raise TraceError(f"requests: expected at least 1 of {self.name}, got {count}")
         if count >= self.num_requests:
             return self
         reading = ", ".join(filter(None, (self.reading, f"first {count} requests")))
-        return replace(self.part(0, count), reading=reading)
+        return replace(self.part(0, count), reading=reading).with_tokens()
+
+    def with_tokens(self) -> "Trace":
+        """The trace itself. Errors: TraceError where all prompts are empty, of which no hit rate can be told."""
+        if not self.prompt_tokens.any():
+            empty = plural(self.num_requests, "empty prompt")
+            raise TraceError(f"{self.name}: hit rates: expected a prompt with tokens, got {empty} and no other")
+        return self
 
     def without_outputs(self) -> "Trace":
         """The same requests, prompts only. Cost: O(blocks)."""
@@ -256,10 +264,10 @@ class Trace:
 
         Errors: TraceError unless `tokens_per_block` is a multiple of the trace's.
         """
-        if tokens_per_block < 1 or tokens_per_block % self.tokens_per_block:
+        if not 1 <= tokens_per_block <= MAX_BLOCK or tokens_per_block % self.tokens_per_block:
             raise TraceError(
                 f"tokens_per_block: expected a multiple of the {self.tokens_per_block} tokens a block of {self.name} "
-                f"(finer blocks are not recorded), got {tokens_per_block}"
+                f"(finer blocks are not recorded), up to {MAX_BLOCK:,}, got {tokens_per_block}"
             )
         factor = tokens_per_block // self.tokens_per_block
         if factor == 1:

@@ -208,5 +208,7 @@ class ModelSpec:
                     ("ssm_state", layer.ssm.num_state_elements * state_bytes),
                     ("conv_state", layer.ssm.num_conv_elements * conv_bytes),
                 )
-                ssm_buffers = tuple(BufferConfig(role, size) for role, size in sizes if size)  # d_conv = 1 keeps nothing
+                ssm_buffers = tuple(
+                    BufferConfig(role, size) for role, size in sizes if size
+                )  # d_conv = 1 keeps nothing
                 yield SsmLayerConfig(index + len(self.layers) if layer.attention else index, ssm_buffers)

@@ -49,7 +49,8 @@ def read_trace(
             told by the content.
         progress: called with the share of the file that has been read, 0 to 1.
 
-    Errors: TraceError, one line, for anything wrong with the file or its rows, and for a file that tells lengths only.
+    Errors: TraceError, one line, for anything wrong with the file or its rows, for a file that tells lengths only, and
+    for one whose prompts are all empty.
     """
     requests = read_requests(path, tokens_per_block, options, progress)
     if isinstance(requests, LengthTrace):
@@ -57,7 +58,7 @@ def read_trace(
             f"{requests.name}: hit rates: expected a trace that tells what prompts share, got lengths only "
             f"({requests.format_name}); `ssmcache trace info` shows what there is"
         )
-    return requests
+    return requests.with_tokens()
 
 
 def read_requests(
@@ -66,7 +67,7 @@ def read_requests(
     options: ReadOptions | None = None,
     progress: ReadProgress | None = None,
 ) -> Trace | LengthTrace:
-    """As `read_trace`, and reads files that tell lengths only, too. Warns (TraceWarning) of what it had to guess."""
+    """As `read_trace`, and reads files without hit rates, too. Warns (TraceWarning) of what it had to guess."""
     options = options or ReadOptions()
     if tokens_per_block is not None and not 1 <= tokens_per_block <= MAX_BLOCK:
         most = f" up to {MAX_BLOCK:,}" if tokens_per_block > MAX_BLOCK else ""

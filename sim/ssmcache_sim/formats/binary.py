@@ -58,7 +58,17 @@ _PER_REQUEST = ("arrival_ms", "prompt_tokens", "output_tokens", "partial_ids")
 _MAX_INT = (1 << 63) - 1
 _MAX_DEFLATED = 1032  # bytes that a packed one can stand for
 # what zipfile, NumPy and JSON raise for content that is none
-_BROKEN = (ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError, MemoryError, zlib.error, zipfile.BadZipFile)
+_BROKEN = (
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    MemoryError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 class _WrongError(Exception):
@@ -204,7 +214,7 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
     except _WrongError as error:
         raise TraceError(f"{source.name}: {error}") from error
     except _BROKEN as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise TraceError(f"{source.name}: expected a whole file of `ssmcache trace convert`, got: {reason}") from error
     if tokens_per_block not in (None, trace.tokens_per_block):
         expected = f"the {trace.tokens_per_block} tokens it was converted with"
@@ -273,7 +283,7 @@ class _Archive:
         )
 
     def _header(self) -> dict[str, Any]:
-        with self._opened("header", np.uint8) as (member, num_bytes, _):
+        with self._opened("header", "uint8") as (member, num_bytes, _):
             header = json.loads(_whole_content("header", member, num_bytes).decode())
         if not isinstance(header, dict):
             raise _wrong("header", "an object", header)
@@ -294,10 +304,10 @@ class _Archive:
             raise _wrong("session_turns", "0 for a request of no session and only there", int(turns.min()))
         return Sessions(names, index, turns)
 
-    def _column(self, name: str, num_requests: int | None = None, most: int | None = None) -> npt.NDArray[Any]:
+    def _column(self, name: str, num_requests: int | None = None, most: float = _MAX_INT) -> npt.NDArray[Any]:
         """An array with an entry for each request, as `_ARRAYS` has it, and not above `most`."""
         array = _ARRAYS[name]
-        most = array.most if most is None else most
+        most = min(array.most, most)
         with self._opened(name, array.dtype) as (member, size, dtype):
             if num_requests not in (None, size):
                 raise ValueError("arrays of different lengths")
@@ -305,12 +315,12 @@ class _Archive:
         numbers = values.view(np.uint8) if dtype == np.bool_ else values
         wrong = ~((numbers >= array.least) & (numbers <= most))  # NaN is neither
         if wrong.any():
-            raise _wrong(name, f"numbers from {array.least:,} to {most:,}", numbers[wrong][0].item())
+            raise _wrong(name, f"numbers from {array.least:,} to {most:,.0f}", numbers[wrong][0].item())
         return values
 
     def _keys(self, num_keys: int) -> Int64Array:
         """The keys of all blocks, from their differences, a piece at a time."""
-        with self._opened(_KEY_STEPS, np.int32, np.int64) as (member, size, dtype):
+        with self._opened(_KEY_STEPS, "int32", "int64") as (member, size, dtype):
             if size != num_keys:
                 raise ValueError("arrays of different lengths")
             keys, last = new_ids(size), 0
@@ -324,7 +334,7 @@ class _Archive:
         return keys
 
     @contextmanager
-    def _opened(self, name: str, *dtypes: npt.DTypeLike) -> Iterator[tuple[IO[bytes], int, np.dtype[Any]]]:
+    def _opened(self, name: str, *dtypes: str) -> Iterator[tuple[IO[bytes], int, np.dtype[Any]]]:
         """A member behind its header, how many values it has, and of which of the types they are."""
         member_info = self._archive.getinfo(f"{name}.npy")
         if member_info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -333,8 +343,8 @@ class _Archive:
             if np.lib.format.read_magic(member) != (1, 0):
                 raise _wrong(name, "an array of NumPy format 1.0", "another one")
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-            if dtype not in map(np.dtype, dtypes):
-                raise _wrong(name, " or ".join(np.dtype(each).name for each in dtypes), str(dtype))
+            if dtype not in [np.dtype(each) for each in dtypes]:
+                raise _wrong(name, " or ".join(dtypes), str(dtype))
             if len(shape) != 1 or shape[0] < 0:
                 raise _wrong(name, "one dimension", str(shape))
             if shape[0] * dtype.itemsize > self._most_bytes:

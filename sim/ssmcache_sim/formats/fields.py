@@ -45,10 +45,11 @@ def block_field(row: dict[str, Any], name: str, where: str = "") -> int:
 
 def seconds_field(row: dict[str, Any], name: str, where: str = "") -> float:
     """A number of seconds, not negative, that is finite as milliseconds too."""
-    value = row.get(name)
-    if type(value) in (int, float) and 0 <= value <= _MAX_SECONDS:
+    value: Any = row.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 <= value <= _MAX_SECONDS:
         return float(value)
-    most = f" up to {_MAX_SECONDS:,}" if type(value) in (int, float) and value > _MAX_SECONDS else ", not negative"
+    most = f" up to {_MAX_SECONDS:,}" if is_number and value > _MAX_SECONDS else ", not negative"
     raise RowError(f"{where}{name}: expected seconds{most}, got {_got(row, name)}")
 
 

@@ -6,7 +6,6 @@ from typing import TypeGuard
 
 from ssmcache.models.spec import ModelError, dtype_name
 
-
 MAX_LAYERS = 10_000
 _MAX_INT = 1 << 24  # widths, heads, periods: published ones stay below 2**18
 _MAX_SHOWN = 200
