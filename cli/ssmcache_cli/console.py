@@ -1,15 +1,18 @@
 """What the commands share on the terminal: progress on stderr, interruption, times, options."""
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ssmcache_sim.errors import TraceWarning
 from ssmcache_sim.formats import ReadOptions, ReadProgress
 from ssmcache_sim.machine_profile import MachineProfile, read_profile
 from ssmcache_sim.results import RunTimes
@@ -125,9 +128,17 @@ def read_shown(
     options: ReadOptions,
     shown: bool,
 ) -> Requests:
-    """What `read`, one of the library's two, gives for a trace; with progress if `shown`."""
-    with progress_bar(f"read {path.name}", 100, shown) as progress:
-        return read(path, trace_block, options, lambda share: progress(int(100 * share)))
+    """What `read`, one of the library's two, gives for a trace; with progress if `shown`.
+
+    Says on stderr what the library warns of.
+    """
+    with progress_bar(f"read {path.name}", 100, shown) as progress, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", TraceWarning)
+        requests = read(path, trace_block, options, lambda share: progress(int(100 * share)))
+    for warning in warned:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return requests
 
 
 def note_broken_rows(requests: Trace | LengthTrace) -> None:
@@ -155,6 +166,11 @@ class Stopwatch:
     def times(self) -> RunTimes:
         """The times so far."""
         return RunTimes(self._started_at, round(time.perf_counter() - self._start_seconds, 3))
+
+
+def print_json(value: Mapping[str, Any], indent: int | None = None) -> None:
+    """The document of `--json`. A number that JSON does not have is a bug of ours, and loud."""
+    typer.echo(json.dumps(value, indent=indent, allow_nan=False))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`ssmcache doctor`: what this machine can do, and how fast."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ssmcache_cli.console import interruptible, progress_bar
+from ssmcache_cli.console import interruptible, print_json, progress_bar
 from ssmcache_sim.calibration import Calibration
 from ssmcache_sim.diagnosis import LARGE_SLOT_BYTES, SMALL_SLOT_BYTES, WAYS, Diagnosis
 from ssmcache_sim.doctor import examine
@@ -72,7 +71,7 @@ def doctor_command(
         if out is not None:
             write_profile(out, diagnosis.to_json())
     if as_json:
-        typer.echo(json.dumps(diagnosis.to_json()))
+        print_json(diagnosis.to_json())
     else:
         print_diagnosis(diagnosis)
         if out is not None:

@@ -1,5 +1,6 @@
 """The app, and the entry point that turns errors of the user into one line."""
 
+import io
 import sys
 from typing import Annotated
 
@@ -50,6 +51,8 @@ def main(
 
 def run() -> None:
     """Entry point: exit code 1 and one line on stderr for an error of the user, 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except (UserError, ModelError) as error:

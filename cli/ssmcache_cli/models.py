@@ -1,6 +1,5 @@
 """`ssmcache models`: what named models and config.json files weigh in a cache."""
 
-import json
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Annotated
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssmcache.models import CONFIDENCES, LayerSpec, ModelSpec, dtype_name, load_model, preset_names
+from ssmcache_cli.console import print_json
 
 # a table of 80 columns has no room for the whole phrase
 _SHORT_CONFIDENCES = {"published config": "config", "vendor code": "code"}
@@ -31,15 +31,13 @@ def models_command(
     if name is not None:
         spec = load_model(name)
         if as_json:
-            typer.echo(
-                json.dumps({**_figures(spec, kv_dtype, state_dtype), "layers": list(_layer_runs(spec))}, indent=2)
-            )
+            print_json({**_figures(spec, kv_dtype, state_dtype), "layers": list(_layer_runs(spec))}, indent=2)
         else:
             _print_one(spec, kv_dtype, state_dtype)
         return
     specs = [load_model(preset) for preset in preset_names()]
     if as_json:
-        typer.echo(json.dumps({"models": [_figures(spec, kv_dtype, state_dtype) for spec in specs]}, indent=2))
+        print_json({"models": [_figures(spec, kv_dtype, state_dtype) for spec in specs]}, indent=2)
     else:
         _print_all(specs, kv_dtype, state_dtype)
 

@@ -1,6 +1,5 @@
 """`ssmcache recommend`: the best settings for a trace, a model and a memory."""
 
-import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +26,7 @@ from ssmcache_cli.console import (
     TraceBlockOption,
     interruptible,
     note_broken_rows,
+    print_json,
     progress_bar,
     read_machine,
     read_options,
@@ -142,7 +142,7 @@ def recommend_command(
         if folder is not None:
             write_recommendation(folder, answer, manifest, times)
     if as_json:
-        typer.echo(json.dumps(recommendation_json(answer, manifest_with_times(manifest, times))))
+        print_json(recommendation_json(answer, manifest_with_times(manifest, times)))
     elif not quiet:
         given = {
             "--model": model,

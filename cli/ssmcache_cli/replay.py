@@ -1,6 +1,5 @@
 """`ssmcache replay`: one trace, one model, one setting."""
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +31,7 @@ from ssmcache_cli.console import (
     TraceArgument,
     TraceBlockOption,
     interruptible,
+    print_json,
     progress_bar,
     read_options,
 )
@@ -114,7 +114,7 @@ def replay_command(
         if folder is not None:
             write_replay(folder, result, manifest, times, payload)
     if as_json:
-        typer.echo(json.dumps(summary(result, manifest_with_times(manifest, times), payload)))
+        print_json(summary(result, manifest_with_times(manifest, times), payload))
     elif not quiet:
         replay_table(inputs.requests.label, inputs.settings, result.totals, result.phase.summary())
         if payload is not None:

@@ -1,6 +1,5 @@
 """`ssmcache trace`: what a trace is like, a faster form of it, and synthetic ones."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from ssmcache_cli.console import (
     TraceBlockOption,
     interruptible,
     note_broken_rows,
+    print_json,
     read_options,
     read_shown,
 )
@@ -70,7 +70,7 @@ def info_command(
 
             write_file(plot, rendered(trace_figure(requests), "png"))
     if as_json:
-        typer.echo(json.dumps(info.to_json()))
+        print_json(info.to_json())
         return
     from ssmcache_cli.trace_table import print_info
 

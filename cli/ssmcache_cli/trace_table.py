@@ -40,6 +40,8 @@ def _facts(info: TraceInfo) -> Table:
     facts.add_row("output tokens", f"{info.output_tokens:,}")
     rate = f", {info.requests / info.span_seconds:,.2f} requests a second" if info.span_seconds else ""
     facts.add_row("span", f"{info.span_seconds:,.1f} s{rate}")
+    if info.block_origin:
+        facts.add_row("block", info.block_origin)
     if info.reading:
         facts.add_row("read with", escape(info.reading))
     for what, count in info.repairs:

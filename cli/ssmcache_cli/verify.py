@@ -1,6 +1,5 @@
 """`ssmcache verify`: is what the simulator says true on real memory?"""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +29,7 @@ from ssmcache_cli.console import (
     TraceArgument,
     TraceBlockOption,
     interruptible,
+    print_json,
     progress_bar,
     read_options,
 )
@@ -92,18 +92,16 @@ def verify_command(
         name = real.name
     if as_json:
         difference = None if answer.difference is None else asdict(answer.difference)
-        typer.echo(
-            json.dumps(
-                {
-                    "passed": answer.passed,
-                    "memory": name,
-                    "decisions": answer.num_decisions,
-                    "difference": difference,
-                    "payload": asdict(answer.payload),
-                    "totals": answer.result.totals.to_json(),
-                    "settings": asdict(settings),
-                }
-            )
+        print_json(
+            {
+                "passed": answer.passed,
+                "memory": name,
+                "decisions": answer.num_decisions,
+                "difference": difference,
+                "payload": asdict(answer.payload),
+                "totals": answer.result.totals.to_json(),
+                "settings": asdict(settings),
+            }
         )
     elif not quiet:
         typer.echo(f"{requests.label}, {requests.num_requests:,} requests, {settings.model}, on {name}")

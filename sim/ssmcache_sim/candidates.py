@@ -14,7 +14,7 @@ from ssmcache_sim.grid import StackDistances
 from ssmcache_sim.settings import Prefill
 from ssmcache_sim.sizes import format_size
 from ssmcache_sim.splits import Splits, SplitTotals, possible_splits, split_totals
-from ssmcache_sim.trace import Trace
+from ssmcache_sim.trace import MAX_INTERVAL, Trace
 
 _MOST_TOKENS_PER_BLOCK = 1024
 
@@ -147,9 +147,12 @@ def _shapes(trace: Trace, has_ssm: bool, question: Question, longest_path: int) 
     if not has_ssm:
         yield from (Shape(block, None) for block in blocks)
         return
-    ladder = _doubled(native, max(native, longest_path)) + _doubled(3 * native, longest_path)
+    longest = min(longest_path, MAX_INTERVAL)
+    ladder = _doubled(native, max(native, longest)) + _doubled(3 * native, longest)
     intervals = sorted(question.ssm_reuse_intervals or ladder)
     for interval in intervals:
+        if interval > MAX_INTERVAL:
+            raise SettingsError(f"ssm_reuse_interval: expected up to {MAX_INTERVAL:,} tokens, got {interval}")
         fitting = [block for block in blocks if interval % block == 0]
         if not fitting and question.ssm_reuse_intervals is not None:
             expected = " or ".join(map(str, blocks))

@@ -189,7 +189,9 @@ def _judge_case(
 ) -> CaseResult:
     grid = _GridOfCase(case, candidates)
     front = np.full_like(case.trace.prompt_tokens, case.front_tokens)
-    plain_ns = int((case.cost.plain_ns(case.trace.prompt_tokens) - case.cost.front_ns(front)).sum())
+    plain_ns = max(
+        int((case.cost.plain_ns(case.trace.prompt_tokens) - case.cost.front_ns(front)).sum()), 1
+    )  # 0 where all prompts are empty
 
     def saved(contender: Contender) -> int:
         if contender.place is not None:

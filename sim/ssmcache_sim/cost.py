@@ -50,6 +50,7 @@ from ssmcache_sim.trace import BoolArray, Float64Array, Int64Array
 _NS_PER_SECOND = 1e9
 _MAMBA2_CHUNK = 256  # tokens that the scans compute at once: mamba_ssm's default, and that of the delta rules of fla
 _DELTA_CHUNK = 64
+_MAX_BILLIONS = 10**6  # sums over a trace stay within 64 bits
 _BILLION = 10**9
 
 
@@ -228,6 +229,9 @@ def prefill_cost(
     unknown dtype.
     """
     if billion_parameters is not None:
+        if not 0 < billion_parameters <= _MAX_BILLIONS:
+            expected = f"a number of billions up to {_MAX_BILLIONS:,}"
+            raise SettingsError(f"billion_parameters: expected {expected}, got {billion_parameters!r}")
         num_parameters = round(billion_parameters * _BILLION)
     else:
         num_parameters = model.num_active_parameters or model.num_parameters or 0

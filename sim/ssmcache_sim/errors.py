@@ -9,6 +9,10 @@ class TraceError(UserError):
     """A trace file, or what was asked of a trace, is wrong."""
 
 
+class TraceWarning(UserWarning):
+    """A trace was read, and something of it was guessed. The message is one line."""
+
+
 class SizeError(UserError):
     """A size or a range of values is written wrongly."""
 

@@ -55,14 +55,15 @@ class PhaseCeilings:
         """The shifts to look at, and the verdict."""
         worst, best = int(np.argmin(self.high)), int(np.argmax(self.low))
         now, lowest, highest = int(self.low[0]), int(self.high[worst]), int(self.low[best])
-        matters = highest >= _WORTH_A_WARNING * self.prompt_tokens
+        num_tokens = max(self.prompt_tokens, 1)
+        matters = highest >= _WORTH_A_WARNING * num_tokens
         return PhaseSummary(
             period_tokens=self.period_tokens,
             step_tokens=self.step_tokens,
-            now_rate=now / self.prompt_tokens,
-            worst_rate=lowest / self.prompt_tokens,
+            now_rate=now / num_tokens,
+            worst_rate=lowest / num_tokens,
             worst_shift_tokens=worst,
-            best_rate=highest / self.prompt_tokens,
+            best_rate=highest / num_tokens,
             best_shift_tokens=best,
             hangs_on_phase=matters and highest - lowest >= HANGS_FROM * highest,
         )

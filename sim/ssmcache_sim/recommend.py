@@ -127,12 +127,12 @@ class Recommendation:
         return self.choices[0]
 
     def hit_rate(self, tokens: int) -> float:
-        """Share of all prompt tokens."""
-        return tokens / self.prompt_tokens
+        """Share of all prompt tokens; of none, 0."""
+        return tokens / max(self.prompt_tokens, 1)
 
     def saved_share(self, nanoseconds: int) -> float:
-        """Share of the prefill time without a prefix cache."""
-        return nanoseconds / self.plain_ns
+        """Share of the prefill time without a prefix cache; of none, 0."""
+        return nanoseconds / max(self.plain_ns, 1)
 
 
 def recommend(
@@ -185,7 +185,7 @@ def recommend(
         by_grid,
         contenders[0],
         None if second is None else contenders[second],
-        margin_ns / plain_ns,
+        margin_ns / max(plain_ns, 1),
         rater.measure_contender,
         [Contender(*option, None) for option in found.saved_ns],
         lambda done: progress(50 + 50 * done // len(cases)),

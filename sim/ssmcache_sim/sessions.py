@@ -13,6 +13,7 @@ from ssmcache_sim.trace import Float64Array
 StartKind = Literal["all", "spacing", "poisson", "closed"]
 _FORMS = "all, spacing:SECONDS, poisson:SESSIONS_PER_SECOND or closed:SESSIONS_AT_ONCE"
 _MS_PER_SECOND = 1000
+_MAX_SECONDS = 1e11  # from one session to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ def parse_session_start(text: str) -> SessionStart:
     except ValueError:
         value = math.nan
     whole = kind != "closed" or value.is_integer()
-    fits = math.isfinite(value) and (value > 0 if kind in ("poisson", "closed") else value >= 0)
+    least = {"poisson": 1 / _MAX_SECONDS, "closed": 1}.get(kind, 0)
+    fits = least <= value < math.inf and (kind != "spacing" or value <= _MAX_SECONDS)
     if kind not in get_args(StartKind) or bool(colon) == (kind == "all") or not (whole and fits):
         raise TraceError(f"session start: expected {_FORMS}, got {text!r}")
     return SessionStart(cast(StartKind, kind), value)

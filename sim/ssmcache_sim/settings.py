@@ -15,6 +15,7 @@ from ssmcache.config import (
 from ssmcache.models import ModelSpec, dtype_name
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.sizes import format_size
+from ssmcache_sim.trace import MAX_BLOCK, MAX_INTERVAL
 
 Prefill = Literal["reserved", "chunked"]
 # a disk tier has to have a path, but a simulated one has no files
@@ -133,6 +134,9 @@ def build_config(model: ModelSpec, settings: ReplaySettings) -> KVCacheManagerCo
     Errors: SettingsError for a combination that no manager can have.
     """
     interval = DEFAULT_SSM_REUSE_INTERVAL if settings.ssm_reuse_interval is None else settings.ssm_reuse_interval
+    if settings.tokens_per_block > MAX_BLOCK or interval > MAX_INTERVAL:
+        expected = f"blocks of up to {MAX_BLOCK:,} and intervals of up to {MAX_INTERVAL:,} tokens"
+        raise SettingsError(f"settings: expected {expected}, got {settings.tokens_per_block:,} and {interval:,}")
     try:
         return KVCacheManagerConfig(
             tokens_per_block=settings.tokens_per_block,

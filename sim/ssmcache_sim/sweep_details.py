@@ -191,7 +191,7 @@ def _plane_rows(
         "tokens_per_block": planned.settings.tokens_per_block,
         "ssm_reuse_interval": planned.settings.ssm_reuse_interval,
     }
-    prompt_tokens = int(trace.prompt_tokens.sum())
+    prompt_tokens = max(int(trace.prompt_tokens.sum()), 1)
     planes = [
         {**head, "kv_bytes": kv_bytes, "ssm_bytes": ssm_bytes, "usable_token_hit_rate": hits / prompt_tokens}
         for kv_bytes, of_kv in zip(plane.kv_bytes.tolist(), plane.hit_tokens.tolist(), strict=True)

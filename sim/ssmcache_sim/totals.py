@@ -114,8 +114,8 @@ class ReplayTotals:
         )
 
     def rate(self, tokens: int) -> float:
-        """Share of all prompt tokens."""
-        return tokens / self.prompt_tokens
+        """Share of all prompt tokens; of none, 0."""
+        return tokens / max(self.prompt_tokens, 1)
 
     @property
     def lost_snapshot_by_cause(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ but for the last one: that was sampled and never computed, so no memory holds an
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,12 @@ from ssmcache_sim.scratch import gather
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+
+# What files and settings may claim: far beyond anything real, and far from what the arithmetic on it can hold.
+MAX_TOKENS = 1 << 30  # of a prompt or an output
+MAX_BLOCK = 1 << 20  # tokens of a block
+MAX_INTERVAL = 1 << 24  # tokens between snapshots; the phase has an entry for each
+MAX_TIME_MS = float(1 << 53)  # whole milliseconds are exact
 
 _OUTPUTS, _UNKNOWN_OUTPUTS = "outputs", "outputs (none known)"  # parts of `reading`
 
@@ -39,6 +46,34 @@ class Sessions:
     def __post_init__(self) -> None:
         for array in (self.index, self.turns):
             array.flags.writeable = False
+
+
+class InferredBlock(NamedTuple):
+    """A block size that a file does not state and that only requests of one length tell: a guess.
+
+    Attributes:
+        tokens_per_block: as told by the number of their ids.
+        num_rows: how many requests of that length there are.
+        usual_tokens: what the format is published with.
+    """
+
+    tokens_per_block: int
+    num_rows: int
+    usual_tokens: int
+
+    def __str__(self) -> str:
+        rows = "a single row" if self.num_rows == 1 else f"{self.num_rows:,} rows of one length"
+        return f"inferred from {rows}"
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell whoever reads the trace, in a sentence; None where nothing is unusual."""
+        if self.tokens_per_block == self.usual_tokens:
+            return None
+        return (
+            f"blocks of {self.tokens_per_block:,} tokens are {self}, where {self.usual_tokens:,} are usual: "
+            "--trace-block (tokens_per_block) says what one id stands for"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +126,7 @@ class Trace:
             empty where the file alone decides. Equal `sha256`, `reading` and block: the same requests.
         output_known: [num_requests] bool, whether the content of the output is known; blocks of one that is not have
             keys that nobody else has. None: prompts only, a path is a prompt.
+        inferred_block: how the block size was guessed; None where the file or the reader states it.
 
     All arrays are read-only; a prompt is a view of them.
     """
@@ -112,6 +148,7 @@ class Trace:
     format_name: str = ""
     reading: str = ""
     output_known: BoolArray | None = None
+    inferred_block: InferredBlock | None = None
 
     def __post_init__(self) -> None:
         for array in self._arrays():
@@ -119,7 +156,8 @@ class Trace:
         assert np.array_equal(np.diff(self.offsets), self.path_tokens // self.tokens_per_block)
 
     def __repr__(self) -> str:
-        return f"Trace({self.label})\n  {_in_figures(self)} in blocks of {self.tokens_per_block:,}"
+        inferred = "" if self.inferred_block is None else f" ({self.inferred_block})"
+        return f"Trace({self.label})\n  {_in_figures(self)} in blocks of {self.tokens_per_block:,}{inferred}"
 
     def _arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         lengths = (self.arrival_ms, self.prompt_tokens, self.output_tokens)
@@ -198,13 +236,20 @@ class Trace:
         )
 
     def first_requests(self, count: int) -> "Trace":
-        """The first requests alone, which `reading` says. Errors: TraceError unless there are any."""
+        """The first requests alone, which `reading` says. Errors: TraceError unless there are any, with tokens."""
         if count < 1:
             raise TraceError(f"requests: expected at least 1 of {self.name}, got {count}")
         if count >= self.num_requests:
             return self
         reading = ", ".join(filter(None, (self.reading, f"first {count} requests")))
-        return replace(self.part(0, count), reading=reading)
+        return replace(self.part(0, count), reading=reading).with_tokens()
+
+    def with_tokens(self) -> "Trace":
+        """The trace itself. Errors: TraceError where all prompts are empty, of which no hit rate can be told."""
+        if not self.prompt_tokens.any():
+            empty = plural(self.num_requests, "empty prompt")
+            raise TraceError(f"{self.name}: hit rates: expected a prompt with tokens, got {empty} and no other")
+        return self
 
     def without_outputs(self) -> "Trace":
         """The same requests, prompts only. Cost: O(blocks)."""
@@ -225,10 +270,10 @@ class Trace:
 
         Errors: TraceError unless `tokens_per_block` is a multiple of the trace's.
         """
-        if tokens_per_block < 1 or tokens_per_block % self.tokens_per_block:
+        if not 1 <= tokens_per_block <= MAX_BLOCK or tokens_per_block % self.tokens_per_block:
             raise TraceError(
                 f"tokens_per_block: expected a multiple of the {self.tokens_per_block} tokens a block of {self.name} "
-                f"(finer blocks are not recorded), got {tokens_per_block}"
+                f"(finer blocks are not recorded), up to {MAX_BLOCK:,}, got {tokens_per_block}"
             )
         factor = tokens_per_block // self.tokens_per_block
         if factor == 1:

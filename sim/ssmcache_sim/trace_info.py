@@ -77,6 +77,7 @@ class TraceInfo:
         span_seconds: from the first arrival to the last.
         interarrival_seconds: None with a single request.
         sessions, turns: None where the trace names no sessions; `turns` is requests of a session.
+        block_origin: how the block size was guessed; empty where the file or the reader states it.
         shared: None where only lengths are known.
     """
 
@@ -84,6 +85,7 @@ class TraceInfo:
     sha256: str
     format: str
     reading: str
+    block_origin: str
     requests: int
     sessions: int | None
     prompt_tokens: int
@@ -104,6 +106,8 @@ class TraceInfo:
             f"  prompt: median {_median(self.prompt_length):,.0f} tokens, mean {self.prompt_length.mean:,.0f}; "
             f"output: median {_median(self.output_length):,.0f}, mean {self.output_length.mean:,.0f}",
         ]
+        if self.block_origin:
+            lines.append(f"  block: {self.block_origin}")
         if self.turns is not None:
             lines.append(f"  {plural(self.sessions or 0, 'session')} of {self.turns.mean:.1f} requests on average")
         if self.shared is not None:
@@ -140,6 +144,7 @@ def describe(requests: Trace | LengthTrace, ssm_reuse_intervals: Sequence[int] =
         sha256=requests.sha256,
         format=requests.format_name,
         reading=requests.reading if isinstance(requests, Trace) else "",
+        block_origin=_block_origin(requests),
         requests=requests.num_requests,
         sessions=None if sessions is None else len(sessions.names),
         prompt_tokens=int(requests.prompt_tokens.sum()),
@@ -153,6 +158,11 @@ def describe(requests: Trace | LengthTrace, ssm_reuse_intervals: Sequence[int] =
         repairs=requests.repairs,
         broken_rows=requests.num_broken,
     )
+
+
+def _block_origin(requests: Trace | LengthTrace) -> str:
+    inferred = requests.inferred_block if isinstance(requests, Trace) else None
+    return "" if inferred is None else f"{inferred.tokens_per_block:,} tokens, {inferred}"
 
 
 def distribution(values: npt.NDArray[Any]) -> Distribution:

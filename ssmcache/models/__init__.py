@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ssmcache.models.spec import DTYPE_NAMES, AttentionSpec, LayerSpec, ModelErr
 
 _PRESETS = {preset.name: preset for preset in PRESETS}
 _MARCONI = "marconi-7b"
+_MAX_FILE_BYTES = 1 << 24  # a few kilobytes are usual; what is named by mistake may be huge
 
 
 def preset_names() -> tuple[str, ...]:
@@ -24,7 +26,7 @@ def load_model(name_or_path: str) -> ModelSpec:
     A preset wins over a file of the same name; write `./name` for the file.
 
     Errors: ModelError, one line, for an unknown name (with close matches), a file that cannot be read or is not JSON
-    (with the line), an unknown family, and a field that is missing, wrong, or at odds with another.
+    (with the line), an unknown family, and a field that is missing, wrong, absurd, or at odds with another.
     """
     name = name_or_path.lower()
     if name == _MARCONI:
@@ -32,7 +34,7 @@ def load_model(name_or_path: str) -> ModelSpec:
     if name in _PRESETS:
         return read_preset(_PRESETS[name])
     path = Path(name_or_path)
-    if path.exists() or path.suffix == ".json" or len(path.parts) > 1:
+    if os.path.exists(path) or path.suffix == ".json" or len(path.parts) > 1:
         return _load_file(path / "config.json" if path.is_dir() else path)
     close = difflib.get_close_matches(name, preset_names(), n=3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -42,13 +44,20 @@ def load_model(name_or_path: str) -> ModelSpec:
 
 def _load_file(path: Path) -> ModelSpec:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ModelError(f"{path}: expected a config.json to read, got {error.strerror or error}") from None
+    if len(content) > _MAX_FILE_BYTES:
+        raise ModelError(f"{path}: expected a config.json of at most {_MAX_FILE_BYTES:,} bytes, got more")
+    try:
+        config = json.loads(content.decode())
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}:{error.lineno}: expected JSON, got {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError:
         raise ModelError(f"{path}: expected JSON in UTF-8, got other bytes") from None
-    except OSError as error:
-        raise ModelError(f"{path}: expected a config.json to read, got {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deep nesting
+        raise ModelError(f"{path}: expected JSON of a model, got: {error}") from None
     if not isinstance(config, Mapping):
         raise ModelError(f"{path}: expected a JSON object, got {type(config).__name__}")
     # a file in a folder of its own is known by the folder, as in a downloaded checkpoint

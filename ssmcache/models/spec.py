@@ -204,8 +204,11 @@ class ModelSpec:
                 )
                 yield AttentionLayerConfig(layer_id=index, buffers=kv_buffers)
             if layer.ssm:
-                ssm_buffers = (
-                    BufferConfig("ssm_state", layer.ssm.num_state_elements * state_bytes),
-                    BufferConfig("conv_state", layer.ssm.num_conv_elements * conv_bytes),
+                sizes = (
+                    ("ssm_state", layer.ssm.num_state_elements * state_bytes),
+                    ("conv_state", layer.ssm.num_conv_elements * conv_bytes),
                 )
+                ssm_buffers = tuple(
+                    BufferConfig(role, size) for role, size in sizes if size
+                )  # d_conv = 1 keeps nothing
                 yield SsmLayerConfig(index + len(self.layers) if layer.attention else index, ssm_buffers)

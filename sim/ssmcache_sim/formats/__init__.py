@@ -3,14 +3,16 @@
 A new format is a module with a `TraceFormat`, and a place in `_FORMATS`.
 """
 
+import json
+import warnings
 from pathlib import Path
 
-from ssmcache_sim.errors import TraceError
+from ssmcache_sim.errors import TraceError, TraceWarning
 from ssmcache_sim.formats import azure, bailian, binary, dynamo, mooncake, text, tokens, weka
 from ssmcache_sim.formats.fields import parse_object
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import ReadProgress, RowError, SourceFile
-from ssmcache_sim.trace import LengthTrace, Trace
+from ssmcache_sim.trace import MAX_BLOCK, LengthTrace, Trace
 
 __all__ = ["ReadOptions", "ReadProgress", "format_names", "read_requests", "read_trace"]
 
@@ -47,7 +49,8 @@ def read_trace(
             told by the content.
         progress: called with the share of the file that has been read, 0 to 1.
 
-    Errors: TraceError, one line, for anything wrong with the file or its rows, and for a file that tells lengths only.
+    Errors: TraceError, one line, for anything wrong with the file or its rows, for a file that tells lengths only, and
+    for one whose prompts are all empty.
     """
     requests = read_requests(path, tokens_per_block, options, progress)
     if isinstance(requests, LengthTrace):
@@ -55,7 +58,7 @@ def read_trace(
             f"{requests.name}: hit rates: expected a trace that tells what prompts share, got lengths only "
             f"({requests.format_name}); `ssmcache trace info` shows what there is"
         )
-    return requests
+    return requests.with_tokens()
 
 
 def read_requests(
@@ -64,10 +67,11 @@ def read_requests(
     options: ReadOptions | None = None,
     progress: ReadProgress | None = None,
 ) -> Trace | LengthTrace:
-    """As `read_trace`, and reads files that tell lengths only, too."""
+    """As `read_trace`, and reads files without hit rates, too. Warns (TraceWarning) of what it had to guess."""
     options = options or ReadOptions()
-    if tokens_per_block is not None and tokens_per_block < 1:
-        raise TraceError(f"trace block: expected a positive integer, got {tokens_per_block}")
+    if tokens_per_block is not None and not 1 <= tokens_per_block <= MAX_BLOCK:
+        most = f" up to {MAX_BLOCK:,}" if tokens_per_block > MAX_BLOCK else ""
+        raise TraceError(f"trace block: expected a positive integer{most}, got {tokens_per_block}")
     source = SourceFile(Path(path), options.skip_broken, progress)
     trace_format = _tell_format(source) if options.format_name is None else _named_format(options.format_name)
     for name in options.given():
@@ -75,7 +79,10 @@ def read_requests(
             takers = ", ".join(taker.name for taker in _FORMATS if name in taker.options)
             flag = name.replace("_", "-")
             raise TraceError(f"--{flag}: expected a trace of the format {takers}, got {trace_format.name}")
-    return trace_format.read(source, tokens_per_block, options)
+    requests = trace_format.read(source, tokens_per_block, options)
+    if isinstance(requests, Trace) and requests.inferred_block is not None and requests.inferred_block.warning:
+        warnings.warn(f"{requests.name}: {requests.inferred_block.warning}", TraceWarning, stacklevel=3)
+    return requests
 
 
 def _named_format(name: str) -> TraceFormat:
@@ -91,7 +98,7 @@ def _tell_format(source: SourceFile) -> TraceFormat:
     for trace_format in _FORMATS:
         if trace_format.recognises(row):
             return trace_format
-    fields = ", ".join(sorted(row.fields)) or "no fields"
+    fields = json.dumps(", ".join(sorted(row.fields)) or "no fields")[1:-1]  # names of fields may hold anything
     raise TraceError(
         f"{source.name}: format: expected a row of one of: {', '.join(format_names())}; "
         f"got an object with {fields[:200]}"

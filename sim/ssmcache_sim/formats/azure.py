@@ -10,7 +10,7 @@ from ssmcache_sim.formats.building import RowColumns, all_repairs, arrivals, che
 from ssmcache_sim.formats.fields import shown
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import RowError, SourceFile
-from ssmcache_sim.trace import LengthTrace
+from ssmcache_sim.trace import MAX_TOKENS, LengthTrace
 
 NAME = "azure-csv"
 _HEADER = b"TIMESTAMP,ContextTokens,GeneratedTokens"
@@ -79,8 +79,10 @@ def _ticks(text: str) -> int:
 
 
 def _tokens(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 16):
+    if not (text.isascii() and text.isdecimal()):
         raise RowError(f"{name}: expected a non-negative integer, got {shown(text)}")
+    if len(text) > 15 or int(text) > MAX_TOKENS:
+        raise RowError(f"{name}: expected a non-negative integer up to {MAX_TOKENS:,}, got {shown(text)}")
     return int(text)
 
 

@@ -13,11 +13,11 @@ import numpy as np
 from ssmcache_sim.formats.building import Outputs, RowColumns, build_trace, check_id_counts
 from ssmcache_sim.formats.fields import (
     MAX_ID,
-    int_field,
     int_list_field,
     parse_object,
     seconds_field,
     session_field,
+    tokens_field,
     turn_field,
 )
 from ssmcache_sim.formats.numbering import fold_contents
@@ -74,8 +74,8 @@ def _parse(line: bytes) -> _ChatRow:
     row = parse_object(line)
     return _ChatRow(
         seconds_field(row, "timestamp") * _MS_PER_SECOND,
-        int_field(row, "input_length", 1),
-        int_field(row, "output_length", 0),
+        tokens_field(row, "input_length", 1),
+        tokens_field(row, "output_length", 0),
         int_list_field(row, "hash_ids", MAX_ID),
         session_field(row, "chat_id"),
         session_field(row, "parent_chat_id"),

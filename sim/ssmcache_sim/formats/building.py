@@ -13,7 +13,16 @@ from ssmcache_sim.formats.numbering import first_wrong_place, rows_that_agree
 from ssmcache_sim.formats.outputs import with_revealed_outputs
 from ssmcache_sim.formats.source import SourceFile
 from ssmcache_sim.scratch import GrowingIds, dense, gather
-from ssmcache_sim.trace import Float64Array, Int64Array, Sessions, Trace, offsets_of, path_lengths, reading_with_outputs
+from ssmcache_sim.trace import (
+    MAX_TIME_MS,
+    Float64Array,
+    Int64Array,
+    Sessions,
+    Trace,
+    offsets_of,
+    path_lengths,
+    reading_with_outputs,
+)
 
 Outputs = Literal["none", "revealed", "recorded"]
 IdArray = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
@@ -166,9 +175,13 @@ def build_trace(
         rebase: arrivals count from the first one.
         ordered: whether rows come in order of arrival, so that late ones are worth a word.
 
-    Errors: TraceError without a row.
+    Errors: TraceError without a row, or for times that no clock counts to.
     """
     check_not_empty(source, rows)
+    latest_ms = float(rows.arrival_ms.max())
+    if not latest_ms <= MAX_TIME_MS:
+        with_rule = f" with {reading}" if reading else ""
+        raise TraceError(f"{source.name}: arrivals{with_rule}: expected up to {MAX_TIME_MS:.0f} ms, got {latest_ms:g}")
     order = np.argsort(rows.arrival_ms, kind="stable")
     is_recorded = outputs == "recorded"
     path_tokens = path_lengths(rows.prompt_tokens, rows.output_tokens) if is_recorded else rows.prompt_tokens

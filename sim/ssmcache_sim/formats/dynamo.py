@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats.building import Outputs, RowColumns, build_trace, check_id_counts, number_prefix_ids
-from ssmcache_sim.formats.fields import int_field, int_list_field, object_field, parse_object, session_field
+from ssmcache_sim.formats.fields import (
+    block_field,
+    int_field,
+    int_list_field,
+    object_field,
+    parse_object,
+    session_field,
+    tokens_field,
+)
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import RowError, SourceFile
 from ssmcache_sim.trace import Trace
@@ -64,11 +72,11 @@ def _parse(line: bytes) -> _RequestRow | None:
     context = event.get("agent_context")
     return _RequestRow(
         int_field(request, "request_received_ms", 0, "event.request."),
-        int_field(replay, "input_length", 1, "event.request.replay."),
-        int_field(request, "output_tokens", 0, "event.request."),
+        tokens_field(replay, "input_length", 1, "event.request.replay."),
+        tokens_field(request, "output_tokens", 0, "event.request."),
         int_list_field(replay, "input_sequence_hashes", _MAX_HASH, "event.request.replay."),
-        session_field(context) if isinstance(context, dict) else None,
-        int_field(replay, "trace_block_size", 1, "event.request.replay."),
+        session_field(context, where="event.agent_context.") if isinstance(context, dict) else None,
+        block_field(replay, "trace_block_size", "event.request.replay."),
     )
 
 

@@ -1,12 +1,13 @@
 """Fields of JSON rows, checked. Errors are RowError: `name: expected X, got Y`."""
 
 import json
-import math
 from typing import Any
 
-from ssmcache_sim.formats.source import RowError
+from ssmcache_sim.formats.source import RowError, legal_text
+from ssmcache_sim.trace import MAX_BLOCK, MAX_TOKENS
 
 _MAX_INT = (1 << 53) - 1  # exact as a double too
+_MAX_SECONDS = 10**11  # 3,000 years: sums of a few are still exact in milliseconds
 MAX_ID = (1 << 63) - 1
 _EXPECTED_AT_LEAST = ("a non-negative integer", "a positive integer")
 
@@ -23,20 +24,33 @@ def parse_object(line: bytes) -> dict[str, Any]:
     return row
 
 
-def int_field(row: dict[str, Any], name: str, minimum: int, where: str = "") -> int:
-    """An integer from `minimum` (0 or 1) to 2**53 - 1. `where` is the path of the object, for messages."""
+def int_field(row: dict[str, Any], name: str, minimum: int, where: str = "", maximum: int = _MAX_INT) -> int:
+    """An integer from `minimum` (0 or 1) to `maximum`. `where` is the path of the object, for messages."""
     value = row.get(name)
-    if type(value) is not int or not minimum <= value <= _MAX_INT:  # `type`: bool is an int to isinstance
-        raise RowError(f"{where}{name}: expected {_EXPECTED_AT_LEAST[minimum]}, got {_got(row, name)}")
+    if type(value) is not int or not minimum <= value <= maximum:  # `type`: bool is an int to isinstance
+        most = f" up to {maximum:,}" if type(value) is int and maximum < min(value, _MAX_INT) else ""
+        raise RowError(f"{where}{name}: expected {_EXPECTED_AT_LEAST[minimum]}{most}, got {_got(row, name)}")
     return value
 
 
+def tokens_field(row: dict[str, Any], name: str, minimum: int, where: str = "") -> int:
+    """A number of tokens of a prompt or an output, from `minimum` (0 or 1)."""
+    return int_field(row, name, minimum, where, MAX_TOKENS)
+
+
+def block_field(row: dict[str, Any], name: str, where: str = "") -> int:
+    """A number of tokens that an id stands for."""
+    return int_field(row, name, 1, where, MAX_BLOCK)
+
+
 def seconds_field(row: dict[str, Any], name: str, where: str = "") -> float:
-    """A finite number of seconds, not negative."""
-    value = row.get(name)
-    if (type(value) is int and 0 <= value <= _MAX_INT) or (type(value) is float and 0 <= value < math.inf):
+    """A number of seconds, not negative, that is finite as milliseconds too."""
+    value: Any = row.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 <= value <= _MAX_SECONDS:
         return float(value)
-    raise RowError(f"{where}{name}: expected seconds, not negative, got {_got(row, name)}")
+    most = f" up to {_MAX_SECONDS:,}" if is_number and value > _MAX_SECONDS else ", not negative"
+    raise RowError(f"{where}{name}: expected seconds{most}, got {_got(row, name)}")
 
 
 def object_field(row: dict[str, Any], name: str, where: str = "") -> dict[str, Any]:
@@ -56,11 +70,11 @@ def list_field(row: dict[str, Any], name: str, of: str, where: str = "") -> list
 
 
 def text_field(row: dict[str, Any], name: str) -> str:
-    """A string."""
+    """A string, as `legal_text`."""
     value = row.get(name)
     if not isinstance(value, str):
         raise RowError(f"{name}: expected a string, got {_got(row, name)}")
-    return value
+    return legal_text(value)
 
 
 def int_list_field(row: dict[str, Any], name: str, maximum: int, where: str = "") -> list[int]:
@@ -72,14 +86,14 @@ def int_list_field(row: dict[str, Any], name: str, maximum: int, where: str = ""
     return values
 
 
-def session_field(row: dict[str, Any], name: str = "session_id") -> str | None:
-    """A name or a number of a session, as text; None without one."""
+def session_field(row: dict[str, Any], name: str = "session_id", where: str = "") -> str | None:
+    """A name or a number of a session, as `legal_text`; None without one."""
     value = row.get(name)
     if value is None:
         return None
     if type(value) not in (int, str):
-        raise RowError(f"{name}: expected a string or an integer, got {shown(value)}")
-    return str(value)
+        raise RowError(f"{where}{name}: expected a string or an integer, got {shown(value)}")
+    return legal_text(str(value))
 
 
 def turn_field(row: dict[str, Any]) -> int:
@@ -89,7 +103,10 @@ def turn_field(row: dict[str, Any]) -> int:
 
 def shown(value: object) -> str:
     """A value for a message, shortened."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # what is nested may be read deeper than it is written
+        text = type(value).__name__
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -4,6 +4,7 @@ One id per block of prompt tokens (512 as published; derived files use 16), uniq
 usually partial. Files whose rows name full blocks only are read too. Rows may have `session_id` and `turn`.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,18 @@ from ssmcache_sim.formats.building import (
     fitting,
     number_prefix_ids,
 )
-from ssmcache_sim.formats.fields import MAX_ID, int_field, int_list_field, parse_object, session_field, turn_field
+from ssmcache_sim.formats.fields import (
+    MAX_ID,
+    int_field,
+    int_list_field,
+    parse_object,
+    session_field,
+    tokens_field,
+    turn_field,
+)
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import SourceFile
-from ssmcache_sim.trace import Trace
+from ssmcache_sim.trace import InferredBlock, Trace
 
 NAME = "mooncake"
 PUBLISHED_BLOCK = 512
@@ -57,20 +66,23 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
         columns.add(line_number, *row)
     rows = columns.rows()
     check_not_empty(source, rows)
+    inferred = None
     if tokens_per_block is None:
         tokens_per_block = _find_block(source, rows)
+        inferred = _inferred(rows, tokens_per_block)
     rows = check_id_counts(source, rows, tokens_per_block)
     rows, num_keys = number_prefix_ids(source, rows)
     outputs: Outputs = "revealed" if options.outputs else "none"
-    return build_trace(source, rows, tokens_per_block, num_keys, format_name=NAME, outputs=outputs)
+    trace = build_trace(source, rows, tokens_per_block, num_keys, format_name=NAME, outputs=outputs)
+    return replace(trace, inferred_block=inferred)
 
 
 def _parse(line: bytes) -> MooncakeRow:
     row = parse_object(line)
     return MooncakeRow(
         int_field(row, "timestamp", 0),
-        int_field(row, "input_length", 1),
-        int_field(row, "output_length", 0),
+        tokens_field(row, "input_length", 1),
+        tokens_field(row, "output_length", 0),
         int_list_field(row, "hash_ids", MAX_ID),
         session_field(row),
         turn_field(row),
@@ -97,6 +109,15 @@ def _find_block(source: SourceFile, rows: Rows) -> int:
         shown = ", ".join(map(str, sorted(sizes)))
         raise TraceError(f"{source.name}: block size: expected --trace-block, because {shown} all fit the ids")
     return sizes[0]
+
+
+def _inferred(rows: Rows, tokens_per_block: int) -> InferredBlock | None:
+    """What is to be said of a block size that was found; None where rows of several lengths agree."""
+    fits = np.logical_or(*fitting(rows, tokens_per_block))
+    lengths = rows.prompt_tokens[fits]
+    if not lengths.size or (lengths != lengths[0]).any():
+        return None
+    return InferredBlock(tokens_per_block, lengths.size, PUBLISHED_BLOCK)
 
 
 FORMAT = TraceFormat(NAME, recognises, read, frozenset({"outputs"}))

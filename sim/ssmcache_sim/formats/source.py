@@ -12,6 +12,8 @@ from typing import BinaryIO, TypeAlias, TypeVar
 from ssmcache_sim.errors import TraceError
 
 _CHUNK_BYTES = 1 << 20
+_ZSTD_CHUNK_BYTES = 1 << 13  # packed; a few bytes may stand for 128 KiB, and all of a chunk is unpacked at once
+_MAX_LINE_BYTES = 1 << 28  # a conversation of a million tokens a turn has a few megabytes
 _GZIP, _XZ, _ZSTD = b"\x1f\x8b", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 
 Row = TypeVar("Row")
@@ -20,6 +22,14 @@ ReadProgress: TypeAlias = Callable[[float], None]
 
 class RowError(ValueError):
     """What is wrong with a row; the source adds the file and the line."""
+
+
+def legal_text(text: str) -> str:
+    r"""The text with each lone surrogate, which JSON and names of files may hold and UTF-8 cannot, written as `\udcff`.
+
+    So that what is different stays so.
+    """
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 class SourceFile:
@@ -35,7 +45,7 @@ class SourceFile:
 
     def __init__(self, path: Path, skip_broken: bool, progress: ReadProgress | None) -> None:
         self.path = path
-        self.name = path.name
+        self.name = legal_text(path.name)
         self.num_broken = 0
         self._skip_broken = skip_broken
         self._progress = progress
@@ -89,14 +99,19 @@ class SourceFile:
 
     def _raw_lines(self) -> Iterator[bytes]:
         unfinished: list[bytes] = []
+        num_bytes = 0
         for chunk in self._chunks():
             self._hash.update(chunk)
             first, *others = chunk.split(b"\n")
             unfinished.append(first)
+            num_bytes += len(first)
+            if num_bytes > _MAX_LINE_BYTES:
+                raise TraceError(f"{self.name}: expected rows of at most {_MAX_LINE_BYTES:,} bytes, got a longer one")
             if others:
                 yield b"".join(unfinished)
                 yield from others[:-1]
                 unfinished = [others[-1]]
+                num_bytes = len(others[-1])
         yield b"".join(unfinished)
 
     def _chunks(self) -> Iterator[bytes]:
@@ -137,7 +152,7 @@ def _zstd_content(file: BinaryIO, name: str) -> Iterator[bytes]:
     frame = zstandard.ZstdDecompressor().decompressobj()
     in_frame = False
     packed = b""
-    while packed := packed or file.read(_CHUNK_BYTES):
+    while packed := packed or file.read(_ZSTD_CHUNK_BYTES):
         try:
             yield frame.decompress(packed)
         except zstandard.ZstdError as error:

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssmcache_sim.formats.building import Outputs, RowColumns, build_trace
-from ssmcache_sim.formats.fields import int_field, int_list_field, parse_object, session_field, turn_field
+from ssmcache_sim.formats.fields import (
+    int_field,
+    int_list_field,
+    parse_object,
+    session_field,
+    tokens_field,
+    turn_field,
+)
 from ssmcache_sim.formats.numbering import fold_contents
 from ssmcache_sim.formats.options import FirstRow, ReadOptions, TraceFormat
 from ssmcache_sim.formats.source import RowError, SourceFile
@@ -108,7 +115,7 @@ def _parse_with_output(line: bytes) -> _TokenRow:
 def _token_row(row: dict[str, Any]) -> _TokenRow:
     return _TokenRow(
         int_field(row, "arrival_time_ns", 0) / _NS_PER_MS,
-        int_field(row, "output_toks", 0),
+        tokens_field(row, "output_toks", 0),
         _ids(row, "input_tok_ids", "input_toks"),
         session_field(row),
         turn_field(row),
@@ -117,7 +124,7 @@ def _token_row(row: dict[str, Any]) -> _TokenRow:
 
 def _ids(row: dict[str, Any], name: str, counted_by: str) -> list[int]:
     tokens = int_list_field(row, name, _MAX_TOKEN)
-    num_tokens = int_field(row, counted_by, 0)
+    num_tokens = tokens_field(row, counted_by, 0)
     if len(tokens) != num_tokens:
         raise RowError(f"{name}: expected {num_tokens} ids, as {counted_by} says, got {len(tokens)}")
     return tokens

@@ -8,6 +8,8 @@ from ssmcache.models.spec import LayerSpec, ModelSpec
 
 Reader = Callable[[Fields], tuple[LayerSpec, ...]]
 
+_MAX_BYTES = 1 << 40  # of a token, and of a snapshot: sums over blocks and slots must stay within 64 bits
+
 _READERS: dict[str, Reader] = {
     "bamba": mamba_hybrids.bamba,
     "falcon_h1": mamba_hybrids.falcon_h1,
@@ -59,7 +61,7 @@ def read_config(config: Mapping[str, object], *, name: str, where: str, source: 
     not stated); SSM states have `mamba_ssm_cache_dtype` or `mamba_ssm_dtype`, float32 if not stated, as transformers
     keeps them. Parameter counts are not computed.
 
-    Errors: ModelError for an unknown family, and for a field that is missing, wrong, or at odds with another.
+    Errors: ModelError for an unknown family, and for a field that is missing, wrong, absurd, or at odds with another.
     """
     outer = Fields(config, where)
     text = _text_fields(outer)
@@ -67,7 +69,7 @@ def read_config(config: Mapping[str, object], *, name: str, where: str, source: 
     outer_dtype = outer.dtype("dtype", "torch_dtype", default="bfloat16")
     model_dtype = text.dtype("dtype", "torch_dtype", default=outer_dtype)
     state_dtype = text.dtype("mamba_ssm_cache_dtype", "mamba_ssm_dtype", default="float32")
-    return ModelSpec(
+    spec = ModelSpec(
         name=name,
         family=family,
         source=source,
@@ -77,6 +79,10 @@ def read_config(config: Mapping[str, object], *, name: str, where: str, source: 
         state_dtype=state_dtype,
         conv_dtype=model_dtype,
     )
+    most = max(spec.kv_bytes_per_token("float32"), spec.snapshot_bytes("float32"))
+    if most > _MAX_BYTES:
+        raise outer.error("bytes of a token or a snapshot", f"at most {_MAX_BYTES:,}", most)
+    return spec
 
 
 __all__ = ["family_names", "read_config"]

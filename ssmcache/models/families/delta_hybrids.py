@@ -13,7 +13,7 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
     if fields.has("layer_types"):
         return fields.layer_kinds("layer_types", known=_LAYER_TYPES)
     interval = fields.positive_int("full_attention_interval")
-    num_layers = fields.positive_int("num_hidden_layers")
+    num_layers = fields.num_layers()
     return tuple("ssm" if (index + 1) % interval else "attention" for index in range(num_layers))
 
 
@@ -53,7 +53,7 @@ def kimi_linear(fields: Fields) -> tuple[LayerSpec, ...]:
     [heads, head_dim, head_dim]. MLA keeps one latent vector a token.
     """
     linear = fields.section("linear_attn_config")
-    num_layers = fields.positive_int("num_hidden_layers")
+    num_layers = fields.num_layers()
     kda_at, attention_at = linear.integers("kda_layers"), linear.integers("full_attn_layers")
     if sorted(kda_at + attention_at) != list(range(1, num_layers + 1)):
         expected = f"each layer of 1..{num_layers} once"
@@ -61,7 +61,7 @@ def kimi_linear(fields: Fields) -> tuple[LayerSpec, ...]:
     heads, head_dim = linear.positive_int("num_heads"), linear.positive_int("head_dim")
     d_conv = linear.positive_int("short_conv_kernel_size")
     ssm = delta_net("kda", k_heads=heads, v_heads=heads, k_dim=head_dim, v_dim=head_dim, d_conv=d_conv)
-    attention = read_latent(fields)
+    attention, is_attention = read_latent(fields), frozenset(attention_at)
 
     def feed_forward(index: int) -> FeedForward:
         first, every = fields.count("first_k_dense_replace"), fields.count("moe_layer_freq", 1) or 1
@@ -70,7 +70,7 @@ def kimi_linear(fields: Fields) -> tuple[LayerSpec, ...]:
 
     return tuple(
         LayerSpec(attention, None, feed_forward(index))
-        if index + 1 in attention_at
+        if index + 1 in is_attention
         else LayerSpec(None, ssm, feed_forward(index))
         for index in range(num_layers)
     )

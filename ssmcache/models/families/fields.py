@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from ssmcache.models.spec import ModelError, dtype_name
 
+MAX_LAYERS = 10_000
+_MAX_INT = 1 << 24  # widths, heads, periods: published ones stay below 2**18
+_MAX_SHOWN = 200
 
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +28,9 @@ class Fields:
 
     def error(self, what: str, expected: str, got: object) -> ModelError:
         """A ModelError about this object, to be raised by the caller."""
-        return ModelError(f"{self.where}: {what}: expected {expected}, got {got!r}")
+        shown = repr(got)
+        shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[: _MAX_SHOWN - 3]}..."
+        return ModelError(f"{self.where}: {what}: expected {expected}, got {shown}")
 
     def _find(self, names: Sequence[str]) -> tuple[str, object]:
         for name in names:
@@ -42,20 +49,30 @@ class Fields:
         """Whether one of the names has a value."""
         return self._find(names)[1] is not None
 
-    def positive_int(self, *names: str) -> int:
-        """The field as a positive integer. Errors: ModelError if missing or anything else."""
+    def positive_int(self, *names: str, default: int | None = None, maximum: int = _MAX_INT) -> int:
+        """The field as a positive integer, not above `maximum`; `default` where it is missing, if there is one.
+
+        Errors: ModelError for anything else.
+        """
+        if default is not None and not self.has(*names):
+            return default
         name, value = self._require(names)
-        if not _is_positive_int(value):
+        if not (_is_int(value) and value > 0):
             raise self.error(f"field {name!r}", "a positive integer", value)
-        assert isinstance(value, int)
+        if value > maximum:
+            raise self.error(f"field {name!r}", f"at most {maximum:,}", value)
         return value
+
+    def num_layers(self, name: str = "num_hidden_layers") -> int:
+        """The field as a number of layers. Errors: as those of `positive_int`."""
+        return self.positive_int(name, maximum=MAX_LAYERS)
 
     def count(self, name: str, default: int = 0) -> int:
         """An optional number that may be 0, such as a number of experts. Errors: ModelError for anything else."""
         value = self.values.get(name)
         if value is None:
             return default
-        return 0 if value == 0 else self.positive_int(name)
+        return 0 if _is_int(value) and value == 0 else self.positive_int(name)
 
     def text(self, *names: str) -> str:
         """The field as text. Errors: ModelError if missing or anything else."""
@@ -65,10 +82,12 @@ class Fields:
         return value
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """The field as a list of integers. Errors: ModelError if missing or anything else."""
+        """The field as a list of integers, one for some layers. Errors: ModelError if missing or anything else."""
         _, value = self._require((name,))
-        if not isinstance(value, list | tuple) or any(not isinstance(item, int) for item in value):
+        if not isinstance(value, list | tuple) or not all(map(_is_int, value)):
             raise self.error(f"field {name!r}", "a list of integers", value)
+        if len(value) > MAX_LAYERS:
+            raise self.error(f"length of {name}", f"at most {MAX_LAYERS:,}", len(value))
         return tuple(value)
 
     def section(self, name: str) -> "Fields":
@@ -83,7 +102,7 @@ class Fields:
         if not self.has(*names):
             return default
         try:
-            return dtype_name(self.text(*names))
+            return dtype_name(self.text(*names)[:32])  # longer than any name, and short in the message
         except ModelError as error:
             raise ModelError(f"{self.where}: field {self._find(names)[0]!r}: {error}") from None
 
@@ -95,10 +114,12 @@ class Fields:
         name, value = self._require(names)
         if not isinstance(value, list | tuple | str) or not value:
             raise self.error(f"field {name!r}", "one entry a layer", value)
+        if len(value) > MAX_LAYERS:
+            raise self.error(f"length of {name}", f"at most {MAX_LAYERS:,} layers", len(value))
         for index, entry in enumerate(value):
-            if entry not in known:
+            if not isinstance(entry, str) or entry not in known:
                 raise self.error(f"{name}[{index}]", f"one of {', '.join(map(repr, known))}", entry)
-        if self.has("num_hidden_layers") and len(value) != self.positive_int("num_hidden_layers"):
-            expected = f"num_hidden_layers = {self.positive_int('num_hidden_layers')} entries"
+        if self.has("num_hidden_layers") and len(value) != self.num_layers():
+            expected = f"num_hidden_layers = {self.num_layers()} entries"
             raise self.error(f"length of {name}", expected, len(value))
         return tuple(known[entry] for entry in value)

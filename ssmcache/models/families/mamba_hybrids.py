@@ -45,10 +45,10 @@ def nemotron_h(fields: Fields) -> tuple[LayerSpec, ...]:
 
 def bamba(fields: Fields) -> tuple[LayerSpec, ...]:
     """Bamba: Mamba-2 everywhere but at `attn_layer_indices`; a dense MLP in every layer."""
-    num_layers = fields.positive_int("num_hidden_layers")
-    attention_at = fields.integers("attn_layer_indices")
+    num_layers = fields.num_layers()
+    attention_at = frozenset(fields.integers("attn_layer_indices"))
     if any(not 0 <= index < num_layers for index in attention_at):
-        raise fields.error("field 'attn_layer_indices'", f"layers in 0..{num_layers - 1}", list(attention_at))
+        raise fields.error("field 'attn_layer_indices'", f"layers in 0..{num_layers - 1}", sorted(attention_at))
     d_inner = fields.positive_int("mamba_expand") * fields.positive_int("hidden_size")
     attention = LayerSpec(attention=read_grouped_query(fields), feed_forward="mlp")
     ssm = LayerSpec(ssm=read_mamba2(fields, d_inner=d_inner), feed_forward="mlp")
@@ -85,7 +85,7 @@ def jamba(fields: Fields) -> tuple[LayerSpec, ...]:
         is_attention = index % period == offset
         return LayerSpec(attention, None, feed_forward) if is_attention else LayerSpec(None, ssm, feed_forward)
 
-    return tuple(layer(index) for index in range(fields.positive_int("num_hidden_layers")))
+    return tuple(layer(index) for index in range(fields.num_layers()))
 
 
 def zamba2(fields: Fields) -> tuple[LayerSpec, ...]:
@@ -100,17 +100,19 @@ def zamba2(fields: Fields) -> tuple[LayerSpec, ...]:
     num_kv_heads = fields.positive_int("num_key_value_heads") if fields.has("num_key_value_heads") else num_heads
     stated = fields.has("attention_head_dim")
     head_dim = fields.positive_int("attention_head_dim") if stated else 2 * hidden_size // num_heads
+    if not head_dim:
+        raise fields.error("field 'num_attention_heads'", f"at most 2 x hidden_size = {2 * hidden_size}", num_heads)
     d_inner = fields.positive_int("mamba_expand", "expansion_factor") * hidden_size
     if fields.has("n_mamba_heads"):
         num_ssm_heads = fields.positive_int("n_mamba_heads")
     else:
         num_ssm_heads = d_inner // fields.positive_int("mamba_headdim")
-    check_heads(fields, d_inner // num_ssm_heads * num_ssm_heads, d_inner)
+    check_heads(fields, d_inner // max(num_ssm_heads, 1) * num_ssm_heads, d_inner)
     ssm = mamba2(
         num_heads=num_ssm_heads,
         head_dim=d_inner // num_ssm_heads,
         d_state=fields.positive_int("mamba_d_state", "state_size"),
-        n_groups=fields.count("mamba_ngroups", 1),
+        n_groups=fields.positive_int("mamba_ngroups", default=1),
         d_conv=fields.positive_int("mamba_d_conv", "conv_dimension"),
     )
     layers = {
@@ -130,7 +132,7 @@ def falcon_h1(fields: Fields) -> tuple[LayerSpec, ...]:
     else:
         d_inner = fields.positive_int("mamba_expand") * fields.positive_int("hidden_size")
     layer = LayerSpec(read_grouped_query(fields), read_mamba2(fields, d_inner=d_inner), "mlp")
-    return (layer,) * fields.positive_int("num_hidden_layers")
+    return (layer,) * fields.num_layers()
 
 
 def pure_mamba2(fields: Fields) -> tuple[LayerSpec, ...]:
@@ -144,7 +146,7 @@ def pure_mamba2(fields: Fields) -> tuple[LayerSpec, ...]:
         n_groups=fields.positive_int("n_groups"),
         d_conv=fields.positive_int("conv_kernel"),
     )
-    return (LayerSpec(ssm=ssm),) * fields.positive_int("num_hidden_layers")
+    return (LayerSpec(ssm=ssm),) * fields.num_layers()
 
 
 def mamba_ssm(fields: Fields) -> tuple[LayerSpec, ...]:
@@ -158,14 +160,14 @@ def mamba_ssm(fields: Fields) -> tuple[LayerSpec, ...]:
     if fields.values.get("attn_layer_idx") or fields.count("d_intermediate"):
         # its attention layers have a convolution of their own, which no published description fixes
         raise fields.error("attn_layer_idx and d_intermediate", "none", fields.values.get("attn_layer_idx"))
-    d_inner = cfg.count("expand", 2) * fields.positive_int("d_model")
-    head_dim = cfg.count("headdim", 64)
+    d_inner = cfg.positive_int("expand", default=2) * fields.positive_int("d_model")
+    head_dim = cfg.positive_int("headdim", default=64)
     check_heads(fields, d_inner // head_dim * head_dim, d_inner)
     ssm = mamba2(
         num_heads=d_inner // head_dim,
         head_dim=head_dim,
-        d_state=cfg.count("d_state", 128),
-        n_groups=cfg.count("ngroups", 1),
-        d_conv=cfg.count("d_conv", 4),
+        d_state=cfg.positive_int("d_state", default=128),
+        n_groups=cfg.positive_int("ngroups", default=1),
+        d_conv=cfg.positive_int("d_conv", default=4),
     )
-    return (LayerSpec(ssm=ssm),) * fields.positive_int("n_layer")
+    return (LayerSpec(ssm=ssm),) * fields.num_layers("n_layer")

@@ -7,8 +7,8 @@ from ssmcache.models.spec import FeedForward, LayerSpec
 
 def expert_layers(fields: Fields) -> tuple[FeedForward, ...]:
     """One entry a layer: experts in every `decoder_sparse_step`-th layer but those of `mlp_only_layers` (Qwen)."""
-    num_layers = fields.positive_int("num_hidden_layers")
-    dense = fields.integers("mlp_only_layers") if fields.has("mlp_only_layers") else ()
+    num_layers = fields.num_layers()
+    dense = frozenset(fields.integers("mlp_only_layers") if fields.has("mlp_only_layers") else ())
     step = fields.count("decoder_sparse_step", 1) or 1
     has_experts = fields.count("num_experts") > 0
     return tuple(
@@ -33,7 +33,7 @@ def qwen3(fields: Fields) -> tuple[LayerSpec, ...]:
 
 
 def _everywhere(fields: Fields, feed_forward: FeedForward) -> tuple[FeedForward, ...]:
-    return (feed_forward,) * fields.positive_int("num_hidden_layers")
+    return (feed_forward,) * fields.num_layers()
 
 
 def _transformer(
