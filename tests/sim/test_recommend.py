@@ -30,7 +30,7 @@ from ssmcache_sim.recommend_results import (
     write_recommendation,
 )
 from ssmcache_sim.replay import replay
-from ssmcache_sim.results import RunTimes, read_parquet
+from ssmcache_sim.results import RunTimes
 from ssmcache_sim.settings import ReplaySettings, build_config, make_settings
 from ssmcache_sim.splits import Splits, SplitTotals, possible_splits, split_totals
 from ssmcache_sim.trace import Trace
