@@ -1,7 +1,7 @@
 """Schemas of what we read back from files: the type hints of our records and columns, checked value by value.
 
 A record is a dataclass, with exactly its fields. `int` and `float` mean 0 or more, and finite; `Annotated` with a
-`Range` says otherwise, `| None` that a value may be missing, `Literal` which texts there are.
+`Range` says otherwise, `| None` that a value may be missing, `Literal`, or `Annotated` with a tuple, which texts there are.
 """
 
 import json
@@ -64,7 +64,7 @@ def scalar(hint: Any) -> Scalar:
         return scalar(inner)._replace(may_miss=True)
     if origin is Annotated:
         kind, limits = get_args(hint)
-        return Scalar(kind, limits, (), False)
+        return Scalar(str, Range(0, 0), limits, False) if kind is str else Scalar(kind, limits, (), False)
     if origin is Literal:
         return Scalar(str, Range(0, 0), get_args(hint), False)
     return Scalar(hint, Range(0, _MOST_FLOAT if hint is float else MOST_INT), (), False)

@@ -1,12 +1,15 @@
 """The sums of one replay, as a record that goes to tables, JSON and back."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from ssmcache.layout import LayerGroupKind
 from ssmcache.units import plural
 from ssmcache_sim.causes import SNAPSHOT_CAUSES, broken_promise, snapshot_columns
 from ssmcache_sim.schemas import Positive, decode, hints_of, require_equal
 
+GroupKind = Annotated[str, tuple(kind.value for kind in LayerGroupKind)]
+TierName = Annotated[str, ("gpu", "host", "disk")]
 _COUNTED = ("taken", "reused", "evicted", "evicted_unused")
 SKIP_REASONS = ("crossed", "no_room", "not_admitted", "history")
 
@@ -38,7 +41,7 @@ class LayerGroupPeak:
     """The most bytes that a layer group used at once, and the bytes of its pool (None: unlimited)."""
 
     layer_group: int
-    kind: str
+    kind: GroupKind
     peak_bytes: int
     pool_bytes: int | None
 
@@ -49,7 +52,7 @@ class TierTotals:
     layers: whose state lay there), and what it held at most. `tier`: gpu, host or disk.
     """
 
-    tier: str
+    tier: TierName
     usable_hit_tokens: int
     peaks: tuple[LayerGroupPeak, ...]
 
@@ -61,9 +64,9 @@ class MovedSlots:
     """
 
     layer_group: int
-    kind: str
-    source_tier: str
-    tier: str
+    kind: GroupKind
+    source_tier: TierName
+    tier: TierName
     num_slots: int
     num_bytes: int
     seconds: float

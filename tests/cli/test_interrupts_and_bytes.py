@@ -89,7 +89,7 @@ def test_ctrl_c_while_drawing_leaves_the_results(
 
 
 @posix
-def test_ctrl_c_in_a_sweep_keeps_its_replays_and_the_next_run_goes_on(
+def test_ctrl_c_in_a_sweep_keeps_its_cells_and_the_next_run_goes_on(
     run_here: RunHere, files_of: FilesOf, sample: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = commands(sample, tmp_path)["sweep"]
@@ -99,7 +99,7 @@ def test_ctrl_c_in_a_sweep_keeps_its_replays_and_the_next_run_goes_on(
     assert (code, err) == (130, "interrupted: finished cells are kept; run the same command again to go on\n")
     code, out, _ = run_here(*command, "--jobs", 2)
     assert code == 0
-    assert "4 cells, 2 of them by the grid, 2 finished before" in out
+    assert "4 cells, 2 of them by the grid, 4 finished before" in out
     swept = {
         name: content for name, content in files_of(finished / "sweep").items() if "/" not in name or "cells/" in name
     }
