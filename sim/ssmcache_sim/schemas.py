@@ -1,7 +1,8 @@
 """Schemas of what we read back from files: the type hints of our records and columns, checked value by value.
 
 A record is a dataclass, with exactly its fields. `int` and `float` mean 0 or more, and finite; `Annotated` with a
-`Range` says otherwise, `| None` that a value may be missing, `Literal`, or `Annotated` with a tuple, which texts there are.
+`Range` says otherwise, `| None` that a value may be missing, `Literal`, or `Annotated` with a tuple, which texts there
+are.
 """
 
 import json
