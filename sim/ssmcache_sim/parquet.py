@@ -5,7 +5,6 @@ begin so. Other columns are refused, as are more than one of a name.
 """
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,31 +20,42 @@ if TYPE_CHECKING:
 
 Schema = Mapping[str, Any]
 
-_ARROW_TYPES = {int: "int64", float: "double", str: "string", bool: "bool"}
+_ARROW_TYPES = {int: ("int64",), float: ("double",), str: ("string", "large_string"), bool: ("bool",)}
 _MAX_ROWS = 1 << 26  # where nothing says how many there are
 _HITS, _RATE = "hit_tokens", "token_hit_rate"  # in names of columns
 
 
 def write_parquet(path: Path, columns: dict[str, Any]) -> None:
     """Writes columns (arrays or lists, None: missing) as one Parquet file. Errors: OutputError."""
-    write_file(path, _parquet_bytes(columns))
-
-
-def _parquet_bytes(columns: dict[str, Any]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd")
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+    write_file(path, sink.getvalue().to_pybytes())
 
 
 def frame_of(columns: dict[str, Any]) -> "pd.DataFrame":
     """Columns as `read_parquet` would give them after `write_parquet`, without a file."""
-    import pandas as pd
+    import pyarrow as pa
 
-    return pd.read_parquet(BytesIO(_parquet_bytes(columns)), dtype_backend="numpy_nullable")
+    return _frame(pa.table(columns))
+
+
+def _frame(table: Any) -> "pd.DataFrame":
+    """With nullable types, whatever the file says of an index."""
+    import pandas as pd
+    import pyarrow as pa
+
+    types = {
+        pa.int64(): pd.Int64Dtype(),
+        pa.float64(): pd.Float64Dtype(),
+        pa.bool_(): pd.BooleanDtype(),
+        pa.string(): pd.StringDtype(),
+        pa.large_string(): pd.StringDtype(),
+    }
+    frame: pd.DataFrame = table.replace_schema_metadata().to_pandas(types_mapper=types.get)
+    return frame
 
 
 def read_parquet(path: Path, schema: Schema | None = None, num_rows: int | None = None) -> "pd.DataFrame":
@@ -55,24 +65,24 @@ def read_parquet(path: Path, schema: Schema | None = None, num_rows: int | None 
         schema: None: any columns.
         num_rows: that it must have; None: any, but not none.
 
-    Names, types and rows are checked before any value is read. Errors: OutputError, one line.
+    Names, types and rows are checked before any value is read. Whole numbers that may be missing may also be of a
+    floating-point type: so pandas writes them. Errors: OutputError, one line.
     """
-    import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with path.open("rb") as file:
-            head = pq.ParquetFile(file)
+        with pq.ParquetFile(path) as file:
+            kinds: dict[str, Scalar] = {}
             if schema is not None:
-                types = [str(kind) for kind in head.schema_arrow.types]
-                hints = _checked_head(head.schema_arrow.names, types, schema)
-                _check_rows(head.metadata.num_rows, num_rows)
-            file.seek(0)
-            frame = pd.read_parquet(file, dtype_backend="numpy_nullable")
-        if schema is not None:
-            for name, hint in hints.items():
-                _check_values(frame[name], scalar(hint), name)
+                _check_rows(file.metadata.num_rows, num_rows)
+                kinds = _checked_columns(file.schema_arrow.names, list(map(str, file.schema_arrow.types)), schema)
+            frame = _frame(file.read())
+        for name, kind in kinds.items():
+            _check_values(frame[name], kind, name)
+            if kind.kind is int and str(frame[name].dtype) == "Float64":
+                frame[name] = frame[name].astype("Int64")
+        if kinds:
             _check_tokens(frame)
     except _MisfitError as error:
         raise OutputError(f"{path}: {error}") from error
@@ -93,25 +103,27 @@ class _MisfitError(Exception):
     """A table that does not fit its schema, in one line."""
 
 
-def _checked_head(names: Sequence[str], types: Sequence[str], schema: Schema) -> dict[str, Any]:
-    """The hint of each column that is there."""
+def _checked_columns(names: Sequence[str], types: Sequence[str], schema: Schema) -> dict[str, Scalar]:
+    """What each column that is there must hold."""
     for name in schema:
         if name not in names and not name.endswith("*"):
             raise _MisfitError(f"expected a column {name}, got none")
-    hints: dict[str, Any] = {}
+    kinds: dict[str, Scalar] = {}
     for name, found in zip(names, types, strict=True):
         hint = schema.get(name) or next(
             (hint for prefix, hint in schema.items() if prefix.endswith("*") and name.startswith(prefix[:-1])), None
         )
         if hint is None:
             raise _MisfitError(f"expected no column but those of {TOOL}, got {shown(name)}")
-        if name in hints:
+        if name in kinds:
             raise _MisfitError(f"column {name}: expected one, got several")
         kind = scalar(hint)
-        if found != _ARROW_TYPES[kind.kind] and not (found == "null" and kind.may_miss):
-            raise _MisfitError(f"column {name}: expected values of type {_ARROW_TYPES[kind.kind]}, got {shown(found)}")
-        hints[name] = hint
-    return hints
+        other = ("null", *(("double",) if kind.kind is int else ())) if kind.may_miss else ()
+        if found not in (*_ARROW_TYPES[kind.kind], *other):
+            expected = _ARROW_TYPES[kind.kind][0]
+            raise _MisfitError(f"column {name}: expected values of type {expected}, got {shown(found)}")
+        kinds[name] = kind
+    return kinds
 
 
 def _check_rows(found: int, expected: int | None) -> None:
@@ -128,7 +140,8 @@ def _check_values(column: "pd.Series[Any]", kind: Scalar, name: str) -> None:
     if kind.kind in (int, float):
         values = there.to_numpy(dtype=np.float64)
         low, high = kind.range
-        bad = there[~((values >= low) & (values <= high))]  # NaN, too
+        fits = (values >= low) & (values <= high)  # NaN does not
+        bad = there[~(fits & (values == np.floor(values)) if kind.kind is int else fits)]
     elif kind.kind is str:
         bad = there[[value not in kind.texts if kind.texts else not is_plain(value) for value in there]]
     else:

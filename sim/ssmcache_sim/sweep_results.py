@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,12 +85,11 @@ class SweepManifest:
     skipped: list[SkippedRow]
     run: RunTimes
 
-    def num_cells(self, has_ssm: bool) -> int:
-        """Cells of all combinations but those left out."""
-        of = self.settings
-        shapes = len(of.ssm_reuse_interval) * len(of.admission) if has_ssm else 1
-        sizes = len(of.gpu_memory_bytes) * len(of.host_memory_bytes)
-        return len(of.tokens_per_block) * shapes * sizes - len(self.skipped)
+    def varied(self, has_ssm: bool) -> tuple[Sequence[Any], ...]:
+        """The values there are of each of `_VARIED`."""
+        of, none = self.settings, (None,)
+        shapes = (of.ssm_reuse_interval, of.admission) if has_ssm else (none, none)
+        return (of.tokens_per_block, *shapes, of.gpu_memory_bytes, of.host_memory_bytes)
 
 
 def sweep_directories(traces: Sequence[Path], directory: Path) -> list[Path]:
@@ -261,16 +261,14 @@ def _check_cells(cells: "pd.DataFrame", head: SweepManifest) -> None:
     has_ssm = bool(with_ssm.any())
     if has_ssm != bool(with_ssm.all()) or (cells["admission"].notna() != with_ssm).any():
         raise ValueError("column ssm_reuse_interval: expected one in all rows, with an admission, or in none")
-    if len(cells) != head.num_cells(has_ssm):
-        raise ValueError(f"expected {head.num_cells(has_ssm)} rows, as the manifest says, got {len(cells)}")
+    varied = head.varied(has_ssm)
+    num_cells = prod(map(len, varied)) - len(head.skipped)
+    if len(cells) != num_cells:
+        raise ValueError(f"expected {num_cells} rows, as the manifest says, got {len(cells)}")
     settings, trace = head.settings, head.trace
     allowed: dict[str, Sequence[Any]] = {
+        **dict(zip(_VARIED, varied, strict=True)),
         "model": [settings.model],
-        "tokens_per_block": settings.tokens_per_block,
-        "ssm_reuse_interval": settings.ssm_reuse_interval if has_ssm else [None],
-        "admission": settings.admission if has_ssm else [None],
-        "gpu_memory_bytes": settings.gpu_memory_bytes,
-        "host_memory_bytes": settings.host_memory_bytes,
         "disk_memory_bytes": [settings.disk_memory_bytes],
         "pools": [settings.pools],
         "requests": [trace.requests],
@@ -279,3 +277,6 @@ def _check_cells(cells: "pd.DataFrame", head: SweepManifest) -> None:
     for name, values in allowed.items():
         for found in plain_rows(cells, [name]) - {(value,) for value in values}:
             raise ValueError(f"column {name}: expected what the manifest names, got {shown(found[0])}")
+    skipped = {tuple(getattr(row, name) for name in _VARIED) for row in head.skipped}
+    if plain_rows(cells, _VARIED) != set(product(*varied)) - skipped:  # no more of them than there are rows
+        raise ValueError("expected each combination of the manifest, got some of them twice")
