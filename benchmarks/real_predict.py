@@ -19,9 +19,9 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from ssmcache_sim.calibration import Calibration, FirstTokenTime
 from ssmcache_sim.cost import PrefillCost, prefill_cost
 from ssmcache_sim.device_profile import H100, calibrated
 from ssmcache_sim.prefill_fit import fit_calibration
+from ssmcache_sim.schemas import MOST_INT, Positive, Range, decode
 
 Row = dict[str, Any]
 
@@ -131,9 +132,41 @@ def read(path: str) -> Row:
         report: Row = json.loads(Path(path).read_text(encoding="utf-8"))
         if not report["grid"]:
             raise ValueError("its grid is empty")
+        _check(_Report, report)
+        for row in report["grid"]:
+            _check(_Measured, row)
+        if not 0 < int(report["settings"]["interval"]) <= MOST_INT:
+            raise ValueError("its interval is not positive")
+        if report["calibration"] is not None:
+            for time in report["calibration"]["times"]:
+                decode(FirstTokenTime, {"spread": 0.0, **time}, "calibration.times")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise argparse.ArgumentTypeError(f"{path}: expected a report of real_model.py: {error!r}") from error
     return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What is used of a report, beside its rows."""
+
+    shape: str
+    dtype: str
+    counted_parameters: Positive
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What is used of a row of its grid."""
+
+    reused: int
+    new: Positive
+    kind: Literal["hit", "miss"]
+    p50_ms: Annotated[float, Range(1e-6, 1e9)]
+
+
+def _check(record: type, value: Row) -> None:
+    """Of the fields of the record alone. Errors: ValueError, KeyError."""
+    decode(record, {field.name: value[field.name] for field in fields(record)}, "report")
 
 
 def main() -> None:

@@ -5,6 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ssmcache_sim.schemas import MOST_INT, is_plain
+
+# with more, or less, times are no number of nanoseconds
+_MOST = 1e30
+_LEAST_FLOPS_PER_SECOND = 1e6
+
 
 @dataclass(frozen=True, slots=True)
 class FirstTokenTime:
@@ -57,8 +63,8 @@ def calibration_from_json(value: Any) -> Calibration:
     return Calibration(
         model=read.text("model"),
         dtype=read.text("dtype"),
-        num_parameters=int(read.positive("num_parameters")),
-        flops_per_second=read.positive("flops_per_second"),
+        num_parameters=read.count("num_parameters", 1),
+        flops_per_second=read.positive("flops_per_second", _LEAST_FLOPS_PER_SECOND),
         attention_factor=read.number("attention_factor"),
         cached_attention_factor=read.number("cached_attention_factor"),
         pass_seconds=read.number("pass_seconds"),
@@ -69,8 +75,8 @@ def calibration_from_json(value: Any) -> Calibration:
 
 def _time(value: Any) -> FirstTokenTime:
     read = _Fields(value, FirstTokenTime)
-    counts = (int(read.number("cached_tokens")), int(read.positive("new_tokens")))
-    return FirstTokenTime(*counts, read.positive("seconds"), read.number("spread"))
+    counts = (read.count("cached_tokens", 0), read.count("new_tokens", 1))
+    return FirstTokenTime(*counts, read.positive("seconds", 0), read.number("spread"))
 
 
 def finite_number(value: Any) -> float | None:
@@ -96,19 +102,26 @@ class _Fields:
 
     def text(self, name: str) -> str:
         found = self._value[name]
-        if not isinstance(found, str):
-            raise ValueError(f"{name}: expected text, got {found!r}")
+        if not isinstance(found, str) or not is_plain(found):
+            raise ValueError(f"{name}: expected text, got {found!r:.40}")
+        return found
+
+    def count(self, name: str, least: int) -> int:
+        found = self._value[name]
+        if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= MOST_INT:
+            raise ValueError(f"{name}: expected a whole number of {least} or more, got {found!r}")
         return found
 
     def number(self, name: str) -> float:
         """0 or more."""
         found = finite_number(self._value[name])
-        if found is None or found < 0:
+        if found is None or not 0 <= found <= _MOST:
             raise ValueError(f"{name}: expected a non-negative number, got {self._value[name]!r}")
         return found
 
-    def positive(self, name: str) -> float:
+    def positive(self, name: str, least: float) -> float:
+        """At least so much, and not 0."""
         found = finite_number(self._value[name])
-        if found is None or found <= 0:
+        if found is None or found <= 0 or not least <= found <= _MOST:
             raise ValueError(f"{name}: expected a positive number, got {self._value[name]!r}")
         return found

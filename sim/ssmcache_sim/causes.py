@@ -18,8 +18,10 @@ For each request, with its prompt of L tokens in blocks of B tokens and an inter
 Where KV and a snapshot are both gone, the KV is blamed: without it the snapshot is of no use.
 """
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
 
 from ssmcache_sim.ceilings import blocks_seen_before, countable_blocks
 from ssmcache_sim.trace import BoolArray, Int64Array, Trace
@@ -35,12 +37,47 @@ SNAPSHOT_CAUSE_WORDS = {
 }
 SNAPSHOT_CAUSES = tuple(SNAPSHOT_CAUSE_WORDS)
 
+# each is the sum of the columns beside it, in every request and in the totals
+_SUMS = {
+    "prompt_tokens": ("kv_ceiling_hit_tokens", "never_seen_tokens", "last_block_tokens"),
+    "kv_ceiling_hit_tokens": (
+        "usable_hit_tokens",
+        "lost_evicted_tokens",
+        "lost_alignment_tokens",
+        "lost_snapshot_tokens",
+    ),
+}
+# each is at most the one beside it
+_LIMITS = {
+    "too_large_requests": "requests",
+    "tree_hit_tokens": "prompt_tokens",
+    "attention_hit_tokens": "prompt_tokens",
+    "ceiling_hit_tokens": "kv_ceiling_hit_tokens",
+    "lost_evicted_too_large_tokens": "lost_evicted_tokens",
+}
+
 _Values = TypeVar("_Values")
 
 
 def snapshot_columns(by_cause: Iterable[_Values]) -> dict[str, _Values]:
     """What belongs to each of `SNAPSHOT_CAUSES`, under its published name."""
     return {f"lost_snapshot_{cause}_tokens": value for cause, value in zip(SNAPSHOT_CAUSES, by_cause, strict=True)}
+
+
+def broken_promise(tokens: Mapping[str, Any]) -> str | None:
+    """What does not hold of the figures of a replay, numbers or columns by name, as far as all of it is there."""
+    for whole, parts in _SUMS.items():
+        if {whole, *parts} <= set(tokens) and np.any(sum(tokens[part] for part in parts) != tokens[whole]):
+            return f"{whole}: expected the sum of {', '.join(parts)}, got another number"
+    of_cause = tuple(snapshot_columns(SNAPSHOT_CAUSES))
+    if {*of_cause, "lost_snapshot_tokens"} <= set(tokens) and np.any(
+        sum(tokens[part] for part in of_cause) > tokens["lost_snapshot_tokens"]
+    ):
+        return "lost_snapshot_tokens: expected no less than its parts by cause, got less"
+    for part, whole in _LIMITS.items():
+        if {part, whole} <= set(tokens) and np.any(tokens[part] > tokens[whole]):
+            return f"{part}: expected at most {whole}, got more"
+    return None
 
 
 def last_block_tokens(trace: Trace, tokens_per_block: int) -> Int64Array:

@@ -14,6 +14,7 @@ from ssmcache_sim.errors import OutputError
 MANIFEST = "manifest.json"
 PLOTS = "plots"
 TOOL = "ssmcache"
+_MAX_JSON_BYTES = 1 << 28  # of large sweeps there are some megabytes; what lies there by mistake may be huge
 
 
 @contextmanager
@@ -60,8 +61,15 @@ def open_directory(path: Path, command: str) -> None:
 
 def make_directory(path: Path) -> None:
     """Makes a directory of ours inside a result; it may be there already. Errors: OutputError."""
-    try:
+    with writing(path):
         path.mkdir(exist_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError inside is an OutputError that names the path."""
+    try:
+        yield
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -97,10 +105,22 @@ def json_bytes(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a result directory. Errors: OutputError if it is none."""
+def read_json(path: Path) -> Any:
+    """What a JSON file of ours holds, unchecked. Errors: OSError, ValueError."""
+    with path.open("rb") as file:
+        content = file.read(_MAX_JSON_BYTES + 1)
+    if len(content) > _MAX_JSON_BYTES:
+        raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("too many brackets in each other") from error
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a result directory, of which only `tool` is checked. Errors: OutputError if it is none."""
+    try:
+        manifest = read_json(directory / MANIFEST)
     except (OSError, ValueError) as error:
         raise OutputError(f"{directory}: expected a result directory of {TOOL}, got no readable {MANIFEST}") from error
     if not isinstance(manifest, dict) or manifest.get("tool") != TOOL:

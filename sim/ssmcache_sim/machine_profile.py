@@ -10,10 +10,12 @@ from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache_sim.calibration import Calibration, calibration_from_json, finite_number
 from ssmcache_sim.directories import TOOL, json_bytes, write_file
 from ssmcache_sim.errors import OutputError, ProfileError
+from ssmcache_sim.schemas import is_plain, shown
 
 FORMAT = 1
 BANDWIDTH_NAMES = tuple(field.name for field in fields(BandwidthProfile))
 _KIND = "machine profile"
+_MAX_BYTES_PER_SECOND = 1e18
 _MAX_FILE_BYTES = 1 << 20  # a few kilobytes are usual; what is named by mistake may be huge
 
 
@@ -83,10 +85,10 @@ def read_profile(path: Path) -> MachineProfile:
     profile = _load(path)
     found = profile.get("format")
     if found != FORMAT or isinstance(found, bool):
-        raise ProfileError(f"{path}: format: expected {FORMAT}, got {_shown(found)}")
+        raise ProfileError(f"{path}: format: expected {FORMAT}, got {shown(found)}")
     device = profile.get("device")
-    if not (device is None or isinstance(device, str)):
-        raise ProfileError(f"{path}: device: expected a name or null, got {_shown(device)}")
+    if not (device is None or (isinstance(device, str) and is_plain(device))):
+        raise ProfileError(f"{path}: device: expected a name or null, got {shown(device)}")
     measured = _bandwidths(path, profile.get("bandwidths"))
     return MachineProfile(
         device=device,
@@ -118,12 +120,12 @@ def _load(path: Path) -> dict[str, Any]:
 def _bandwidths(path: Path, stated: Any) -> dict[str, float]:
     """Those that are not null."""
     if not isinstance(stated, dict):
-        raise ProfileError(f"{path}: bandwidths: expected an object, got {_shown(stated)}")
+        raise ProfileError(f"{path}: bandwidths: expected an object, got {shown(stated)}")
     missing, unknown = set(BANDWIDTH_NAMES) - set(stated), set(stated) - set(BANDWIDTH_NAMES)
     if missing or unknown:
         raise ProfileError(
             f"{path}: bandwidths: expected {', '.join(BANDWIDTH_NAMES)}, got "
-            + (f"none of {sorted(missing)[0]}" if missing else f"also {_shown(sorted(unknown)[0])}")
+            + (f"none of {sorted(missing)[0]}" if missing else f"also {shown(sorted(unknown)[0])}")
         )
     return {name: _bandwidth(path, name, stated[name]) for name in BANDWIDTH_NAMES if stated[name] is not None}
 
@@ -139,14 +141,12 @@ def _calibration(path: Path, stated: Any) -> Calibration | None:
 
 def _bandwidth(path: Path, name: str, value: Any) -> float:
     number = finite_number(value)
-    if number is not None and number > 0:
-        return number
-    raise ProfileError(f"{path}: {name}: expected a positive number or null, got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    """A value of the file in an error, cut where it is long."""
-    return _cut(json.dumps(value), 40)
+    if number is None or number <= 0:
+        raise ProfileError(f"{path}: {name}: expected a positive number or null, got {shown(value)}")
+    if not 1 <= number <= _MAX_BYTES_PER_SECOND:  # times of copies would not be finite
+        limits = f"1 to {_MAX_BYTES_PER_SECOND:g} bytes a second"
+        raise ProfileError(f"{path}: {name}: expected {limits} or null, got {shown(value)}")
+    return number
 
 
 def _cut(text: str, most: int = 300) -> str:

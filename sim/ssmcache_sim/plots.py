@@ -9,8 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ssmcache_sim.directories import PLOTS, read_manifest, write_file
-from ssmcache_sim.errors import OutputError
+from ssmcache_sim.directories import PLOTS, make_directory, read_manifest, write_file
 from ssmcache_sim.picture_parts import rendered
 from ssmcache_sim.replay_pictures import (
     hit_depth,
@@ -19,7 +18,7 @@ from ssmcache_sim.replay_pictures import (
     phase_of_ceiling,
     replay_figures,
 )
-from ssmcache_sim.results import load_run
+from ssmcache_sim.results import ReplayRun, load_run
 from ssmcache_sim.sweep_pictures import (
     best_splits,
     hit_depths,
@@ -30,7 +29,7 @@ from ssmcache_sim.sweep_pictures import (
     split_planes,
     sweep_figures,
 )
-from ssmcache_sim.sweep_results import SWEEP_COMMAND, load_sweep
+from ssmcache_sim.sweep_results import SWEEP_COMMAND, SweepRun, load_sweep
 from ssmcache_sim.tier_pictures import hit_rate_by_tier
 from ssmcache_sim.trace_plot import trace_figure
 
@@ -42,6 +41,7 @@ __all__ = [
     "hit_rate_against_memory",
     "hit_rate_by_tier",
     "interval_heat_map",
+    "load_result",
     "lost_tokens_by_memory",
     "lost_tokens_over_time",
     "memory_over_time",
@@ -50,6 +50,7 @@ __all__ = [
     "plot_directory",
     "rendered",
     "replay_figures",
+    "run_figures",
     "split_planes",
     "sweep_figures",
     "trace_figure",
@@ -62,26 +63,27 @@ def plot_directory(directory: str | Path) -> tuple[Path, ...]:
     Errors: OutputError if it is no such directory or cannot be written.
     """
     directory = Path(directory)
-    figures = directory_figures(directory)
+    figures = run_figures(load_result(directory))
     folder = directory / PLOTS
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot write here: {error.strerror or error}") from error
-    written: list[Path] = []
-    for name, figure in figures:
-        for suffix in ("png", "svg"):
-            path = folder / f"{name}.{suffix}"
-            write_file(path, rendered(figure, suffix))
-            written.append(path)
-    return tuple(written)
+    pictures = {
+        folder / f"{name}.{suffix}": rendered(figure, suffix) for name, figure in figures for suffix in ("png", "svg")
+    }
+    make_directory(folder)
+    for path, content in pictures.items():
+        write_file(path, content)
+    return tuple(pictures)
+
+
+def load_result(directory: Path) -> ReplayRun | SweepRun:
+    """What a command has written with `--out`. Errors: OutputError if it is neither of a replay nor of a sweep."""
+    return (load_sweep if read_manifest(directory).get("command") == SWEEP_COMMAND else load_run)(directory)
 
 
 def directory_figures(directory: Path) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) pairs of a result directory, each drawn when it is asked for.
+    """(name, figure) pairs of a result directory. Errors: as `load_result`."""
+    return run_figures(load_result(directory))
 
-    Errors: OutputError if it is no such directory.
-    """
-    if read_manifest(directory).get("command") == SWEEP_COMMAND:
-        return sweep_figures(load_sweep(directory))
-    return replay_figures(load_run(directory))
+
+def run_figures(run: ReplayRun | SweepRun) -> Iterator[tuple[str, Figure]]:
+    """(name, figure) pairs of a replay or a sweep, each drawn when it is asked for."""
+    return sweep_figures(run) if isinstance(run, SweepRun) else replay_figures(run)

@@ -8,8 +8,9 @@ from typing import Any
 from ssmcache_sim.candidates import Question
 from ssmcache_sim.certainty import CaseResult
 from ssmcache_sim.directories import MANIFEST, json_bytes, new_directory, write_file
+from ssmcache_sim.parquet import write_parquet
 from ssmcache_sim.recommend import Choice, Recommendation
-from ssmcache_sim.results import RunTimes, manifest_head, manifest_with_times, write_parquet
+from ssmcache_sim.results import RunTimes, manifest_head, manifest_with_times
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.trace import Trace
 

@@ -28,7 +28,7 @@ _TIME_BINS = 40
 _MAX_POINTS = 2_000  # of a curve over time: more than a screen can show
 _MAX_DOTS = 20_000  # more of them are a blot that takes seconds to draw
 _NEW_COLOUR, _LAST_COLOUR = "#d9d9d9", "#a0a0a0"
-_GROUP_COLOURS = {"attention": "#56b4e9", "ssm": "#0072b2"}
+_GROUP_COLOURS = {"attention": "#56b4e9", "window": "#f0e442", "ssm": "#0072b2"}
 
 
 def replay_figures(run: ReplayRun) -> Iterator[tuple[str, Figure]]:

@@ -6,13 +6,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ssmcache_sim.directories import read_manifest, write_file
+from ssmcache_sim.directories import write_file
 from ssmcache_sim.page_parts import Markup, glossary, picture, section, table, text
-from ssmcache_sim.plots import directory_figures, rendered
+from ssmcache_sim.plots import load_result, rendered, run_figures
 from ssmcache_sim.replay_page import replay_body
-from ssmcache_sim.results import REPORT, load_run
+from ssmcache_sim.results import REPORT
 from ssmcache_sim.sweep_page import sweep_body
-from ssmcache_sim.sweep_results import SWEEP_COMMAND, load_sweep
+from ssmcache_sim.sweep_results import SweepRun
 
 # What a page may load: nothing but itself.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
@@ -32,13 +32,11 @@ def write_report(directory: str | Path, output: Path | None = None) -> Path:
 
 def report_page(directory: Path) -> str:
     """The page as text. Errors: OutputError, as `write_report`."""
-    manifest = read_manifest(directory)
-    if manifest.get("command") == SWEEP_COMMAND:
-        body = sweep_body(load_sweep(directory))
-    else:
-        body = replay_body(load_run(directory))
+    run = load_result(directory)
+    manifest = run.manifest
+    body = sweep_body(run) if isinstance(run, SweepRun) else replay_body(run)
     title = f"{manifest['trace']['name']}, {manifest['settings']['model']}"
-    pictures = "".join(picture(rendered(figure, "svg"), _caption(figure)) for _, figure in directory_figures(directory))
+    pictures = "".join(picture(rendered(figure, "svg"), _caption(figure)) for _, figure in run_figures(run))
     subtitle = (
         f"ssmcache {manifest['command']}: {manifest['trace']['requests']:,} requests, "
         f"{manifest['trace']['prompt_tokens']:,} prompt tokens"

@@ -4,12 +4,11 @@ The same input gives the same bytes in the data files; when and how long is said
 """
 
 import platform
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -17,10 +16,12 @@ from ssmcache import __version__
 from ssmcache.memory.bandwidths import DEFAULT_BANDWIDTHS, BandwidthProfile
 from ssmcache_sim.accounting import ReplayResult
 from ssmcache_sim.causes import snapshot_columns
-from ssmcache_sim.directories import MANIFEST, TOOL, json_bytes, new_directory, read_manifest, write_file
+from ssmcache_sim.directories import MANIFEST, TOOL, json_bytes, new_directory, read_json, read_manifest, write_file
 from ssmcache_sim.errors import OutputError
+from ssmcache_sim.parquet import Schema, read_parquet, write_parquet
 from ssmcache_sim.payload_check import PayloadCheck
 from ssmcache_sim.phase import PhaseCeilings
+from ssmcache_sim.schemas import Positive, Range, decode, hints_of, require_equal
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
@@ -36,12 +37,62 @@ REPORT = "report.html"  # of a replay or a sweep
 REPLAY_COMMAND = "replay"
 
 
+# one sum in the totals, one column a request
+_SUMMED = tuple(name for name in hints_of(ReplayTotals, int) if name.endswith("_tokens"))
+_PER_REQUEST_SCHEMA: Schema = {
+    "request": int,
+    "arrival_ms": Annotated[float, Range(-1e18, 1e18)],
+    "output_tokens": int,
+    **dict.fromkeys(_SUMMED, int),
+    "too_large": bool,
+    "usable_hit_tokens_*": int,
+    "used_bytes_*": int,
+}
+_PHASE_SCHEMA: Schema = {
+    "period_tokens": Positive,
+    "step_tokens": Positive,
+    "shift_tokens": int,
+    "prompt_tokens": Positive,
+    "own_hit_tokens_low": int,
+    "own_hit_tokens_high": int,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class RunTimes:
     """When a run began (ISO 8601) and how long it took. Measured by the caller: nothing here reads a clock."""
 
     started_at: str
     wall_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TraceHead:
+    """What manifests say of a trace."""
+
+    name: str
+    sha256: str
+    format: str
+    reading: str
+    requests: Positive
+    prompt_tokens: Positive
+    tokens_per_block: Positive
+    repairs: dict[str, int]
+    broken_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayManifest:
+    """The schema of a replay's manifest; `bandwidths` is left out with the GPU alone."""
+
+    tool: str
+    command: str
+    versions: dict[str, str]
+    trace: TraceHead
+    settings: ReplaySettings
+    memory: str
+    bandwidths: BandwidthProfile | None
+    run: RunTimes
 
 
 def replay_manifest(
@@ -62,17 +113,19 @@ def manifest_head(command: str, trace: Trace) -> dict[str, Any]:
         "tool": TOOL,
         "command": command,
         "versions": {"ssmcache": __version__, "python": platform.python_version(), "numpy": np.__version__},
-        "trace": {
-            "name": trace.label,
-            "sha256": trace.sha256,
-            "format": trace.format_name,
-            "reading": trace.reading,
-            "requests": trace.num_requests,
-            "prompt_tokens": int(trace.prompt_tokens.sum()),
-            "tokens_per_block": trace.tokens_per_block,
-            "repairs": dict(trace.repairs),
-            "broken_rows": trace.num_broken,
-        },
+        "trace": asdict(
+            TraceHead(
+                name=trace.label,
+                sha256=trace.sha256,
+                format=trace.format_name,
+                reading=trace.reading,
+                requests=trace.num_requests,
+                prompt_tokens=int(trace.prompt_tokens.sum()),
+                tokens_per_block=trace.tokens_per_block,
+                repairs=dict(trace.repairs),
+                broken_rows=trace.num_broken,
+            )
+        ),
     }
 
 
@@ -171,38 +224,6 @@ def phase_ceilings_of(frame: "pd.DataFrame") -> tuple[PhaseCeilings, ...]:
     return tuple(ceilings)
 
 
-def write_parquet(path: Path, columns: dict[str, Any]) -> None:
-    """Writes columns (arrays or lists, None: missing) as one Parquet file. Errors: OutputError."""
-    write_file(path, _parquet_bytes(columns))
-
-
-def _parquet_bytes(columns: dict[str, Any]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink, compression="zstd")
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
-
-
-def frame_of(columns: dict[str, Any]) -> "pd.DataFrame":
-    """Columns as `read_parquet` would give them after `write_parquet`, without a file."""
-    import pandas as pd
-
-    return pd.read_parquet(BytesIO(_parquet_bytes(columns)), dtype_backend="numpy_nullable")
-
-
-def read_parquet(path: Path) -> "pd.DataFrame":
-    """A Parquet file of ours as a data frame with nullable types. Errors: OutputError."""
-    import pandas as pd
-
-    try:
-        return pd.read_parquet(path, dtype_backend="numpy_nullable")
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
-        raise OutputError(f"{path}: expected a Parquet file of {TOOL}: {' '.join(str(error).split())}") from error
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplayRun:
     """A replay with its requests as a data frame: a result directory read back, or `runs.replay_run`."""
@@ -221,16 +242,67 @@ class ReplayRun:
 
 
 def load_run(directory: str | Path) -> ReplayRun:
-    """Reads what `write_replay` wrote. Errors: OutputError."""
-    import json
-
+    """Reads what `write_replay` wrote, and checks all of it. Errors: OutputError."""
     directory = Path(directory)
     manifest = read_manifest(directory)
     if manifest.get("command") != REPLAY_COMMAND:
-        raise OutputError(f"{directory}: expected the result of a replay, got one of {manifest.get('command')!r}")
+        raise OutputError(f"{directory}: expected the result of a replay, got one of {manifest.get('command')!r:.40}")
+    with errors_of(directory / MANIFEST, "the manifest of a replay"):
+        head: ReplayManifest = decode(ReplayManifest, {"bandwidths": None, **manifest}, "manifest")
+    period = head.settings.ssm_reuse_interval or head.settings.tokens_per_block
+    (phase,) = read_phase_ceilings(directory / PHASE_CEILINGS, [period], head.trace.prompt_tokens)
+    with errors_of(directory / SUMMARY, "the summary of a replay"):
+        published = read_json(directory / SUMMARY)
+        totals = ReplayTotals.from_json(published)
+        of_run = {name: value for name, value in manifest.items() if name != "run"}
+        counts = {name: getattr(head.trace, name) for name in ("requests", "prompt_tokens")}
+        require_equal({**counts, "phase": asdict(phase.summary()), "manifest": of_run}, published, "summary")
+    per_request = read_parquet(directory / PER_REQUEST, _PER_REQUEST_SCHEMA, totals.requests)
+    with errors_of(directory / PER_REQUEST, "the requests of a replay"):
+        _check_requests(per_request, totals)
+    return ReplayRun(manifest, totals, per_request, phase)
+
+
+def _check_requests(per_request: "pd.DataFrame", totals: ReplayTotals) -> None:
+    """Errors: ValueError where the requests are not in order, or not those of the totals."""
+    if (per_request["request"].to_numpy() != np.arange(totals.requests)).any():
+        raise ValueError("column request: expected numbers from 0 on")
+    if (np.diff(per_request["arrival_ms"].to_numpy(dtype=np.float64)) < 0).any():
+        raise ValueError("column arrival_ms: expected times that do not fall")
+    sums = {name: getattr(totals, name) for name in _SUMMED}
+    sums |= {f"usable_hit_tokens_{tier.tier}": tier.usable_hit_tokens for tier in totals.tiers}
+    for name, total in {**sums, "too_large": totals.too_large_requests}.items():
+        if name not in per_request or int(per_request[name].sum()) != total:
+            raise ValueError(f"column {name}: expected values that sum up to {total} of the summary")
+    for peak in totals.peaks:
+        name = f"used_bytes_{peak.kind}_{peak.layer_group}"
+        if name not in per_request or per_request[name].max() > peak.peak_bytes:
+            raise ValueError(f"column {name}: expected values up to the peak in the summary, {peak.peak_bytes}")
+
+
+def read_phase_ceilings(path: Path, periods: Collection[int], prompt_tokens: int) -> tuple[PhaseCeilings, ...]:
+    """Reads what `phase_ceilings_columns` gave, of these periods and so many prompt tokens. Errors: OutputError."""
+    frame = read_parquet(path, _PHASE_SCHEMA, sum(periods))
+    rising = sorted(periods)
+    columns = {str(name): frame[name].to_numpy(dtype=np.int64) for name in frame}
+    expected = {
+        "period_tokens": np.repeat(rising, rising),
+        "shift_tokens": np.concatenate([np.arange(period) for period in rising]),
+        "prompt_tokens": np.full(len(frame), prompt_tokens),
+        "step_tokens": np.full(len(frame), columns["step_tokens"][0]),
+        "own_hit_tokens_high": columns["own_hit_tokens_high"].clip(columns["own_hit_tokens_low"], prompt_tokens),
+    }
+    for name, values in expected.items():
+        if (columns[name] != values).any():
+            raise OutputError(f"{path}: column {name}: expected those of periods of {rising} tokens, got others")
+    return phase_ceilings_of(frame)
+
+
+@contextmanager
+def errors_of(path: Path, what: str) -> Iterator[None]:
+    """What cannot be read inside, or fits no schema, is an OutputError that names the file."""
     try:
-        totals = ReplayTotals.from_json(json.loads((directory / SUMMARY).read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{directory / SUMMARY}: expected the summary of a replay: {error}") from error
-    (phase,) = phase_ceilings_of(read_parquet(directory / PHASE_CEILINGS))
-    return ReplayRun(manifest, totals, read_parquet(directory / PER_REQUEST), phase)
+        yield
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{path}: expected {what}: {said}") from error

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ssmcache.models import ModelSpec
 from ssmcache_sim.candidates import Question
 from ssmcache_sim.engines import Engine, Pools
+from ssmcache_sim.parquet import frame_of
 from ssmcache_sim.recommend import Recommendation, recommend
 from ssmcache_sim.recommend_results import case_columns, recommend_manifest, settings_columns
 from ssmcache_sim.replay import replay
-from ssmcache_sim.results import ReplayRun, frame_of, per_request_columns, replay_manifest
+from ssmcache_sim.results import ReplayRun, per_request_columns, replay_manifest
 from ssmcache_sim.settings import ReplaySettings, build_config
 from ssmcache_sim.sweep import SweepSpec, plan_sweep, run_sweep
 from ssmcache_sim.sweep_details import detail_columns, details_of, find_phases

@@ -14,6 +14,7 @@ from ssmcache.config import (
 )
 from ssmcache.models import ModelSpec, dtype_name
 from ssmcache_sim.errors import SettingsError
+from ssmcache_sim.schemas import Positive, Share
 from ssmcache_sim.sizes import format_size
 from ssmcache_sim.trace import MAX_BLOCK, MAX_INTERVAL
 
@@ -40,10 +41,10 @@ class ReplaySettings:
     """
 
     model: str
-    tokens_per_block: int
-    ssm_reuse_interval: int | None
-    gpu_memory_bytes: int | None
-    ssm_fraction: float | None
+    tokens_per_block: Positive
+    ssm_reuse_interval: Positive | None
+    gpu_memory_bytes: Positive | None
+    ssm_fraction: Share | None
     kv_dtype: str
     state_dtype: str
     prefill: Prefill

@@ -1,14 +1,14 @@
 """Many replays of a trace: every combination of intervals, block sizes and memory sizes, on any executor.
 
-Each finished cell is kept as a file of its own, under a name that follows from everything it depends on. So a sweep
-that was interrupted, or that grows, replays only what is new.
+What a replay or a pass over the trace gives is kept as a file of its own, under a name that follows from everything it
+depends on. So a sweep that was interrupted, or that grows, does only what is new. Passes are kept until the sweep is
+finished: each takes as long as any other, and `cells.parquet` has what they gave.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from ssmcache import __version__
 from ssmcache.config import Admission, KVCacheManagerConfig
 from ssmcache.models import ModelSpec
-from ssmcache_sim.directories import json_bytes, make_directory, write_file
+from ssmcache_sim.directories import json_bytes, make_directory, read_json, write_file, writing
 from ssmcache_sim.engines import Engine, Pools, check_pools, choose_engine
 from ssmcache_sim.errors import UserError
 from ssmcache_sim.executors import Call, run_calls
@@ -27,7 +27,8 @@ from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
 
 _CELLS = "cells"
-_CELL_FORMAT = 3  # raised when a cell's file, or what a replay counts, changes
+_PASS = "pass-"
+_CELL_FORMAT = 4  # raised when a cell's file, or what a replay counts, changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class SkippedCell:
 
 @dataclass(frozen=True, slots=True)
 class PlannedCell:
-    """A cell: its settings, what the manager is told, the file that keeps the result of a replay, and who does it.
+    """A cell: its settings, what the manager is told, the file that keeps its result, and who does it. Cells of one
+    pass share a file.
 
     `grid` is what the grid needs to know; None: the cell is replayed. `reason` says why, in plain words.
     """
@@ -118,9 +120,14 @@ def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path)
             cells.append(PlannedCell(settings, config, path, grid, reason))
     if not cells:
         raise UserError(f"no combination of the sweep is possible; the first: {skipped[0].reason}")
-    found = {cell: _read_cell(cell.path) for cell in cells if cell.grid is None}
-    finished = {cell: totals for cell, totals in found.items() if totals is not None}
-    return SweepPlan(tuple(cells), tuple(skipped), finished, spec.pools)
+    names = "".join(f"{cell.path.name}{cell.grid!r}" for cell in cells if cell.grid is not None)
+    of_pass = directory / _CELLS / f"{_PASS}{_digest(names)}.json"
+    planned = tuple(cell if cell.grid is None else replace(cell, path=of_pass) for cell in cells)
+    finished: dict[PlannedCell, ReplayTotals] = {}
+    for path, of_file in _by_file(planned).items():
+        totals = _read_cells(path, trace, len(of_file))
+        finished |= dict(zip(of_file, totals, strict=False))  # none where there is no such file
+    return SweepPlan(planned, tuple(skipped), finished, spec.pools)
 
 
 def run_sweep(
@@ -140,7 +147,7 @@ def run_sweeps(
         workers: a number of processes of this machine, or any executor (see `run_calls`).
         progress: called with the number of finished cells, those found included, at first and after each call.
 
-    Finished replays are kept as they come; a KeyboardInterrupt keeps also those that are under way on this machine.
+    Finished cells are kept as they come; a KeyboardInterrupt keeps also those that are under way on this machine.
     Errors: OutputError where a cell cannot be written; WorkersError.
     """
     totals = [dict(plan.finished) for _, plan in sweeps]
@@ -148,13 +155,11 @@ def run_sweeps(
 
     def finish(number: int, results: list[ReplayTotals]) -> None:
         index, (cells, _) = tasks[number]
-        for cell, cell_totals in zip(cells, results, strict=True):
-            if cell.grid is None:
-                write_file(cell.path, json_bytes(cell_totals.to_json()))
-            totals[index][cell] = cell_totals
+        write_file(cells[0].path, json_bytes({"cells": [each.to_json() for each in results]}))
+        totals[index].update(zip(cells, results, strict=True))
         progress(sum(map(len, totals)))
 
-    for directory in {cell.path.parent for _, (cells, _) in tasks for cell in cells if cell.grid is None}:
+    for directory in {cells[0].path.parent for _, (cells, _) in tasks}:
         make_directory(directory)
     progress(sum(map(len, totals)))
     run_calls(workers, [call for _, (_, call) in tasks], finish)
@@ -163,16 +168,33 @@ def run_sweeps(
 
 def _tasks(trace: Trace, plan: SweepPlan) -> list[tuple[list[PlannedCell], Call]]:
     """Cells that are not finished, and the call that gives their totals: one for the grid, one for each replay."""
-    by_grid = [cell for cell in plan.cells if cell.grid is not None]
-    replayed = [cell for cell in plan.cells if cell.grid is None and cell not in plan.finished]
     tasks = []
-    if by_grid:
-        arguments = [(cell.config, cell.grid) for cell in by_grid]
-        tasks.append((by_grid, Call(f"the grid of {trace.name}", grid_totals, trace, (arguments,))))
-    for cell in replayed:
-        call = Call(f"a replay of {trace.name}", _replay_totals, trace, (cell.config, cell.settings.prefill))
-        tasks.append(([cell], call))
-    return tasks
+    for cells in _by_file([cell for cell in plan.cells if cell not in plan.finished]).values():
+        first = cells[0]
+        if first.grid is None:
+            call = Call(f"a replay of {trace.name}", _replay_totals, trace, (first.config, first.settings.prefill))
+        else:
+            arguments = [(cell.config, cell.grid) for cell in cells]
+            call = Call(f"the grid of {trace.name}", grid_totals, trace, (arguments,))
+        tasks.append((cells, call))
+    return sorted(tasks, key=lambda task: task[0][0].grid is None)
+
+
+def _by_file(cells: Sequence[PlannedCell]) -> dict[Path, list[PlannedCell]]:
+    files: dict[Path, list[PlannedCell]] = {}
+    for cell in dict.fromkeys(cells):  # a size that was given twice is one cell
+        files.setdefault(cell.path, []).append(cell)
+    return files
+
+
+def forget_passes(directory: Path) -> None:
+    """Removes what passes of a sweep's directory gave. Errors: OutputError."""
+    folder = directory / _CELLS
+    with writing(folder):
+        for path in folder.glob(f"{_PASS}*.json"):
+            path.unlink()
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _replay_totals(trace: Trace, config: KVCacheManagerConfig, prefill: Prefill) -> list[ReplayTotals]:
@@ -213,12 +235,19 @@ def _cell_key(trace: Trace, config: KVCacheManagerConfig, settings: ReplaySettin
     """Names everything that a cell's result depends on: of the config all fields of all layers and tiers."""
     told = (settings.prefill, asdict(config))
     parts = (_CELL_FORMAT, __version__, trace.sha256, trace.reading, trace.tokens_per_block, *told)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    return _digest(repr(parts))
 
 
-def _read_cell(path: Path) -> ReplayTotals | None:
-    """A finished cell; None where it is missing or somebody damaged it: then it is replayed."""
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _read_cells(path: Path, trace: Trace, count: int) -> list[ReplayTotals]:
+    """The finished cells of a file; none where it is missing or somebody damaged it: then they are made again."""
     try:
-        return ReplayTotals.from_json(json.loads(path.read_bytes()))
+        kept = read_json(path)
+        cells = [ReplayTotals.from_json(each) for each in kept["cells"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return []
+    same = {(trace.num_requests, int(trace.prompt_tokens.sum()))}
+    return cells if len(cells) == count and {(each.requests, each.prompt_tokens) for each in cells} == same else []

@@ -15,26 +15,27 @@ trace alone: the same input gives the same bytes.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ssmcache.models import ModelSpec
+from ssmcache_sim.errors import OutputError
 from ssmcache_sim.explorer import explorer_cells
 from ssmcache_sim.grid import StackDistances, stack_distances
 from ssmcache_sim.grid_cells import GridCapacity
 from ssmcache_sim.hit_depth import PERCENTS, hit_depths, last_hit_depths
+from ssmcache_sim.parquet import Schema, frame_of, plain_rows, read_parquet, write_parquet
 from ssmcache_sim.phase import PhaseCeilings, phase_ceilings
 from ssmcache_sim.phase_cells import PhaseCell, period_of, phase_cells
 from ssmcache_sim.plane import memory_steps, split_plane, splits, used_bytes
 from ssmcache_sim.results import (
     PHASE_CEILINGS,
-    frame_of,
     phase_ceilings_columns,
     phase_ceilings_of,
-    read_parquet,
-    write_parquet,
+    read_phase_ceilings,
 )
+from ssmcache_sim.schemas import Positive, Range, Share, hints_of
 from ssmcache_sim.settings import ReplaySettings
 from ssmcache_sim.sweep import PlannedCell, SweepSpec, SweptCell
 from ssmcache_sim.totals import ReplayTotals
@@ -43,6 +44,7 @@ from ssmcache_sim.trace import Trace
 if TYPE_CHECKING:
     import pandas as pd
 
+CELLS = "cells.parquet"
 PLANES = "planes.parquet"
 SPLITS = "splits.parquet"
 HIT_DEPTHS = "hit_depths.parquet"
@@ -50,6 +52,43 @@ EXPLORER = "explorer.parquet"
 PHASES = "phases.parquet"
 DETAIL_FILES = (PLANES, SPLITS, HIT_DEPTHS, EXPLORER, PHASES, PHASE_CEILINGS)
 _NUM_SPLIT_SIZES = 16
+_SHAPE = ("tokens_per_block", "ssm_reuse_interval")
+_VARIED = (*_SHAPE, "admission", "gpu_memory_bytes", "host_memory_bytes", "disk_memory_bytes")
+_VARIED_SCHEMA: Schema = {name: hints_of(ReplaySettings)[name] for name in _VARIED}
+_EXPLORED_TOKENS = (
+    "prompt_tokens",
+    "usable_hit_tokens",
+    "ceiling_hit_tokens",
+    "kv_ceiling_hit_tokens",
+    "lost_evicted_tokens",
+    "lost_alignment_tokens",
+    "lost_snapshot_tokens",
+)
+_PLANES_SCHEMA: Schema = {
+    "tokens_per_block": Positive,
+    "ssm_reuse_interval": Positive,
+    "kv_bytes": Positive,
+    "ssm_bytes": Positive,
+    "usable_token_hit_rate": Share,
+}
+_SCHEMAS: dict[str, Schema] = {
+    PLANES: _PLANES_SCHEMA,
+    SPLITS: {**_PLANES_SCHEMA, "gpu_memory_bytes": Positive, "ssm_fraction": Share | None},
+    HIT_DEPTHS: {
+        **_VARIED_SCHEMA,
+        "percent_of_requests": Annotated[int, Range(0, 100)],
+        "usable_hit_tokens": int,
+        "share_of_prompt": Share,
+    },
+    EXPLORER: {"model": str, **_VARIED_SCHEMA, **{name: hints_of(ReplayTotals)[name] for name in _EXPLORED_TOKENS}},
+    PHASES: {
+        **_VARIED_SCHEMA,
+        "shift_tokens": int,
+        "own_hit_tokens": int,
+        "own_hit_rate": Share,
+        "engine": Literal["grid", "replay"],
+    },
+}
 
 Row = dict[str, Any]
 
@@ -133,26 +172,37 @@ class SweepDetails:
     phase_ceilings: tuple[PhaseCeilings, ...]
 
 
-def load_details(directory: Path) -> SweepDetails:
-    """Reads what `write_details` wrote. Errors: OutputError for a file that cannot be read."""
-    paths = {name: directory / name for name in DETAIL_FILES}
-    return _details({name: read_parquet(path) for name, path in paths.items() if path.exists()})
+def load_details(directory: Path, cells: "pd.DataFrame") -> SweepDetails:
+    """Reads what `write_details` wrote of these cells. Errors: OutputError for a file that fits no schema, or them."""
+    paths = {name: directory / name for name in _SCHEMAS if (directory / name).exists()}
+    frames = {name: read_parquet(path, _SCHEMAS[name]) for name, path in paths.items()}
+    for name, frame in frames.items():
+        key = _VARIED if name in (HIT_DEPTHS, PHASES) else ("tokens_per_block",) if name == EXPLORER else _SHAPE
+        found, there = plain_rows(frame, key), plain_rows(cells, key)
+        if found - there or (name == PHASES and there - found):
+            raise OutputError(f"{paths[name]}: expected the {', '.join(key)} of {CELLS}, got others")
+    ceilings: tuple[PhaseCeilings, ...] = ()
+    if PHASES in frames or (directory / PHASE_CEILINGS).exists():
+        periods = {interval or block for block, interval in plain_rows(cells, _SHAPE)}
+        ceilings = read_phase_ceilings(directory / PHASE_CEILINGS, periods, int(cells["prompt_tokens"].iloc[0]))
+    return _details(frames, ceilings)
 
 
 def details_of(files: Mapping[str, dict[str, Any]]) -> SweepDetails:
     """What `load_details` would read of the columns of `detail_columns`."""
-    return _details({name: frame_of(columns) for name, columns in files.items() if columns})
-
-
-def _details(frames: "dict[str, pd.DataFrame]") -> SweepDetails:
+    frames = {name: frame_of(columns) for name, columns in files.items() if columns}
     ceilings = frames.get(PHASE_CEILINGS)
+    return _details(frames, () if ceilings is None else phase_ceilings_of(ceilings))
+
+
+def _details(frames: "dict[str, pd.DataFrame]", ceilings: tuple[PhaseCeilings, ...]) -> SweepDetails:
     return SweepDetails(
         planes=frames.get(PLANES),
         splits=frames.get(SPLITS),
         hit_depths=frames.get(HIT_DEPTHS),
         explorer=frames.get(EXPLORER),
         phases=frames.get(PHASES),
-        phase_ceilings=() if ceilings is None else phase_ceilings_of(ceilings),
+        phase_ceilings=ceilings,
     )
 
 
@@ -226,16 +276,11 @@ def _depth_rows(trace: Trace, distances: StackDistances, planned: PlannedCell) -
 
 
 def _varied(settings: ReplaySettings) -> Row:
-    names = ("tokens_per_block", "ssm_reuse_interval", "admission")
-    sizes = ("gpu_memory_bytes", "host_memory_bytes", "disk_memory_bytes")
-    return {name: getattr(settings, name) for name in (*names, *sizes)}
+    return {name: getattr(settings, name) for name in _VARIED}
 
 
 def _explorer_row(settings: ReplaySettings, totals: ReplayTotals) -> Row:
-    counted = asdict(totals)
-    names = ("prompt_tokens", "usable_hit_tokens", "ceiling_hit_tokens", "kv_ceiling_hit_tokens")
-    lost = ("lost_evicted_tokens", "lost_alignment_tokens", "lost_snapshot_tokens")
-    return {"model": settings.model, **_varied(settings), **{name: counted[name] for name in (*names, *lost)}}
+    return {"model": settings.model, **_varied(settings), **{name: getattr(totals, name) for name in _EXPLORED_TOKENS}}
 
 
 def _phase_row(cell: PhaseCell) -> Row:

@@ -1,11 +1,16 @@
 """The sums of one replay, as a record that goes to tables, JSON and back."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
+from ssmcache.layout import LayerGroupKind
 from ssmcache.units import plural
-from ssmcache_sim.causes import SNAPSHOT_CAUSES, snapshot_columns
+from ssmcache_sim.causes import SNAPSHOT_CAUSES, broken_promise, snapshot_columns
+from ssmcache_sim.schemas import Positive, decode, hints_of, require_equal
 
+GroupKind = Annotated[str, tuple(kind.value for kind in LayerGroupKind)]
+TierName = Annotated[str, ("gpu", "host", "disk")]
+_COUNTED = ("taken", "reused", "evicted", "evicted_unused")
 SKIP_REASONS = ("crossed", "no_room", "not_admitted", "history")
 
 
@@ -24,8 +29,7 @@ class SnapshotCounts:
 
     def to_json(self) -> dict[str, Any]:
         """The published names."""
-        names = ("taken", "reused", "evicted", "evicted_unused")
-        return {**{name: getattr(self, name) for name in names}, "skipped": self.skipped()}
+        return {**{name: getattr(self, name) for name in _COUNTED}, "skipped": self.skipped()}
 
     def skipped(self) -> dict[str, int]:
         """Counts by reason."""
@@ -37,7 +41,7 @@ class LayerGroupPeak:
     """The most bytes that a layer group used at once, and the bytes of its pool (None: unlimited)."""
 
     layer_group: int
-    kind: str
+    kind: GroupKind
     peak_bytes: int
     pool_bytes: int | None
 
@@ -48,7 +52,7 @@ class TierTotals:
     layers: whose state lay there), and what it held at most. `tier`: gpu, host or disk.
     """
 
-    tier: str
+    tier: TierName
     usable_hit_tokens: int
     peaks: tuple[LayerGroupPeak, ...]
 
@@ -60,9 +64,9 @@ class MovedSlots:
     """
 
     layer_group: int
-    kind: str
-    source_tier: str
-    tier: str
+    kind: GroupKind
+    source_tier: TierName
+    tier: TierName
     num_slots: int
     num_bytes: int
     seconds: float
@@ -80,9 +84,9 @@ class ReplayTotals:
     counted it.
     """
 
-    requests: int
+    requests: Positive
     too_large_requests: int
-    prompt_tokens: int
+    prompt_tokens: Positive
     tree_hit_tokens: int
     attention_hit_tokens: int
     usable_hit_tokens: int
@@ -159,21 +163,38 @@ class ReplayTotals:
         }
 
     @classmethod
-    def from_json(cls, published: dict[str, Any]) -> "ReplayTotals":
-        """The reverse of `to_json`. Errors: KeyError, TypeError if something is missing."""
-        counts = dict(published["snapshots"])
-        skipped = counts.pop("skipped")
-        plain = {field.name for field in fields(cls)} - {"snapshots", "peaks", "tiers", "moved"}
-        return cls(
-            **{name: published[name] for name in plain},
-            snapshots=SnapshotCounts(**counts, **{f"skipped_{reason}": skipped[reason] for reason in SKIP_REASONS}),
-            peaks=_peaks_from_json(published),
-            tiers=tuple(
-                TierTotals(tier["tier"], tier["usable_hit_tokens"], _peaks_from_json(tier))
-                for tier in published["tiers"]
-            ),
-            moved=tuple(MovedSlots(**moved) for moved in published["moved"]),
-        )
+    def from_json(cls, published: Any) -> "ReplayTotals":
+        """The reverse of `to_json`; keys that it does not write are left alone.
+
+        Errors: ValueError, one line, for anything that `to_json` cannot have written.
+        """
+        try:
+            counts = published["snapshots"]
+            skipped = counts and {f"skipped_{reason}": counts["skipped"][reason] for reason in SKIP_REASONS}
+            record = {
+                **{name: published[name] for name in hints_of(cls, int)},
+                "snapshots": counts and {**{name: counts[name] for name in _COUNTED}, **skipped},
+                "peaks": published["layer_groups"],
+                "tiers": [
+                    {**{name: tier[name] for name in ("tier", "usable_hit_tokens")}, "peaks": tier["layer_groups"]}
+                    for tier in published["tiers"]
+                ],
+                "moved": published["moved"],
+            }
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"totals: expected those of a replay, got {error!r}") from error
+        totals: ReplayTotals = decode(cls, record, "totals")
+        wrong = broken_promise(asdict(totals))
+        if (
+            wrong is None
+            and totals.tiers
+            and sum(tier.usable_hit_tokens for tier in totals.tiers) != (totals.usable_hit_tokens)
+        ):
+            wrong = "usable_hit_tokens: expected the sum of all tiers, got another number"
+        if wrong is not None:
+            raise ValueError(f"totals: {wrong}")
+        require_equal(totals.to_json(), published, "totals")
+        return totals
 
 
 def _by_kind(peaks: tuple[LayerGroupPeak, ...]) -> dict[str, int]:

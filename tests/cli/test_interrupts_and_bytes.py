@@ -89,7 +89,7 @@ def test_ctrl_c_while_drawing_leaves_the_results(
 
 
 @posix
-def test_ctrl_c_in_a_sweep_keeps_its_replays_and_the_next_run_goes_on(
+def test_ctrl_c_in_a_sweep_keeps_its_cells_and_the_next_run_goes_on(
     run_here: RunHere, files_of: FilesOf, sample: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = commands(sample, tmp_path)["sweep"]
@@ -99,12 +99,34 @@ def test_ctrl_c_in_a_sweep_keeps_its_replays_and_the_next_run_goes_on(
     assert (code, err) == (130, "interrupted: finished cells are kept; run the same command again to go on\n")
     code, out, _ = run_here(*command, "--jobs", 2)
     assert code == 0
-    assert "4 cells, 2 of them by the grid, 2 finished before" in out
+    assert "4 cells, 2 of them by the grid, 4 finished before" in out
     swept = {
         name: content for name, content in files_of(finished / "sweep").items() if "/" not in name or "cells/" in name
     }
     swept.pop("report.html")
     assert files_of(tmp_path / "sweep") == swept
+
+
+@posix
+def test_ctrl_c_in_the_explorer_keeps_the_cells_of_the_grid_and_the_next_run_makes_none_again(
+    run_here: RunHere, files_of: FilesOf, sample: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("sweep", sample, *MODEL, "--gpu-memory", "200GiB,unlimited", "--ssm-reuse-interval", "512", "--jobs", 1)
+    assert run_here(*command, "--out", tmp_path / "at_once")[0] == 0
+    command = (*command, "--out", tmp_path / "sweep")
+    with monkeypatch.context() as patch:
+        patch.setattr("ssmcache_sim.sweep_details.explorer_cells", lambda *args: signal.raise_signal(signal.SIGINT))
+        code, _, err = run_here(*command)
+    assert (code, err) == (130, "interrupted: finished cells are kept; run the same command again to go on\n")
+    (kept,) = (tmp_path / "sweep" / "cells").iterdir()
+    assert len(json.loads(kept.read_bytes())["cells"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("ssmcache_sim.sweep.grid_totals", None)  # whoever calls it fails
+        code, out, _ = run_here(*command)
+    assert code == 0
+    assert "2 cells, 2 of them by the grid, 2 finished before" in out
+    assert files_of(tmp_path / "sweep") == files_of(tmp_path / "at_once")
+    assert not (tmp_path / "sweep" / "cells").exists()
 
 
 @posix

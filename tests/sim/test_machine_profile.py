@@ -107,6 +107,9 @@ def test_what_was_not_measured_is_named_and_has_the_default(path: Path) -> None:
         (changed(gpu_bytes_per_second=float("nan")), "got NaN"),
         (changed(gpu_bytes_per_second=float("inf")), "got Infinity"),
         (changed(gpu_bytes_per_second=10**400), "got 1000000"),
+        (changed(gpu_bytes_per_second=1e-300), "expected 1 to 1e.18 bytes a second or null, got 1e-300"),
+        (changed(gpu_bytes_per_second=1e300), "got 1e.300"),
+        ({**WRITTEN, "device": "\ud800"}, 'device: expected a name or null, got "'),
         (changed(gpu_bytes_per_second=[0] * 1000), r"got \[0, 0.*\.\.\.$"),
     ],
 )

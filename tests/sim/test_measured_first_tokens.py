@@ -43,6 +43,36 @@ def test_a_calibration_predicts_a_grid_measured_at_another_time(
     assert found["median_speed_up_error"] < 0.1
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grid": []},
+        {"grid": [{"reused": 0, "new": 64, "kind": "hit"}]},
+        {"grid": [{"reused": 0, "new": 64, "kind": "hit", "p50_ms": 0}]},
+        {"grid": [{"reused": -1, "new": 64, "kind": "hit", "p50_ms": 1}]},
+        {"grid": [{"reused": 0, "new": 64, "kind": "hot", "p50_ms": 1}]},
+        {"grid": [{"reused": 0, "new": 64, "kind": "hit", "p50_ms": float("nan")}]},
+        {"counted_parameters": "many"},
+        {"settings": {"interval": "0"}},
+        {"calibration": {"times": [{"cached_tokens": 0, "new_tokens": 1.5, "seconds": 1}]}},
+    ],
+)
+def test_a_broken_report_is_one_line(
+    real_predict: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**report("h100-qwen3.5-9b-grid.json"), **changes}))
+    monkeypatch.setattr("sys.argv", ["real_predict", str(path)])
+    with pytest.raises(SystemExit):
+        real_predict.main()
+    *_, last = capsys.readouterr().err.splitlines()
+    assert f"argument grid: {path}: expected a report of real_model.py: " in last
+
+
 def test_times_that_the_host_does_not_bound_are_predicted_within_a_few_percent(real_predict: ModuleType) -> None:
     """Attention behind cached tokens has a factor of its own: with one for both this is 5 percent."""
     (found,) = real_predict.predictions(report("h100-qwen3.5-9b-grid.json"), None)

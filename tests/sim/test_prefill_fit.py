@@ -124,6 +124,10 @@ def test_a_profile_without_a_calibration_is_as_good_as_before(tmp_path: Path) ->
         ({"flops_per_second": 10**400}, "flops_per_second: expected a positive number, got 1000"),
         ({"pass_seconds": -1}, "pass_seconds: expected a non-negative number, got -1"),
         ({"attention_factor": True}, "attention_factor: expected a non-negative number, got True"),
+        ({"flops_per_second": 1e-300}, "flops_per_second: expected a positive number, got 1e-300"),
+        ({"pass_seconds": 1e300}, "pass_seconds: expected a non-negative number, got 1e+300"),
+        ({"num_parameters": 1.5}, "num_parameters: expected a whole number of 1 or more, got 1.5"),
+        ({"model": "\ud800"}, "model: expected text, got "),
         ({"model": 3}, "model: expected text, got 3"),
         ({"times": {}}, "times: expected a list, got dict"),
         (

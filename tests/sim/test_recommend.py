@@ -22,6 +22,7 @@ from ssmcache_sim.device_profile import DeviceProfile
 from ssmcache_sim.errors import MemoryTooSmallError, SettingsError, TraceError
 from ssmcache_sim.formats import read_trace
 from ssmcache_sim.grid import stack_distances
+from ssmcache_sim.parquet import read_parquet
 from ssmcache_sim.recommend import recommend
 from ssmcache_sim.recommend_results import (
     recommend_directory,
@@ -30,7 +31,7 @@ from ssmcache_sim.recommend_results import (
     write_recommendation,
 )
 from ssmcache_sim.replay import replay
-from ssmcache_sim.results import RunTimes, read_parquet
+from ssmcache_sim.results import RunTimes
 from ssmcache_sim.settings import ReplaySettings, build_config, make_settings
 from ssmcache_sim.splits import Splits, SplitTotals, possible_splits, split_totals
 from ssmcache_sim.trace import Trace

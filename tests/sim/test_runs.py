@@ -24,8 +24,8 @@ from ssmcache_sim import (
     replay_run,
     sweep_run,
 )
+from ssmcache_sim.parquet import read_parquet
 from ssmcache_sim.plots import rendered, replay_figures, sweep_figures, trace_figure
-from ssmcache_sim.results import read_parquet
 from ssmcache_sim.trace import Trace
 
 GIB = 1 << 30

@@ -119,10 +119,56 @@ def test_a_damaged_cell_is_run_again(spec: SweepSpec, trace: Trace, tmp_path: Pa
     spec = replace(spec, gpu_memory_bytes=(10 * GIB,))
     _, cells, _ = run(spec, trace, tmp_path / "s")
     damaged, *_ = (tmp_path / "s" / "cells").iterdir()
-    for content in ("{", "[]", '{"requests": 1}'):
+    (whole,) = json.loads(damaged.read_bytes())["cells"]
+    tampered = [
+        {"usable_hit_tokens": -512},
+        {"usable_hit_tokens": whole["usable_hit_tokens"] + 512},
+        {"usable_token_hit_rate": 1.5},
+        {"prompt_tokens": float(whole["prompt_tokens"])},
+        {"requests": whole["requests"] + 1},  # of another trace
+        {"snapshots": None, "more": 1, "tiers": {}},
+        {"layer_groups": [{"kind": "ssm"}]},
+    ]
+    contents = [json.dumps({"cells": [{**whole, **changes}]}) for changes in tampered]
+    contents += [
+        json.dumps({"cells": [whole] * 2}),
+        json.dumps({"cells": []}),
+        "[" * 100_000,
+        "{",
+        "[]",
+        '{"cells": 1}',
+    ]
+    for content in contents:
         damaged.write_text(content)
         plan, again, _ = run(spec, trace, tmp_path / "s")
         assert (len(plan.finished), again) == (2, cells)
+
+
+def test_a_damaged_pass_is_made_again_and_one_of_other_cells_is_not_taken(
+    spec: SweepSpec, trace: Trace, tmp_path: Path
+) -> None:
+    spec = replace(spec, tokens_per_block=(512,), gpu_memory_bytes=(200 * GIB, None), engine="auto")
+    begin_sweep(tmp_path / "s", spec, trace, HYBRID)
+    cells = run_sweep(trace, plan_sweep(spec, trace, HYBRID, tmp_path / "s"), 1, lambda done: None)
+    assert len(plan_sweep(spec, trace, HYBRID, tmp_path / "s").finished) == 4
+    other = replace(spec, gpu_memory_bytes=(100 * GIB, None))
+    assert not plan_sweep(other, trace, HYBRID, tmp_path / "s").finished
+    (kept,) = (tmp_path / "s" / "cells").iterdir()
+    content = kept.read_text()
+    for damaged in (content[:-9], content.replace('"cells"', '"cell"'), content.replace('": 0', '": -1')):
+        kept.write_text(damaged)
+        plan = plan_sweep(spec, trace, HYBRID, tmp_path / "s")
+        assert not plan.finished
+        assert run_sweep(trace, plan, 1, lambda done: None) == cells
+        assert kept.read_text() == content
+
+
+def test_a_size_that_is_given_twice_is_a_cell_twice(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
+    spec = replace(spec, tokens_per_block=(512,), ssm_reuse_intervals=(512,), gpu_memory_bytes=(None, None))
+    for engine in ("replay", "auto"):
+        _, cells, _ = run(replace(spec, engine=engine), trace, tmp_path / engine)
+        assert len(cells) == len(load_sweep(tmp_path / engine).cells) == 2
+        assert cells[0] == cells[1]
 
 
 def test_an_interrupted_sweep_keeps_its_cells_and_goes_on(spec: SweepSpec, trace: Trace, tmp_path: Path) -> None:
