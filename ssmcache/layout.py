@@ -5,10 +5,10 @@ bytes of a tier are.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from math import ceil
 
 from ssmcache.config import AttentionLayerConfig, BatchDesc, KVCacheDesc, KVCacheManagerConfig, LayerConfig
 from ssmcache.pools import UNLIMITED_SLOTS
+from ssmcache.utilization import Utilization
 from ssmcache.windows import Window
 
 DEFAULT_STEP = BatchDesc((KVCacheDesc(capacity=2048),))
@@ -104,11 +104,11 @@ def floor_slots(group: LayerGroup, config: KVCacheManagerConfig) -> int:
     """Slots that `constraints` guarantee: each batch fits, and the last of its sequences is let in by the resume gate
     while the others hold all that they need. At least one.
     """
-    floor = 1
+    floor, utilization = 1, Utilization(config.max_util_for_resume)
     for batch in config.constraints:
         needs = [slots_of_sequence(group, desc, config.tokens_per_block) for desc in batch.kv_caches]
         others = sum(needs) - min(needs)
-        floor = max(floor, sum(needs), ceil(others / config.max_util_for_resume))
+        floor = max(floor, sum(needs), utilization.least_slots(others))
     return floor
 
 

@@ -23,6 +23,7 @@ from ssmcache.streams import StreamOrder
 from ssmcache.tiers import Tiers
 from ssmcache.units import plural
 from ssmcache.usage import collect_stats, memory_usage
+from ssmcache.utilization import Utilization
 
 _DEFAULT_SCOPE = ReuseScope()
 _TRAFFIC_SEQUENCES = 256
@@ -75,6 +76,7 @@ class KVCacheManager:
         self.counters = Counters(len(config.cache_tiers))
         self.traffic: deque[tuple[int, int]] = deque(maxlen=_TRAFFIC_SEQUENCES)  # (capacity, history) at the end
         self.num_active = 0
+        self._utilization = Utilization(config.max_util_for_resume)
         self.has_priorities = False  # a sequence had a priority callback
         self.open_sequences: dict[KVCache, None] = {}
         self._closed = False
@@ -165,7 +167,7 @@ class KVCacheManager:
         for tiers in self.store.all_tiers():
             pool = tiers.pools[GPU_TIER]
             held = sizing.held_by_others(tiers, sequence)
-            if held > self.config.max_util_for_resume * pool.capacity:
+            if not self._utilization.admits(held, pool.capacity):
                 evictable = tiers.num_droppable(GPU_TIER)
                 return Shortage(
                     "utilization", tiers.layer_group, self.tier_names[GPU_TIER], 0, pool.free, evictable, held

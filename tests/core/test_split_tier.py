@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from math import ceil
 from typing import Any
 
@@ -79,7 +80,7 @@ def least_slots(group: LayerGroup, constraints: Sequence[BatchDesc], block: int,
     slots = 1
     for batch in constraints:
         needs = [needed_slots(group, desc, block) for desc in batch.kv_caches]
-        while sum(needs) > slots or any(sum(needs) - need > max_util * slots for need in needs):
+        while sum(needs) > slots or any(sum(needs) - need > Fraction(str(max_util)) * slots for need in needs):
             slots += 1
     return slots
 
