@@ -9,6 +9,7 @@ from ssmcache.config import (
     HostCacheTierConfig,
     KVCacheDesc,
     KVCacheManagerConfig,
+    LayerConfig,
     SsmLayerConfig,
 )
 from ssmcache.keys import BlockKeys, ReuseScope
@@ -34,6 +35,7 @@ __all__ = [
     "KVCacheManager",
     "KVCacheManagerConfig",
     "KVCacheStatus",
+    "LayerConfig",
     "LayerGroupUsage",
     "MemoryUsage",
     "ReuseMatch",

@@ -173,6 +173,9 @@ class SequencePages(PathHolder):
         except TransferError as error:
             if new_pages > 0:
                 self._change_pages(-new_pages)
+                pages = self.store.pages
+                assert pages is not None
+                pages.num_allocated -= new_pages
             return transfer_shortage(self, error)
         return None
 
