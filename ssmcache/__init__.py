@@ -9,6 +9,7 @@ from ssmcache.config import (
     HostCacheTierConfig,
     KVCacheDesc,
     KVCacheManagerConfig,
+    LayerConfig,
     SsmLayerConfig,
 )
 from ssmcache.keys import BlockKeys, ReuseScope
@@ -35,6 +36,7 @@ __all__ = [
     "KVCacheManager",
     "KVCacheManagerConfig",
     "KVCacheStatus",
+    "LayerConfig",
     "LayerGroupUsage",
     "MemoryUsage",
     "PriorityRange",

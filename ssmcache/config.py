@@ -160,13 +160,20 @@ class KVCacheDesc:
 
 @dataclass(frozen=True, slots=True)
 class BatchDesc:
-    """The sequences that are active at the same time in one step."""
+    """The sequences that are active at the same time in one step. All of them begin with the same
+    `system_prompt_length` tokens, whose pages they share: these are counted once.
+    """
 
     kv_caches: tuple[KVCacheDesc, ...]
+    system_prompt_length: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_caches", tuple(self.kv_caches))
         _require(len(self.kv_caches) > 0, "sequences of a BatchDesc", "at least one", self.kv_caches)
+        length, shortest = self.system_prompt_length, min(desc.capacity for desc in self.kv_caches)
+        is_length = isinstance(length, int) and not isinstance(length, bool) and 0 <= length <= shortest
+        what = "system_prompt_length of a BatchDesc"
+        _require(is_length, what, f"an integer in 0..{shortest} (the shortest capacity)", length)
 
 
 def _check_tiers(tiers: tuple[CacheTierConfig, ...]) -> None:

@@ -5,15 +5,18 @@ bytes of a tier are.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from math import ceil
 
 from ssmcache.config import AttentionLayerConfig, BatchDesc, KVCacheDesc, KVCacheManagerConfig, LayerConfig
 from ssmcache.pools import UNLIMITED_SLOTS
+from ssmcache.utilization import Utilization
 from ssmcache.windows import Window
 
 DEFAULT_STEP = BatchDesc((KVCacheDesc(capacity=2048),))
 # ssm_fraction is a float: let a count that is whole up to rounding be whole
 _ROUNDING_SLOTS = 1e-6
+# a buffer starts at a multiple of the largest of these that divides its size: 256 bytes are what kernels and copies ask
+# for, 4 the largest element of KV and states. So a layer with one small buffer does not shift all those after it
+_ALIGNMENTS = (256, 4, 2, 1)
 
 
 class LayerGroupKind(Enum):
@@ -37,7 +40,9 @@ class BufferPlace:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers of one life cycle. A slot holds one block's KV (attention) or one state (SSM) of all of them."""
+    """Layers of one life cycle. A slot holds one block's KV (attention) or one state (SSM) of all of them, each buffer
+    aligned to its elements, and to 256 bytes if its size is a multiple of that.
+    """
 
     kind: LayerGroupKind
     layer_ids: tuple[int, ...]
@@ -62,41 +67,69 @@ def layer_groups(config: KVCacheManagerConfig) -> tuple[LayerGroup, ...]:
     for wanted in LayerGroupKind:
         for (kind, window_size, num_sink_tokens), layers in by_life_cycle.items():
             if kind is wanted:
-                buffers = tuple(_places(layers, config.tokens_per_block))
-                slot_bytes = sum(place.size for place in buffers)
+                buffers, slot_bytes = _places(layers, config.tokens_per_block)
                 layer_ids = tuple(layer.layer_id for layer in layers)
-                groups.append(LayerGroup(kind, layer_ids, slot_bytes, buffers, window_size, num_sink_tokens))
+                groups.append(LayerGroup(kind, layer_ids, slot_bytes, tuple(buffers), window_size, num_sink_tokens))
     return tuple(groups)
 
 
-def _places(layers: Sequence[LayerConfig], tokens_per_block: int) -> list[BufferPlace]:
+def _places(layers: Sequence[LayerConfig], tokens_per_block: int) -> tuple[list[BufferPlace], int]:
+    """Where the buffers of a slot lie, and the bytes of the slot, so that all of them are aligned in every slot."""
     places = []
-    offset = 0
+    end, slot_alignment = 0, 1
     for layer in layers:
         for buffer in layer.buffers:
+            alignment = next(size for size in _ALIGNMENTS if buffer.size % size == 0)
+            slot_alignment = max(slot_alignment, alignment)
+            offset = _round_up(end, alignment)
             num_pages = buffer.pages_per_block(tokens_per_block)
             places.append(BufferPlace(layer.layer_id, buffer.role, offset, buffer.size, num_pages))
-            offset += buffer.size
-    return places
+            end = offset + buffer.size
+    return places, _round_up(end, slot_alignment)
 
 
-def slots_of_sequence(group: LayerGroup, desc: KVCacheDesc, tokens_per_block: int) -> int:
-    """Slots that one active sequence needs: pages up to its capacity, less those out of its window; or a live state."""
+def _round_up(num_bytes: int, step: int) -> int:
+    return -(-num_bytes // step) * step
+
+
+def slots_of_batch(group: LayerGroup, batch: BatchDesc, tokens_per_block: int) -> tuple[int, list[int]]:
+    """Slots that the sequences of a batch need while all are active: those that several share, pages of whole blocks of
+    the system prompt, and for each the ones that it alone needs. Pages are needed up to the capacity, less those out of
+    the window; of states, one each.
+    """
     if group.kind is LayerGroupKind.SSM:
-        return 1
-    num_blocks = -(-desc.capacity // tokens_per_block)
-    if group.window_size is None:
-        return num_blocks
-    window = Window(group.window_size, group.num_sink_tokens, tokens_per_block)
-    return window.num_needed(desc.history_length, num_blocks)
+        return 0, [1] * len(batch.kv_caches)
+    num_shared_blocks = batch.system_prompt_length // tokens_per_block
+    users: dict[int, list[int]] = {}  # of each block of the system prompt: who needs it
+    own = []
+    for index, desc in enumerate(batch.kv_caches):
+        num_blocks = -(-desc.capacity // tokens_per_block)
+        first_stale = end_stale = num_blocks
+        if group.window_size is not None:
+            window = Window(group.window_size, group.num_sink_tokens, tokens_per_block)
+            first_stale, end_stale = window.stale_blocks(desc.history_length)
+        needed = (range(min(first_stale, num_blocks)), range(end_stale, num_blocks))
+        own.append(sum(len(range(max(blocks.start, num_shared_blocks), blocks.stop)) for blocks in needed))
+        for block in (block for blocks in needed for block in range(blocks.start, min(blocks.stop, num_shared_blocks))):
+            users.setdefault(block, []).append(index)
+    for alone in [indices[0] for indices in users.values() if len(indices) == 1]:
+        own[alone] += 1
+    return sum(len(indices) > 1 for indices in users.values()), own
 
 
 def step_slots(group: LayerGroup, batch: BatchDesc, config: KVCacheManagerConfig) -> int:
-    """Slots that the sequences of a typical step use at once, with the snapshots that they keep."""
-    slots = sum(slots_of_sequence(group, desc, config.tokens_per_block) for desc in batch.kv_caches)
+    """Slots that the sequences of a typical step use at once, with the snapshots that they keep, each counted once."""
+    num_shared, own = slots_of_batch(group, batch, config.tokens_per_block)
+    slots = num_shared + sum(own)
     if group.kind is LayerGroupKind.SSM:
-        num_boundaries = [desc.capacity // config.ssm_reuse_interval for desc in batch.kv_caches]
-        slots += sum(num_boundaries if config.admission == "every" else map(bool, num_boundaries))
+        interval, keeps_all = config.ssm_reuse_interval, config.admission == "every"
+        num_shared_boundaries = batch.system_prompt_length // interval
+        num_boundaries = [desc.capacity // interval for desc in batch.kv_caches]
+        if keeps_all:
+            slots += num_shared_boundaries + sum(count - num_shared_boundaries for count in num_boundaries)
+        else:  # of its last one each, which is another's too if it lies in the system prompt
+            slots += sum(count > num_shared_boundaries for count in num_boundaries)
+            slots += 0 < num_shared_boundaries == min(num_boundaries)
     return slots
 
 
@@ -104,11 +137,12 @@ def floor_slots(group: LayerGroup, config: KVCacheManagerConfig) -> int:
     """Slots that `constraints` guarantee: each batch fits, and the last of its sequences is let in by the resume gate
     while the others hold all that they need. At least one.
     """
-    floor = 1
+    floor, utilization = 1, Utilization(config.max_util_for_resume)
     for batch in config.constraints:
-        needs = [slots_of_sequence(group, desc, config.tokens_per_block) for desc in batch.kv_caches]
-        others = sum(needs) - min(needs)
-        floor = max(floor, sum(needs), ceil(others / config.max_util_for_resume))
+        num_shared, own = slots_of_batch(group, batch, config.tokens_per_block)
+        total = num_shared + sum(own)
+        others = total - min(own) if len(own) > 1 else 0
+        floor = max(floor, total, utilization.least_slots(others))
     return floor
 
 
@@ -131,7 +165,7 @@ def split_tier(
         return (UNLIMITED_SLOTS,) * len(groups)
     floors = [floor_slots(group, config) if tier == 0 else 1 for group in groups]
     _check_floors(groups, floors, tier, quota, grain)
-    quota = -(-quota // grain) * grain
+    quota = _round_up(quota, grain)
     weights: list[float] = [step_slots(group, step, config) * group.slot_bytes for group in groups]
     if config.ssm_fraction is not None:
         weights = _weights_with_fraction(groups, weights, config.ssm_fraction)
@@ -186,12 +220,12 @@ def _split(
 
 
 def _pool_bytes(group: LayerGroup, num_slots: int, grain: int) -> int:
-    return -(-num_slots * group.slot_bytes // grain) * grain
+    return _round_up(num_slots * group.slot_bytes, grain)
 
 
 def _check_floors(groups: Sequence[LayerGroup], floors: list[int], tier: int, quota: int, grain: int) -> None:
     needed = sum(_pool_bytes(group, floor, grain) for group, floor in zip(groups, floors, strict=True))
-    if needed > -(-quota // grain) * grain:
+    if needed > _round_up(quota, grain):
         counts = ", ".join(
             f"{floor} of {group.slot_bytes} bytes ({group.kind.value})"
             for group, floor in zip(groups, floors, strict=True)

@@ -24,6 +24,7 @@ from ssmcache.streams import StreamOrder
 from ssmcache.tiers import Tiers
 from ssmcache.units import plural
 from ssmcache.usage import collect_stats, memory_usage
+from ssmcache.utilization import Utilization
 
 _DEFAULT_SCOPE = ReuseScope()
 _TRAFFIC_SEQUENCES = 256
@@ -79,9 +80,8 @@ class KVCacheManager:
         self.counters = Counters(len(config.cache_tiers))
         self.traffic: deque[tuple[int, int]] = deque(maxlen=_TRAFFIC_SEQUENCES)  # (capacity, history) at the end
         self.num_active = 0
-        self.has_priorities = (
-            False  # a sequence was given some: known blocks may have to be raised, to 35 by the others
-        )
+        self._utilization = Utilization(config.max_util_for_resume)
+        self.has_priorities = False  # a sequence was given some: the others may have to raise known blocks to 35
         self.open_sequences: dict[KVCache, None] = {}
         self._closed = False
         self._token_kind = KeyKind(self.tokens_per_block, prefix_unique=False)
@@ -183,7 +183,7 @@ class KVCacheManager:
         for tiers in self.store.all_tiers():
             pool = tiers.pools[GPU_TIER]
             held = sizing.held_by_others(tiers, sequence)
-            if held > self.config.max_util_for_resume * pool.capacity:
+            if not self._utilization.admits(held, pool.capacity):
                 evictable = tiers.num_droppable(GPU_TIER)
                 return Shortage(
                     "utilization", tiers.layer_group, self.tier_names[GPU_TIER], 0, pool.free, evictable, held

@@ -144,8 +144,12 @@ class KVCache(SequenceCommits):
         counters.tree_tokens += tree
         counters.attention_tokens += attention
         counters.usable_tokens += usable
+        block = self.manager.tokens_per_block
+        counters.blocks_looked_up += -(-num_tokens // block)
+        counters.blocks_full += usable // block
         if self.partly:
-            rest = usable % self.manager.tokens_per_block
+            rest = usable % block
+            counters.blocks_partial += rest > 0
             self.pending = keys[usable - rest : usable].copy()
         if self.store.has_tiers:
             for below, tokens in enumerate(self.usable_tokens_by_tier[1:]):

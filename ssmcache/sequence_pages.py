@@ -195,6 +195,9 @@ class SequencePages(PathHolder):
                 change.window.abandon(change)
             if new_pages > 0:
                 self._change_pages(-new_pages)
+                pages = self.store.pages
+                assert pages is not None
+                pages.num_allocated -= new_pages
             return transfer_shortage(self, error)
         for change in changes:
             change.window.apply(change)

@@ -53,6 +53,10 @@ class CacheStats:
     `usable_tokens_by_tier` says where the pages of the usable tokens lay when they were asked for (without attention
     layers: the states). Evicted is what left the last tier; `transfers` tells of moves between tiers and of copies.
     Superseded are snapshots that their own sequence gave up for a later one (admission `last`).
+
+    Blocks are those of the prompts that were looked up, the last one counted even if it is not full: found in full
+    (`blocks_full`) or in part (`blocks_partial`, partial reuse), the rest missed. Allocated are the pages that
+    sequences took for blocks of their own, of every layer group with attention.
     """
 
     lookups: int
@@ -75,6 +79,10 @@ class CacheStats:
     copied_states: int
     copied_bytes: int
     transfers: tuple[Transfers, ...]
+    blocks_full: int
+    blocks_partial: int
+    blocks_missed: int
+    blocks_allocated: int
 
     def __repr__(self) -> str:
         share = f" ({self.usable_tokens / self.lookup_tokens:.2%})" if self.lookup_tokens else ""
@@ -90,7 +98,9 @@ class CacheStats:
             f"known {self.tree_tokens:,}",
             f"  snapshots: {self.snapshots_taken:,} taken, {plural(self.snapshots_reused, 'reuse')}, "
             f"{self.snapshots_evicted:,} evicted ({self.snapshots_evicted_unused:,} unused), {skipped:,} skipped",
-            f"  pages evicted: {self.pages_evicted:,}, of windows {self.window_pages_evicted:,}",
+            f"  blocks: {self.blocks_full:,} full, {self.blocks_partial:,} partial, {self.blocks_missed:,} missed, "
+            f"{self.blocks_allocated:,} allocated; pages evicted: {self.pages_evicted:,}, of windows "
+            f"{self.window_pages_evicted:,}",
             *(
                 f"  layer group {each.layer_group}, {each.source_tier} to {each.tier}: "
                 f"{plural(each.num_slots, 'slot')}, {format_size(each.num_bytes)}"
@@ -146,14 +156,17 @@ class Counters:
     """The counts that the sequences of a manager write as they go. `copied`: slots by (layer group, source tier)."""
 
     __slots__ = (
-        "attention_tokens", "copied", "copied_states", "lookup_tokens", "lookups", "snapshots_reused",
-        "snapshots_skipped_crossed", "snapshots_skipped_history", "snapshots_skipped_no_room",
-        "snapshots_skipped_not_admitted", "snapshots_superseded", "snapshots_taken", "tree_tokens", "usable_tokens",
-        "usable_tokens_below",
+        "attention_tokens", "blocks_full", "blocks_looked_up", "blocks_partial", "copied", "copied_states",
+        "lookup_tokens", "lookups", "snapshots_reused", "snapshots_skipped_crossed", "snapshots_skipped_history",
+        "snapshots_skipped_no_room", "snapshots_skipped_not_admitted", "snapshots_superseded", "snapshots_taken",
+        "tree_tokens", "usable_tokens", "usable_tokens_below",
     )  # fmt: skip
 
     def __init__(self, num_tiers: int) -> None:
         self.attention_tokens = 0
+        self.blocks_full = 0
+        self.blocks_looked_up = 0
+        self.blocks_partial = 0
         self.copied: defaultdict[tuple[int, int], int] = defaultdict(int)
         self.copied_states = 0
         self.lookup_tokens = 0

@@ -41,6 +41,7 @@ class Tiers(Generic[S, Slots]):
         self.cached = [0] * len(pools)
         self.moved = [[0] * len(pools) for _ in pools]
         self.num_evicted = 0  # slots dropped by want of room
+        self.num_allocated = 0  # slots taken for new content
         self._memory = memory
         self._lost: list[tuple[S, list[int]]] = []  # by the batch that has just failed
         self._num_segments = 0
@@ -143,6 +144,7 @@ class Tiers(Generic[S, Slots]):
                 return None
             else:
                 self.drop(GPU_TIER, short)
+        self.num_allocated += count
         return pool.take(count)
 
     def bring(self, lifts: list[S], tier: int, beside: int, stream: Any) -> None:

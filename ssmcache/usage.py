@@ -67,6 +67,10 @@ def collect_stats(manager: KVCacheManager) -> CacheStats:
         copied_states=counters.copied_states,
         copied_bytes=counters.copied_states * state_bytes,
         transfers=tuple(_transfers(manager)),
+        blocks_full=counters.blocks_full,
+        blocks_partial=counters.blocks_partial,
+        blocks_missed=counters.blocks_looked_up - counters.blocks_full - counters.blocks_partial,
+        blocks_allocated=sum(group.num_allocated for group in (store.pages, *store.windows) if group is not None),
     )
 
 

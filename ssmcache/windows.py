@@ -52,11 +52,6 @@ class Window:
         first, end = self.stale_blocks(history_length)
         return [*range(min(first, num_blocks)), *range(end, num_blocks)]
 
-    def num_needed(self, history_length: int, num_blocks: int) -> int:
-        """Length of `needed_blocks`."""
-        first, end = self.stale_blocks(history_length)
-        return min(first, num_blocks) + max(0, num_blocks - end)
-
 
 class WindowStore(SparseStore):
     """Pages of one sliding window life cycle. A path touch reaches only those that who goes on at the end of the path

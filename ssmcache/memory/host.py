@@ -15,6 +15,7 @@ from ssmcache.memory.disk import MAX_STAGING_BYTES, ByteArray, DiskTier, staging
 
 POISON = 0xA5
 """The byte that new slots of a buffer are full of, so that reading what nobody wrote shows."""
+_ALIGNMENT = 256  # of a pool, as on a GPU
 
 
 class HostMemory:
@@ -45,7 +46,7 @@ class HostMemory:
                 staging = np.empty(staging_bytes(slot_bytes), dtype=np.uint8)
                 places.append(DiskTier(index, tier.path, slot_bytes, staging))
             else:
-                places.append([np.empty((0, num_bytes), dtype=np.uint8) for num_bytes in slot_bytes])
+                places.append([_new_pool(0, num_bytes) for num_bytes in slot_bytes])
         self._tiers = places
         self._slot_bytes = tuple(slot_bytes)
         self._num_slots = [[0] * len(slot_bytes) for _ in tiers]
@@ -131,6 +132,14 @@ class HostMemory:
             raise RuntimeError(f"{call}: expected an open memory, got one that is not open")
 
 
+def _new_pool(num_slots: int, slot_bytes: int) -> ByteArray:
+    """[num_slots, slot_bytes] of anything, which starts at a multiple of `_ALIGNMENT` bytes. Errors: MemoryError."""
+    num_spare = -(-_ALIGNMENT // slot_bytes)
+    buffer = np.empty((num_slots + num_spare, slot_bytes), dtype=np.uint8).reshape(-1)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + num_slots * slot_bytes].reshape(num_slots, slot_bytes)
+
+
 def _resized(pool: ByteArray, num_slots: int) -> ByteArray:
     """Errors: MemoryError."""
     num_kept, slot_bytes = min(len(pool), num_slots), pool.shape[1]
@@ -138,7 +147,7 @@ def _resized(pool: ByteArray, num_slots: int) -> ByteArray:
         return pool
     if num_slots * slot_bytes > sys.maxsize:
         raise MemoryError  # numpy has other errors for that
-    resized = np.empty((num_slots, slot_bytes), dtype=np.uint8)
+    resized = _new_pool(num_slots, slot_bytes)
     resized[:num_kept] = pool[:num_kept]
     resized[num_kept:] = POISON
     return resized
