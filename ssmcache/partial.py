@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.match import Partial
-from ssmcache.memory.base import GPU_TIER, SlotMoves, TransferError
+from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.tiers import Tiers
 from ssmcache.tree import Run
 
@@ -55,8 +55,7 @@ def copy_partial(sequence: KVCache, partial: Partial) -> None:
         for tiers, tier, slot in copies:
             slots = tiers.take(1, sequence.stream)
             taken.append((tiers, slots))
-            moves = SlotMoves(tiers.layer_group, tier, (slot,), GPU_TIER, slots)
-            sequence.manager.copy(moves, sequence.stream)
+            sequence.manager.copy_slot(tiers.layer_group, tier, slot, int(slots[0]), sequence.stream)
     except TransferError as error:
         for tiers, slots in taken:
             tiers.pools[GPU_TIER].give_back(slots)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssmcache.memory.base import GPU_TIER, TransferError
+from ssmcache.pool_groups import PoolGroup
 from ssmcache.pools import SlotArray
 from ssmcache.resuming import transfer_shortage
 from ssmcache.rows import PageRows
@@ -15,6 +16,7 @@ from ssmcache.sequence_windows import SequenceWindow
 from ssmcache.soft_holds import PathHolder
 from ssmcache.states import SequenceStates
 from ssmcache.stats import ReuseMatch, Shortage
+from ssmcache.tiers import Tiers
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
@@ -131,7 +133,10 @@ class SequencePages(PathHolder):
         ordered = changes_hands and self.manager.streams.only is not self.stream
         if ordered:
             self.manager.streams.acquire(self.stream)
-        shortage = self._shortage_of_windows(history, num_blocks)
+        shortage = self._shortage_of_windows(missing, history, num_blocks) if self.windows else None
+        if self.store.shares_pools and shortage is None:  # what goes stale may be what others take
+            for window in self.windows:
+                window.give_up_stale(history, num_blocks)
         if missing and shortage is None:
             shortage = self._change_pages(missing)
         if self.windows and shortage is None:
@@ -158,11 +163,20 @@ class SequencePages(PathHolder):
             self.own_pages = own[:keep]
         return None
 
-    def _shortage_of_windows(self, history: int, num_blocks: int) -> Shortage | None:
+    def _shortage_of_windows(self, missing: int, history: int, num_blocks: int) -> Shortage | None:
+        """Whether there is room for what windows need, and `missing` pages where they share a pool."""
+        pages = self.store.pages
+        needs: dict[PoolGroup, list[tuple[Tiers[Any, Any], int]]] = {}
         for window in self.windows:
-            needed = window.missing(history, num_blocks)
-            if needed > 0 and needed > window.store.obtainable():
-                return self.manager.shortage("slots", window.store, needed)
+            same = needs.setdefault(window.store.pool_group, [])
+            if not same and missing and pages is not None and window.store.pool_group is pages.pool_group:
+                same.append((pages, max(missing, -self.num_own_pages)))
+            same.append((window.store, window.missing(history, num_blocks)))
+        for pool_group, same in needs.items():
+            needed = sum(count for _, count in same)
+            if needed > 0 and needed > pool_group.obtainable():
+                tiers = next(tiers for tiers, count in same if count > 0)
+                return self.manager.shortage("slots", tiers, needed)
         return None
 
     def _change_windows(self, history: int, num_blocks: int, new_pages: int) -> Shortage | None:

@@ -21,7 +21,7 @@ class SequenceWindow:
     needs, by block, locked while it is ACTIVE. Pages leave both when their block goes stale.
     """
 
-    __slots__ = ("_holder", "_priority", "_same_below", "_shape", "_stamp", "own", "pins", "store")
+    __slots__ = ("_holder", "_priority", "_same_below", "_shape", "own", "pins", "stamp", "store")
 
     def __init__(self, store: WindowStore, holder: PathHolder, priority: Priority | None) -> None:
         self.store = store
@@ -29,7 +29,7 @@ class SequenceWindow:
         self.own: dict[int, int] = {}
         self.pins: dict[int, Pin] = {}
         self._priority = priority
-        self._stamp = 0  # of the pages that are committed until the next suspend
+        self.stamp = 0  # of the pages that are committed until the next suspend
         self._shape = (0, 0, 0)  # number of blocks, and the stale range, that the pages are there for
         self._same_below = 0  # the history length from which on the range may be another
 
@@ -90,6 +90,14 @@ class SequenceWindow:
             self.own.update(zip(missing, self.store.take(len(missing), stream), strict=True))
         self._shape = shape
 
+    def give_up_stale(self, history_length: int, num_blocks: int) -> None:
+        """The first half of `resize`, which takes what is missing."""
+        shape = self._shape_for(history_length, num_blocks)
+        if shape != self._shape:
+            stale = self._changes(shape)[1]
+            self._shape = (0, 0, 0)
+            self._drop(stale)
+
     def incomplete(self, history_length: int, num_blocks: int) -> list[int]:
         """Blocks whose pages should be there and are not, for checks; after a failed `resize` nothing should be."""
         if self.would_change(history_length, num_blocks):
@@ -138,7 +146,7 @@ class SequenceWindow:
 
     def begin_activity(self) -> None:
         """The sequence is ACTIVE from now on."""
-        self._stamp = self.store.stamp_of_activity()
+        self.stamp = self.store.stamp_of_activity()
 
     def set_idle(self, idle: bool) -> None:
         """The sequence is suspended: its pages may move; or the other way round."""
@@ -192,7 +200,7 @@ class SequenceWindow:
         for rank, positions in by_rank(self._priority, self.store.layer_group, blocks).items():
             same = [blocks[position] for position in positions]
             slots = int_array(self.own.pop(block) for block in same)
-            self.store.add(cursor, int_array(same), slots, self._stamp, rank)
+            self.store.add(cursor, int_array(same), slots, self.stamp, rank)
             self.store.merge_new(cursor, same[0])
             for block, slot in zip(same, slots.tolist(), strict=True):
                 self.pins[block] = pin = self.store.pins.pin(GPU_TIER, slot)
@@ -204,7 +212,7 @@ class SequenceWindow:
             return
         slot = self.own.pop(leaf.start)
         rank = rank_in(self._priority, self.store.layer_group, leaf.start)
-        self.store.add(leaf, int_array((leaf.start,)), int_array((slot,)), self._stamp, rank)
+        self.store.add(leaf, int_array((leaf.start,)), int_array((slot,)), self.stamp, rank)
 
     # -- what kernels read -------------------------------------------------------------------------------------------
 

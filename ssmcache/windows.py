@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
-from ssmcache.memory.base import Memory
+from ssmcache.pool_groups import PoolGroup
 from ssmcache.pools import StatePool
 from ssmcache.segments import SparseSegment
 from ssmcache.sparse import SparseStore
@@ -55,10 +55,12 @@ class Window:
 class WindowStore(SparseStore):
     """Pages of one sliding window life cycle. A path touch reaches only those that the end of the path needs."""
 
+    order_in_block = 1
+
     def __init__(
-        self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Memory, window: Window
+        self, store: BlockStore, layer_group: int, pool_group: PoolGroup, pools: Sequence[StatePool], window: Window
     ) -> None:
-        super().__init__(store, layer_group, pools, memory)
+        super().__init__(store, layer_group, pool_group, pools)
         self.window = window
 
     def _num_at_once(self, segment: SparseSegment, count: int, kept: Container[int]) -> int:
@@ -76,11 +78,8 @@ class WindowStore(SparseStore):
             self._store.drop_subtree(run, block)
         super()._settle_loser(run, block)
 
-    def _settle_lost(self, run: Run, block: int) -> None:
-        if block < self.window.num_sink_blocks:
-            self._store.lose(run, block)
-        else:
-            super()._settle_lost(run, block)
+    def _cuts_path(self, block: int) -> bool:
+        return block < self.window.num_sink_blocks
 
     def _stays_out(self, segment: SparseSegment) -> bool:
         # what is all locked comes back with `release`: ACTIVE sequences lock many, which would come up again and again
