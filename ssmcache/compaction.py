@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssmcache.memory.base import GPU_TIER, SlotMoves
+from ssmcache.pool_groups import PoolGroup
 from ssmcache.pools import int_array
 from ssmcache.segments import Segment, SparseSegment
 from ssmcache.sparse import SparseStore
@@ -17,26 +18,30 @@ if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
 
 
-def compact(manager: KVCacheManager, tiers: Tiers[Any, Any], tier: int, limit: int, stream: Any) -> None:
-    """Make all that a layer group has in a tier lie in the first `limit` slots of its pool. No sequence is ACTIVE, and
-    no more slots are in use than that.
+def compact(manager: KVCacheManager, group: PoolGroup, tier: int, limit: int, stream: Any) -> None:
+    """Make all that lies in a pool lie in its first `limit` slots. No sequence is ACTIVE, and no more slots are in use
+    than that.
 
     Errors: TransferError; nothing has changed then.
     """
-    segments = [segment for segment in segments_of(manager, tiers) if segment.tier == tier]
-    in_use = [slot for segment in segments for slot in tiers.slots_of(segment).tolist()]
-    if tier == GPU_TIER:
-        in_use += private_slots(manager, tiers)
-    table = tiers.pools[tier].plan_compaction(limit, in_use)
+    pool = group.pools[tier]
+    segments = [[segment for segment in segments_of(manager, tiers) if segment.tier == tier] for tiers in group.members]
+    slots = [
+        [slot for segment in own for slot in segment.slots.tolist()]
+        + (private_slots(manager, tiers) if tier == GPU_TIER else [])
+        for tiers, own in zip(group.members, segments, strict=True)
+    ]
+    in_use = [slot for own in slots for slot in own]
+    table = pool.plan_compaction(limit, in_use)
     if table:
-        moves = SlotMoves(tiers.layer_group, tier, list(table), tier, list(table.values()))
-        manager.streams.copy(moves, stream)
-        tiers.moved[tier][tier] += len(table)
-        for segment in segments:
-            _renumber(tiers, segment, table)
-        if tier == GPU_TIER:
-            _renumber_private(manager, tiers, table)
-    tiers.pools[tier].compact(limit, [table.get(slot, slot) for slot in in_use])
+        manager.streams.copy(SlotMoves(group.index, tier, list(table), tier, list(table.values())), stream)
+        for tiers, own, own_slots in zip(group.members, segments, slots, strict=True):
+            tiers.moved[tier][tier] += sum(slot in table for slot in own_slots)
+            for segment in own:
+                _renumber(tiers, segment, table)
+            if tier == GPU_TIER:
+                _renumber_private(manager, tiers, table)
+    pool.compact(limit, [table.get(slot, slot) for slot in in_use])
 
 
 def segments_of(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> Iterator[Any]:
@@ -66,6 +71,19 @@ def private_slots(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> list[int]:
         else:
             slots += [slot for window in sequence.windows if window.store is tiers for slot in window.own.values()]
     return slots
+
+
+def num_private_slots(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> int:
+    """The number of `private_slots`."""
+    count = 0
+    for sequence in manager.open_sequences:
+        if tiers is manager.store.pages:
+            count += sequence.num_own_pages
+        elif tiers is manager.store.snapshots:
+            count += 0 if sequence.states is None else len(sequence.states.slots())
+        else:
+            count += sum(len(window.own) for window in sequence.windows if window.store is tiers)
+    return count
 
 
 def _renumber(tiers: Tiers[Any, Any], segment: Segment, table: dict[int, int]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ssmcache.compaction import private_slots, segments_of
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pins import Pin
+from ssmcache.pool_groups import PoolGroup
 from ssmcache.segments import Segment, SparseSegment
 from ssmcache.sparse_segments import SparseSegments
 from ssmcache.tiers import Tiers
@@ -35,8 +36,9 @@ def check_manager(manager: KVCacheManager) -> None:
     _check_holds(manager, runs)
     _check_sequences(manager)
     _check_pins(manager)
+    for group in store.pool_groups:
+        _check_slots(manager, group)
     for tiers in store.all_tiers():
-        _check_slots(manager, tiers)
         _check_queues(manager, tiers)
     if store.pages is not None:
         _check_page_counts(manager)
@@ -58,22 +60,28 @@ def _check_snapshots(manager: KVCacheManager, segment: SparseSegment) -> None:
     _expect(together, f"snapshots at {ends} were touched together, though each has a request of its own")
 
 
-def _check_slots(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> None:
-    """Each slot ever used is exactly one of: in the tree or parked, a sequence's own, free."""
-    for tier, pool in enumerate(tiers.pools):
-        name = f"layer group {tiers.layer_group}, tier {tier}"
-        segments = [segment for segment in segments_of(manager, tiers) if segment.tier == tier]
-        cached = [slot for segment in segments for slot in tiers.slots_of(segment).tolist()]
-        private = private_slots(manager, tiers) if tier == GPU_TIER else []
-        everywhere = Counter(cached + private + pool.returned_slots())
+def _check_slots(manager: KVCacheManager, group: PoolGroup) -> None:
+    """Each slot ever used is exactly one of: in the tree or parked, a sequence's own, free. Slots of layer groups that
+    share a pool are in use by one of them.
+    """
+    for tier, pool in enumerate(group.pools):
+        name = f"layer group {', '.join(str(tiers.layer_group) for tiers in group.members)}, tier {tier}"
+        in_use: list[int] = []
+        num_cached: dict[int, int] = {}
+        for tiers in group.members:
+            segments = [segment for segment in segments_of(manager, tiers) if segment.tier == tier]
+            cached = [slot for segment in segments for slot in tiers.slots_of(segment).tolist()]
+            num_cached[tiers.layer_group] = len(cached)
+            in_use += cached + (private_slots(manager, tiers) if tier == GPU_TIER else [])
+        everywhere = Counter(in_use + pool.returned_slots())
         twice = [slot for slot, count in everywhere.items() if count > 1]
         _expect(not twice, f"{name}: slots with two owners: {twice[:5]}")
         ever_used = set(range(pool.num_ever_used))
         _expect(set(everywhere) == ever_used, f"{name}: lost or made up: {sorted(set(everywhere) ^ ever_used)[:5]}")
-        used = len(cached) + len(private)
-        _expect(used == pool.used, f"{name}: {used} slots in use, counted {pool.used}")
+        _expect(len(in_use) == pool.used, f"{name}: {len(in_use)} slots in use, counted {pool.used}")
         _expect(pool.used <= pool.capacity, f"{name}: {pool.used} slots in use of {pool.capacity}")
-        _expect(len(cached) == tiers.cached[tier], f"{name}: {len(cached)} cached, counted {tiers.cached[tier]}")
+        counted = {tiers.layer_group: tiers.cached[tier] for tiers in group.members}
+        _expect(num_cached == counted, f"{name}: {num_cached} cached, by layer group, counted {counted}")
 
 
 def _check_page_counts(manager: KVCacheManager) -> None:

@@ -1,5 +1,5 @@
-"""From layers to layer groups: what lives and dies together, how many bytes one slot of it has, and how many slots the
-bytes of a tier are.
+"""From layers to layer groups and their pools: what lives and dies together, how many bytes one slot of it has, which
+layer groups share a pool, and how many slots the bytes of a tier are.
 """
 
 from collections.abc import Sequence
@@ -42,12 +42,16 @@ class BufferPlace:
 class LayerGroup:
     """Layers of one life cycle. A slot holds one block's KV (attention) or one state (SSM) of all of them, each buffer
     aligned to its elements, and to 256 bytes if its size is a multiple of that.
+
+    Layer groups whose slots are of one size share the pool `pool` of each tier: a slot of it is at one time a page of
+    the one, at another a state of the other. States have a pool of their own where `ssm_fraction` says how large.
     """
 
     kind: LayerGroupKind
     layer_ids: tuple[int, ...]
     slot_bytes: int
     buffers: tuple[BufferPlace, ...]
+    pool: int
     window_size: int | None = None
     num_sink_tokens: int = 0
 
@@ -63,14 +67,25 @@ def layer_groups(config: KVCacheManagerConfig) -> tuple[LayerGroup, ...]:
         else:
             key = (LayerGroupKind.WINDOW, layer.sliding_window_size, layer.num_sink_tokens or 0)
         by_life_cycle.setdefault(key, []).append(layer)
-    groups = []
+    groups: list[LayerGroup] = []
+    pools: dict[tuple[int, bool], int] = {}
     for wanted in LayerGroupKind:
         for (kind, window_size, num_sink_tokens), layers in by_life_cycle.items():
             if kind is wanted:
                 buffers, slot_bytes = _places(layers, config.tokens_per_block)
                 layer_ids = tuple(layer.layer_id for layer in layers)
-                groups.append(LayerGroup(kind, layer_ids, slot_bytes, tuple(buffers), window_size, num_sink_tokens))
+                apart = kind is LayerGroupKind.SSM and config.ssm_fraction is not None
+                pool = pools.setdefault((slot_bytes, apart), len(pools))
+                groups.append(
+                    LayerGroup(kind, layer_ids, slot_bytes, tuple(buffers), pool, window_size, num_sink_tokens)
+                )
     return tuple(groups)
+
+
+def pool_members(groups: Sequence[LayerGroup]) -> tuple[tuple[LayerGroup, ...], ...]:
+    """The layer groups by the pool that they share, both in order."""
+    num_pools = 1 + max(group.pool for group in groups)
+    return tuple(tuple(group for group in groups if group.pool == pool) for pool in range(num_pools))
 
 
 def _places(layers: Sequence[LayerConfig], tokens_per_block: int) -> tuple[list[BufferPlace], int]:
@@ -133,14 +148,15 @@ def step_slots(group: LayerGroup, batch: BatchDesc, config: KVCacheManagerConfig
     return slots
 
 
-def floor_slots(group: LayerGroup, config: KVCacheManagerConfig) -> int:
-    """Slots that `constraints` guarantee: each batch fits, and the last of its sequences is let in by the resume gate
-    while the others hold all that they need. At least one.
+def floor_slots(members: Sequence[LayerGroup], config: KVCacheManagerConfig) -> int:
+    """Slots of a pool that `constraints` guarantee: each batch fits, and the last of its sequences is let in by the
+    resume gate while the others hold all that they need. At least one for each layer group.
     """
-    floor, utilization = 1, Utilization(config.max_util_for_resume)
+    floor, utilization = len(members), Utilization(config.max_util_for_resume)
     for batch in config.constraints:
-        num_shared, own = slots_of_batch(group, batch, config.tokens_per_block)
-        total = num_shared + sum(own)
+        needs = [slots_of_batch(group, batch, config.tokens_per_block) for group in members]
+        own = [sum(counts) for counts in zip(*(own for _, own in needs), strict=True)]
+        total = sum(num_shared for num_shared, _ in needs) + sum(own)
         others = total - min(own) if len(own) > 1 else 0
         floor = max(floor, total, utilization.least_slots(others))
     return floor
@@ -154,81 +170,85 @@ def split_tier(
     step: BatchDesc,
     grain: int,
 ) -> tuple[int, ...]:
-    """Slots of each layer group within `quota` bytes of a tier, rounded up to its grain.
+    """Slots of the pool of each layer group within `quota` bytes of a tier, rounded up to its grain; layer groups that
+    share one have all of its slots.
 
-    The bytes are split as `step` uses them, or by `ssm_fraction`, but on the GPU no group gets less than `constraints`
-    ask for. Groups are rounded down to whole slots, and what they leave goes to the first.
+    The bytes are split as `step` uses them, or by `ssm_fraction`, but on the GPU no pool gets less than `constraints`
+    ask for. Pools are rounded down to whole slots, and what they leave goes to the first.
 
     Errors: ValueError when the floors do not fit.
     """
     if quota is None:
         return (UNLIMITED_SLOTS,) * len(groups)
-    floors = [floor_slots(group, config) if tier == 0 else 1 for group in groups]
-    _check_floors(groups, floors, tier, quota, grain)
+    pools = pool_members(groups)
+    floors = [floor_slots(members, config) if tier == 0 else len(members) for members in pools]
+    slot_bytes = [members[0].slot_bytes for members in pools]
+    _check_floors(pools, floors, tier, quota, grain)
     quota = _round_up(quota, grain)
-    weights: list[float] = [step_slots(group, step, config) * group.slot_bytes for group in groups]
+    weights: list[float] = [
+        sum(step_slots(group, step, config) for group in members) * members[0].slot_bytes for members in pools
+    ]
     if config.ssm_fraction is not None:
-        weights = _weights_with_fraction(groups, weights, config.ssm_fraction)
+        weights = _weights_with_fraction(pools, weights, config.ssm_fraction)
     at_floor: set[int] = set()
     while True:
-        slots = _split(groups, quota, weights, floors, at_floor, grain)
+        slots = _split(slot_bytes, quota, weights, floors, at_floor, grain)
         below = {index for index, count in enumerate(slots) if count < floors[index]} - at_floor
         if not below:
-            return tuple(slots)
+            return tuple(slots[group.pool] for group in groups)
         at_floor |= below
 
 
-def _weights_with_fraction(groups: Sequence[LayerGroup], weights: list[float], fraction: float) -> list[float]:
-    is_ssm = [group.kind is LayerGroupKind.SSM for group in groups]
+Pools = Sequence[tuple[LayerGroup, ...]]
+
+
+def _weights_with_fraction(pools: Pools, weights: list[float], fraction: float) -> list[float]:
+    is_ssm = [members[0].kind is LayerGroupKind.SSM for members in pools]
     if not any(weight for weight, ssm in zip(weights, is_ssm, strict=True) if not ssm):
-        weights = [group.slot_bytes for group in groups]  # a step of windows that went stale: as many slots of each
+        # a step of windows that went stale: as many slots of each
+        weights = [len(members) * members[0].slot_bytes for members in pools]
     others = sum(weight for weight, ssm in zip(weights, is_ssm, strict=True) if not ssm)
     return [fraction if ssm else (1 - fraction) * weight / others for weight, ssm in zip(weights, is_ssm, strict=True)]
 
 
 def _split(
-    groups: Sequence[LayerGroup],
+    slot_bytes: Sequence[int],
     quota: int,
     weights: Sequence[float],
     floors: list[int],
     at_floor: set[int],
     grain: int,
 ) -> list[int]:
-    """One division of the quota where the groups of `at_floor` get just their floor, up to the grain."""
-    slots = [0] * len(groups)
+    """One division of the quota where the pools of `at_floor` get just their floor, up to the grain."""
+    slots = [0] * len(slot_bytes)
     rest = quota
     for index in at_floor:
-        num_bytes = _pool_bytes(groups[index], floors[index], grain)
-        slots[index] = num_bytes // groups[index].slot_bytes
+        num_bytes = _round_up(floors[index] * slot_bytes[index], grain)
+        slots[index] = num_bytes // slot_bytes[index]
         rest -= num_bytes
     shared = rest
-    free = [index for index in range(len(groups)) if index not in at_floor]
+    free = [index for index in range(len(slot_bytes)) if index not in at_floor]
     total = sum(weights[index] for index in free)
     for index in reversed(free[1:]):
-        slot_bytes = groups[index].slot_bytes
         weight = weights[index]
         if isinstance(weight, int) and isinstance(total, int):
-            slots[index] = shared * weight // (total * slot_bytes)
+            slots[index] = shared * weight // (total * slot_bytes[index])
         else:
-            slots[index] = int(shared * (weight / total) / slot_bytes + _ROUNDING_SLOTS)
-        num_bytes = _pool_bytes(groups[index], slots[index], grain)
-        slots[index] = num_bytes // slot_bytes
+            slots[index] = int(shared * (weight / total) / slot_bytes[index] + _ROUNDING_SLOTS)
+        num_bytes = _round_up(slots[index] * slot_bytes[index], grain)
+        slots[index] = num_bytes // slot_bytes[index]
         rest -= num_bytes
     first = free[0] if free else 0
-    slots[first] += max(0, rest) // groups[first].slot_bytes
+    slots[first] += max(0, rest) // slot_bytes[first]
     return slots
 
 
-def _pool_bytes(group: LayerGroup, num_slots: int, grain: int) -> int:
-    return _round_up(num_slots * group.slot_bytes, grain)
-
-
-def _check_floors(groups: Sequence[LayerGroup], floors: list[int], tier: int, quota: int, grain: int) -> None:
-    needed = sum(_pool_bytes(group, floor, grain) for group, floor in zip(groups, floors, strict=True))
+def _check_floors(pools: Pools, floors: list[int], tier: int, quota: int, grain: int) -> None:
+    needed = sum(_round_up(floor * members[0].slot_bytes, grain) for members, floor in zip(pools, floors, strict=True))
     if needed > _round_up(quota, grain):
         counts = ", ".join(
-            f"{floor} of {group.slot_bytes} bytes ({group.kind.value})"
-            for group, floor in zip(groups, floors, strict=True)
+            f"{floor} of {members[0].slot_bytes} bytes ({', '.join(group.kind.value for group in members)})"
+            for members, floor in zip(pools, floors, strict=True)
         )
         name = ("GPU", "next", "last")[tier]
         raise ValueError(
@@ -238,6 +258,6 @@ def _check_floors(groups: Sequence[LayerGroup], floors: list[int], tier: int, qu
 
 
 def split_quota(groups: Sequence[LayerGroup], config: KVCacheManagerConfig) -> tuple[int, ...]:
-    """Slots of each layer group on the GPU, by the settings alone. Errors: ValueError when the floors do not fit."""
+    """`split_tier` for the GPU, by the settings alone. Errors: ValueError when the floors do not fit."""
     quota = config.cache_tiers[0].quota
     return split_tier(groups, config, 0, quota, config.typical_step or DEFAULT_STEP, 1)

@@ -13,7 +13,7 @@ from ssmcache.events import CacheEvent, CacheObserver, EventLog
 from ssmcache.integers import is_integer, to_integer
 from ssmcache.invariants import check_manager
 from ssmcache.keys import BlockKeys, Int64Array, KeyKind, ReuseScope, TokenIds, Tokens, check_scope
-from ssmcache.layout import BufferPlace, layer_groups
+from ssmcache.layout import BufferPlace, LayerGroup, layer_groups
 from ssmcache.match import find
 from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves
 from ssmcache.priority import PrioritiesGiven
@@ -23,7 +23,7 @@ from ssmcache.store import BlockStore
 from ssmcache.streams import StreamOrder
 from ssmcache.tiers import Tiers
 from ssmcache.units import plural
-from ssmcache.usage import collect_stats, memory_usage
+from ssmcache.usage import collect_stats, memory_usage, used_slots
 from ssmcache.utilization import Utilization
 
 _DEFAULT_SCOPE = ReuseScope()
@@ -66,15 +66,16 @@ class KVCacheManager:
         self.groups = layer_groups(config)
         self.tier_names = config.tier_names
         self.quotas = [tier.quota for tier in config.cache_tiers]
-        self.pools = sizing.make_pools(self.groups, config, memory)
+        pools = sizing.make_pools(self.groups, config, memory)
         self._token_ids = TokenIds()
         size = config.event_buffer_size
         self.event_log = EventLog(size, self._token_ids) if size else None
         told = self.event_log if observer is None else observer
-        self.streams = StreamOrder(memory, self.pools)
+        self.streams = StreamOrder(memory, pools)
         self.admission = admission_of(config.admission, config.ssm_reuse_interval)
         keeps_path = self.admission.keeps_path
-        self.store = BlockStore(self.groups, self.pools, self.streams, self.tokens_per_block, told, keeps_path)
+        self.store = BlockStore(self.groups, pools, self.streams, self.tokens_per_block, told, keeps_path)
+        self.pools = tuple(tiers.pools for tiers in self.store.all_tiers())  # of each layer group, by tier
         self.page_group = -1 if self.store.pages is None else self.store.pages.layer_group
         self.state_group = -1 if self.store.snapshots is None else self.store.snapshots.layer_group
         self.counters = Counters(len(config.cache_tiers))
@@ -180,30 +181,31 @@ class KVCacheManager:
         """
         if self.num_active == 0:
             return None
-        for tiers in self.store.all_tiers():
-            pool = tiers.pools[GPU_TIER]
-            held = sizing.held_by_others(tiers, sequence)
+        for group in self.store.pool_groups:
+            pool = group.pools[GPU_TIER]
+            held = sizing.held_by_others(group, sequence)
             if not self._utilization.admits(held, pool.capacity):
-                evictable = tiers.num_droppable(GPU_TIER)
-                return Shortage(
-                    "utilization", tiers.layer_group, self.tier_names[GPU_TIER], 0, pool.free, evictable, held
-                )
+                name, evictable = self.tier_names[GPU_TIER], group.num_droppable(GPU_TIER)
+                first = group.members[0].layer_group
+                return Shortage("utilization", first, name, 0, pool.free, evictable, held)
         return None
 
     def shortage(self, reason: str, tiers: Tiers[Any, Any], needed: int, tier: int = GPU_TIER) -> Shortage:
-        """A shortage of slots of one layer group, with what there is of them."""
+        """A shortage of slots for one layer group, with what its pool has of them."""
         pool = tiers.pools[tier]
         evictable = tiers.obtainable(tier) - pool.free
         held = pool.used - evictable
         return Shortage(reason, tiers.layer_group, self.tier_names[tier], needed, pool.free, evictable, held)
 
-    def copy(self, moves: SlotMoves, stream: Any) -> None:
-        self.streams.copy(moves, stream)
-        self.counters.copied[moves.layer_group, moves.source_tier] += len(moves.sources)
+    def copy_slot(self, layer_group: int, tier: int, source_slot: int, destination_slot: int, stream: Any) -> None:
+        """Queue the copy of a slot of some tier into one of the GPU. Errors: TransferError."""
+        pool = self.groups[layer_group].pool
+        self.streams.copy(SlotMoves(pool, tier, (source_slot,), GPU_TIER, (destination_slot,)), stream)
+        self.counters.copied[layer_group, tier] += 1
 
     def copy_state(self, tier: int, source_slot: int, destination_slot: int, stream: Any) -> None:
-        """Queue the copy of a state of some tier into a slot of the GPU."""
-        self.copy(SlotMoves(self.state_group, tier, (source_slot,), GPU_TIER, (destination_slot,)), stream)
+        """Queue the copy of a state of some tier into a slot of the GPU. Errors: TransferError."""
+        self.copy_slot(self.state_group, tier, source_slot, destination_slot, stream)
         self.counters.copied_states += 1
 
     # -- what it holds -----------------------------------------------------------------------------------------------
@@ -225,7 +227,10 @@ class KVCacheManager:
         return sizing.max_capacity(self)
 
     def used_slots(self, layer_group: int, tier: int = GPU_TIER) -> int:
-        return self.pools[layer_group][tier].used
+        """Slots that a layer group uses, of a pool of its own or of one that it shares. Cost: O(1), or O(open
+        sequences) where it shares.
+        """
+        return used_slots(self, self.store.all_tiers()[layer_group], tier)
 
     def memory_usage(self) -> MemoryUsage:
         with self.calls:
@@ -249,17 +254,18 @@ class KVCacheManager:
 
     # -- what kernels read -------------------------------------------------------------------------------------------
 
-    def _place(self, layer_id: int, role: str) -> tuple[int, BufferPlace]:
-        for index, group in enumerate(self.groups):
+    def _place(self, layer_id: int, role: str) -> tuple[LayerGroup, BufferPlace]:
+        for group in self.groups:
             for place in group.buffers:
                 if (place.layer_id, place.role) == (layer_id, role):
-                    return index, place
+                    return group, place
         known = sorted((place.layer_id, place.role) for group in self.groups for place in group.buffers)
         raise ValueError(f"buffer: expected one of {known}, got {(layer_id, role)}")
 
     def buffer(self, layer_id: int, role: str, dtype: Any = None, shape: tuple[int, ...] | None = None) -> Any:
         """One buffer of all slots on the GPU, a view without a copy, [slots, bytes]; with `tokens_per_block_override`
-        [slots, pages, bytes]. None if the memory has no bytes.
+        [slots, pages, bytes]. None if the memory has no bytes. Layer groups that share a pool see the same slots, each
+        those that are its own as what they are for it.
 
         Args:
             dtype: elements in place of bytes.
@@ -268,7 +274,7 @@ class KVCacheManager:
         """
         with self.calls:
             group, place = self._place(layer_id, role)
-            pool = self.memory.view(group)
+            pool = self.memory.view(group.pool)
             if pool is None:
                 return None
             view = pool[:, place.offset : place.offset + place.size]
@@ -282,13 +288,13 @@ class KVCacheManager:
 
     def page_stride(self, layer_id: int, role: str) -> int:
         """Bytes from a slot to the next in `buffer`."""
-        return self.groups[self._place(layer_id, role)[0]].slot_bytes
+        return self._place(layer_id, role)[0].slot_bytes
 
     # -- sizes -------------------------------------------------------------------------------------------------------
 
     @property
     def need_adjustment(self) -> bool:
-        """Whether the sequences closed lately want a split of the tiers between layer groups that is more than 1.25
+        """Whether the sequences closed lately want a split of the tiers between pools that is more than 1.25
         times away from the present one.
         """
         with self.calls:

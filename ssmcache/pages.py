@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ssmcache.memory.base import Copier
-from ssmcache.pools import PagePool, SlotArray
-from ssmcache.segments import PageSegment, Segment
+import numpy as np
+
+from ssmcache.pool_groups import PoolGroup
+from ssmcache.pools import SlotArray, SlotPool
+from ssmcache.segments import PageSegment
 from ssmcache.tiers import Tiers
 from ssmcache.tree import Run, runs_below
 
@@ -22,8 +24,12 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
     Attributes: `locked` and `held`, cached pages by tier that an ACTIVE sequence needs, or only suspended ones.
     """
 
-    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[PagePool], memory: Copier) -> None:
-        super().__init__(layer_group, pools, memory)
+    order_in_block = 2
+
+    def __init__(
+        self, store: BlockStore, layer_group: int, pool_group: PoolGroup, pools: Sequence[SlotPool[SlotArray]]
+    ) -> None:
+        super().__init__(layer_group, pool_group, pools)
         self.locked = [0] * len(pools)
         self.held = [0] * len(pools)
         self._store = store
@@ -41,51 +47,38 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
 
     # -- going -------------------------------------------------------------------------------------------------------
 
-    def drop(self, tier: int, count: int) -> None:
-        queue = self.queues[tier]
-        passed_over: list[Segment] = []
-        while count > 0:
-            segment = queue.oldest()
-            if segment is None:
-                for kept in passed_over:
-                    queue.put(kept)
-                passed_over.clear()
-                self._store.drop_newest_soft_hold()
-                continue
-            run = segment.run
-            assert run is not None
-            if tier < self.last_tier:
-                if run.holds or _is_softly_held(run):
-                    queue.take_out(segment)
-                    passed_over.append(segment)
-                    continue
-                for child in list(run.children.values()):  # in tiers below, and older
-                    self._store.drop_subtree(child, child.start)
-            num_blocks = min(count, run.end - run.start)
-            self._store.drop_tail(run, num_blocks)
-            count -= num_blocks
-        for kept in passed_over:
-            queue.put(kept)
+    def drop_oldest(self, segment: PageSegment, count: int, from_block: int) -> bool:
+        run, tier = segment.run, segment.tier
+        assert run is not None
+        if tier < self.last_tier:
+            if run.holds or _is_softly_held(run):
+                self.queues[tier].take_out(segment)
+                return False
+            for child in list(run.children.values()):  # in tiers below, and older
+                self._store.drop_subtree(child, child.start)
+        num_blocks = min(count, run.end - max(run.start, from_block))
+        if run.items and self.pool_group.is_shared:  # which may be in the same pool, and enough with fewer pages
+            deepest = max(item.ordinals[-1] for item in run.items)
+            num_blocks = min(num_blocks, max(1, run.end - 1 - deepest))
+        self._store.drop_tail(run, num_blocks)
+        return True
 
-    def select(self, tier: int, count: int) -> list[PageSegment]:
-        queue = self.queues[tier]
-        selected: list[PageSegment] = []
-        while count > 0:
-            segment = queue.oldest()
-            assert isinstance(segment, PageSegment), "room was promised that does not exist"
-            run = segment.run
-            assert run is not None
-            queue.take_out(segment)
-            if run.end - run.start > count:
-                self._store.split(run, run.end - count)
-            count -= run.end - run.start
-            selected.append(segment)
-            self._selected.add(segment)
-            parent = run.parent
-            if parent is not None and _tier_of(parent) == tier:
-                parent.warm_children -= 1
-                self._store.settle_leaf(parent)
-        return selected
+    def select_oldest(self, segment: PageSegment, count: int, from_block: int) -> PageSegment:
+        run, tier = segment.run, segment.tier
+        assert run is not None
+        self.queues[tier].take_out(segment)
+        first = max(run.start, from_block, run.end - count)
+        if first > run.start:
+            self._store.split(run, first)
+        self._selected.add(segment)
+        parent = run.parent
+        if parent is not None and _tier_of(parent) == tier:
+            parent.warm_children -= 1
+            self._store.settle_leaf(parent)
+        return segment
+
+    def put_back(self, segment: PageSegment) -> None:
+        self.queues[segment.tier].put(segment)
 
     def unselect(self, segment: PageSegment) -> None:
         run = segment.run
@@ -95,7 +88,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
         if parent is not None and _tier_of(parent) == segment.tier:
             parent.warm_children += 1
         elif parent is not None and _tier_of(parent) > segment.tier:
-            self._lost.append((segment, [0]))  # the rounds had to move the pages above it first: out of reach
+            self.pool_group.lost.append((segment, [0]))  # the rounds had to move the pages above it first: out of reach
         self.queues[segment.tier].put(segment)
 
     # -- moving ------------------------------------------------------------------------------------------------------
@@ -117,6 +110,7 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
     def settle(self, segment: PageSegment, tier: int, slots: SlotArray) -> SlotArray:
         run, old_tier = segment.run, segment.tier
         assert run is not None
+        slots = np.asarray(slots, dtype=np.int32)  # those of a shared pool come in no array of NumPy
         old_slots = segment.slots
         num_blocks = segment.count
         self.queues[old_tier].retire(segment)
@@ -154,9 +148,8 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
                 self._store.absorb_parent(child)
         self._moved_down.clear()
 
-    def lose(self, segment: PageSegment, indices: list[int]) -> None:
-        assert segment.run is not None
-        self._store.lose(segment.run, segment.start + indices[0])  # with all that is below
+    def take_lost(self, segment: PageSegment, indices: list[int]) -> int:
+        return segment.start + indices[0]  # with all that is below
 
 
 def _is_softly_held(run: Run) -> bool:

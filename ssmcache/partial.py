@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ssmcache.match import Partial
-from ssmcache.memory.base import GPU_TIER, SlotMoves, TransferError
+from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.sparse import SparseStore
 from ssmcache.tiers import Tiers
 from ssmcache.tree import Run
@@ -58,7 +58,7 @@ def copy_partial(sequence: KVCache, partial: Partial) -> None:
             slots = tiers.take(1, sequence.stream)
             taken.append((tiers, slots))
             try:
-                sequence.manager.copy(SlotMoves(tiers.layer_group, tier, (slot,), GPU_TIER, slots), sequence.stream)
+                sequence.manager.copy_slot(tiers.layer_group, tier, slot, int(slots[0]), sequence.stream)
             except TransferError as error:
                 if error.lost:
                     _end_partial(sequence, partial)

@@ -1,9 +1,11 @@
-"""Slots: equal-sized pieces of one tier's memory for one layer group, handed out last in, first out."""
+"""Slots: equal-sized pieces of one tier's memory, handed out last in, first out."""
+
+from __future__ import annotations
 
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +66,11 @@ class SlotPool(Generic[Slots]):
     @property
     def physically_free(self) -> int:
         return self.capacity + self.staging - self.used
+
+    @property
+    def physical(self) -> SlotPool[Any]:
+        """The pool that hands out the slots: this one, or the one that it shows otherwise."""
+        return self
 
     def take(self, count: int) -> Slots:
         """Hand out `count` slots, of the caller's own. The caller has checked that so many are free."""
@@ -163,8 +170,9 @@ class StatePool(SlotPool[IntArray]):
             self.peak_used = used
         stack = self._stack
         if len(stack) >= count:
-            slots = stack[-count:]
-            del stack[-count:]
+            first = len(stack) - count
+            slots = stack[first:]
+            del stack[first:]
             return slots
         fresh = count - len(stack)
         self._stack = int_array()
@@ -194,5 +202,45 @@ class StatePool(SlotPool[IntArray]):
         self._stack = int_array(slots)
 
 
-def is_unlimited(pool: SlotPool[SlotArray] | SlotPool[IntArray]) -> bool:
+def _of_shared(count: str) -> Any:
+    """A count of the pool that is shared."""
+    return property(
+        lambda shared: getattr(shared._pool, count), lambda shared, value: setattr(shared._pool, count, value)
+    )
+
+
+class SharedPages(SlotPool[SlotArray]):
+    """A `StatePool` as full attention sees it, which shares it with other layer groups: the same slots and counts,
+    slots in NumPy arrays.
+    """
+
+    __slots__ = ("_pool",)
+
+    _next_fresh = _of_shared("_next_fresh")
+    capacity = _of_shared("capacity")
+    peak_used = _of_shared("peak_used")
+    staging = _of_shared("staging")
+    used = _of_shared("used")
+
+    def __init__(self, pool: StatePool) -> None:
+        self._pool = pool
+
+    @property
+    def physical(self) -> SlotPool[Any]:
+        return self._pool
+
+    def take(self, count: int) -> SlotArray:
+        return np.array(self._pool.take(count), dtype=np.int32)
+
+    def give_back(self, slots: SlotArray) -> None:
+        self._pool.give_back(int_array(slots.tolist()))
+
+    def returned_slots(self) -> list[int]:
+        return self._pool.returned_slots()
+
+
+AnyPool = PagePool | StatePool
+
+
+def is_unlimited(pool: SlotPool[Any]) -> bool:
     return pool.capacity == UNLIMITED_SLOTS

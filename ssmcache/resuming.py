@@ -13,6 +13,7 @@ from ssmcache.memory.base import GPU_TIER, TransferError
 from ssmcache.parking import Parked, is_lost
 from ssmcache.partial import can_take_over, copy_partial, protect_partial, release_windows, take_over_partial
 from ssmcache.pins import Pin
+from ssmcache.pool_groups import PoolGroup
 from ssmcache.segments import PageSegment, SparseSegment
 from ssmcache.sparse import SparseStore
 from ssmcache.stats import Shortage
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 
 class _Need(NamedTuple):
-    """What is needed of one layer group: segments to be brought up, and free slots beside them. `lifts` finds those
-    anew each time, since bringing up the pages of full attention may cut runs, with all that lies on them.
+    """What is needed of one pool: segments to be brought up, and free slots beside them. `lifts` finds those anew each
+    time, since bringing up the pages of full attention may cut runs, with all that lies on them. `tiers` is the first
+    layer group that needs something there.
     """
 
     tiers: Tiers[Any, Any]
@@ -37,16 +39,36 @@ class _Need(NamedTuple):
         places = sequence.store.places
         if places is not None:  # which cuts segments, and must not while they are on their way
             places.settle()
-        self.tiers.bring(self.lifts(), tier, self.beside, sequence.stream)
+        self.tiers.pool_group.bring(self.lifts(), tier, self.beside, sequence.stream)
 
-    def shortage(self, sequence: KVCache, tier: int) -> Shortage | None:
+    def leaving(self) -> list[int]:
+        """By tier, slots that are about to move up."""
         leaving = [0] * len(self.tiers.pools)
         for segment in self.lifts():
-            leaving[segment.tier] += len(self.tiers.slots_of(segment))
+            leaving[segment.tier] += len(segment.slots)
+        return leaving
+
+    def shortage(self, sequence: KVCache, tier: int) -> Shortage | None:
+        leaving = self.leaving()
         needed = sum(leaving) + self.beside
         if not needed or self.tiers.obtainable(tier, leaving) >= needed:
             return None
         return sequence.manager.shortage("slots", self.tiers, needed, tier)
+
+
+def _by_pool(needs: list[_Need]) -> list[_Need]:
+    """The needs of layer groups as one for each pool."""
+    pools: dict[PoolGroup, list[_Need]] = {}
+    for need in needs:
+        pools.setdefault(need.tiers.pool_group, []).append(need)
+    return [_together(same) if len(same) > 1 else same[0] for same in pools.values()]
+
+
+def _together(needs: list[_Need]) -> _Need:
+    def lifts() -> list[Any]:
+        return [segment for need in needs for segment in need.lifts()]
+
+    return _Need(needs[0].tiers, lifts, sum(need.beside for need in needs))
 
 
 def first_resume(
@@ -79,7 +101,8 @@ def first_resume(
             shortage = _shortage(sequence, needs, GPU_TIER)
     if states is not None and shortage is None:
         own = 1 + (old is not None and old[1] is sequence.source)
-        shortage = states.shortage_of_live_state(sequence.source, own)
+        leaving, others = _needs_beside_state(sequence, needs)
+        shortage = states.shortage_of_live_state(sequence.source, own, leaving, others)
     if shortage is not None:
         had_partial = sequence.partial is not None
         _undo_lock(sequence)
@@ -104,8 +127,7 @@ def _bring_first(sequence: KVCache, needs: list[_Need]) -> Shortage | None:
     if sequence.store.has_tiers:
         sequence.usable_tokens_by_tier = _usable_tokens_by_tier(sequence)
     try:
-        for need in needs:
-            need.bring(sequence, GPU_TIER)
+        _bring_all(sequence, needs)
         if sequence.states is not None:
             sequence.states.start(sequence.cursor, sequence.source)
             sequence.source = None
@@ -118,6 +140,32 @@ def _bring_first(sequence: KVCache, needs: list[_Need]) -> Shortage | None:
         _undo_lock(sequence)
         return _after_failure(sequence, error)
     return None
+
+
+def _needs_beside_state(sequence: KVCache, needs: list[_Need]) -> tuple[list[int] | None, int]:
+    """What is needed of the pool of the states beside a live one: the slots about to move up, by tier, and all."""
+    snapshots = sequence.store.snapshots
+    for need in needs:
+        if snapshots is not None and need.tiers.pool_group is snapshots.pool_group:
+            leaving = need.leaving()
+            return leaving, sum(leaving) + need.beside
+    return None, 0
+
+
+def _bring_all(sequence: KVCache, needs: list[_Need]) -> None:
+    """Bring up what is needed; the state that the sequence starts from, which may lie in the same pool, stays.
+
+    Errors: TransferError.
+    """
+    source, snapshots = sequence.source, sequence.store.snapshots
+    if source is not None and snapshots is not None:
+        snapshots.pins.count(source, locked=1)
+    try:
+        for need in needs:
+            need.bring(sequence, GPU_TIER)
+    finally:
+        if source is not None and snapshots is not None:
+            snapshots.pins.count(source, locked=-1)
 
 
 def _after_failure(sequence: KVCache, error: TransferError) -> Shortage:
@@ -138,6 +186,7 @@ def _lock_windows(sequence: KVCache, usable_tokens: int) -> None:
     for window in sequence.windows:
         pins = {block: pin for store, block, pin in sequence.pins if store is window.store and block < end}
         window.lock(pins, usable_tokens, num_blocks)
+    _share_activity(sequence)
     protect_partial(sequence, True)
 
 
@@ -162,7 +211,7 @@ def _needs_of_first(sequence: KVCache) -> list[_Need]:
         needs.append(
             _Need(window.store, functools.partial(_sparse_lifts, sequence, window.store, pins, GPU_TIER), beside)
         )
-    return needs
+    return _by_pool(needs)
 
 
 def _sparse_lifts(
@@ -201,6 +250,7 @@ def resume_again(sequence: KVCache) -> Shortage | None:
     if parked is None:
         for window in sequence.windows:
             window.begin_activity()
+        _share_activity(sequence)
         return None
     shortage = _bring_up_locked(sequence, parked, GPU_TIER)
     if shortage is None:
@@ -228,6 +278,14 @@ def _set_idle(sequence: KVCache, parked: Parked, idle: bool) -> None:
     parked.set_idle(idle)
     for window in sequence.windows:
         window.set_idle(idle)
+    _share_activity(sequence)
+
+
+def _share_activity(sequence: KVCache) -> None:
+    """Pages of several windows that may be compared, being in one pool, have one time for one activity."""
+    if sequence.store.shares_pools:
+        for window in sequence.windows:
+            window.stamp = sequence.windows[-1].stamp
 
 
 def _bring_up(sequence: KVCache, parked: Parked | None, tier: int) -> Shortage | None:
@@ -243,6 +301,7 @@ def _bring_up(sequence: KVCache, parked: Parked | None, tier: int) -> Shortage |
     if store.snapshots is not None:
         pins = own_pins if sequence.source is None else own_pins | {sequence.source}
         needs.append(_Need(store.snapshots, functools.partial(_sparse_lifts, sequence, store.snapshots, pins, tier), 0))
+    needs = _by_pool(needs)
     shortage = _shortage(sequence, needs, tier)
     if shortage is None:
         for need in needs:

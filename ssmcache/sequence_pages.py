@@ -10,13 +10,15 @@ import numpy as np
 from ssmcache.calls import Calls
 from ssmcache.integers import MAX_BLOCKS, to_integer
 from ssmcache.memory.base import GPU_TIER, TransferError
-from ssmcache.pools import SlotArray, fitting
+from ssmcache.pool_groups import PoolGroup
+from ssmcache.pools import IntArray, SlotArray, fitting
 from ssmcache.resuming import transfer_shortage
 from ssmcache.rows import PageRows
-from ssmcache.sequence_windows import SequenceWindow, WindowChange
+from ssmcache.sequence_windows import SequenceWindow, WindowChange, apply_changes
 from ssmcache.soft_holds import PathHolder
 from ssmcache.states import SequenceStates
 from ssmcache.stats import ReuseMatch, Shortage
+from ssmcache.tiers import Tiers
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
@@ -148,12 +150,43 @@ class SequencePages(PathHolder):
 
     def _change(self, missing: int, history: int, num_blocks: int) -> Shortage | None:
         """Take `missing` pages and what windows need for these lengths, or give some back."""
-        shortage = self._shortage_of_windows(history, num_blocks)
-        if missing and shortage is None:
+        if not self.windows:
+            return self._change_pages(missing)
+        shortage = self._shortage_of_windows(missing, history, num_blocks)
+        if shortage is not None:
+            return shortage
+        # nothing is given up before all that is new is there, since that may fail
+        by_pool: dict[PoolGroup, list[WindowChange]] = {}
+        for window in self.windows:
+            change = window.plan(history, num_blocks)
+            if change is not None:
+                by_pool.setdefault(window.store.pool_group, []).append(change)
+        pages = self.store.pages
+        shared = missing if missing > 0 and pages is not None and pages.pool_group in by_pool else 0
+        if missing > shared:
             shortage = self._change_pages(missing)
-        if self.windows and shortage is None:
-            shortage = self._change_windows(history, num_blocks, missing)
-        return shortage
+            if shortage is not None:
+                return shortage
+        taken: list[tuple[list[WindowChange], int, IntArray]] = []
+        try:
+            for pool_group, same in by_pool.items():
+                num_pages = shared if pages is not None and pool_group is pages.pool_group else 0
+                num_short = num_pages + sum(len(change.missing) - change.num_own for change in same)
+                slots = same[0].window.store.take_some(num_short, self.stream)
+                taken.append((same, num_pages, slots))
+        except TransferError as error:
+            for same, _, slots in taken:
+                same[0].window.store.gpu_pool.give_back(slots)
+            if missing > shared and pages is not None:
+                self._change_pages(-missing)
+                pages.num_allocated -= missing
+            return transfer_shortage(self, error)
+        for same, num_pages, slots in taken:
+            new = apply_changes(same, slots, num_pages)
+            if num_pages and pages is not None:
+                self.own_pages = np.concatenate((self.own_pages, np.array(new, dtype=np.int32)))
+                pages.num_allocated += num_pages
+        return self._change_pages(missing) if missing < 0 else None
 
     def _change_pages(self, missing: int) -> Shortage | None:
         """Take `missing` pages, or give some back if it is negative."""
@@ -173,34 +206,20 @@ class SequencePages(PathHolder):
             self.own_pages = fitting(own[:keep], keep)
         return None
 
-    def _shortage_of_windows(self, history: int, num_blocks: int) -> Shortage | None:
+    def _shortage_of_windows(self, missing: int, history: int, num_blocks: int) -> Shortage | None:
+        """Whether there is room for what windows need, and `missing` pages where they share a pool."""
+        pages = self.store.pages
+        needs: dict[PoolGroup, list[tuple[Tiers[Any, Any], int]]] = {}
         for window in self.windows:
-            needed = window.missing(history, num_blocks)
-            if needed > 0 and needed > window.store.obtainable():
-                return self.manager.shortage("slots", window.store, needed)
-        return None
-
-    def _change_windows(self, history: int, num_blocks: int, new_pages: int) -> Shortage | None:
-        """Take what windows need, for which there is room, and then give up what is stale. `new_pages` were just
-        taken.
-        """
-        changes: list[WindowChange] = []
-        try:
-            for window in self.windows:
-                change = window.prepare(history, num_blocks, self.stream)
-                if change is not None:
-                    changes.append(change)
-        except TransferError as error:
-            for change in changes:
-                change.window.abandon(change)
-            if new_pages > 0:
-                self._change_pages(-new_pages)
-                pages = self.store.pages
-                assert pages is not None
-                pages.num_allocated -= new_pages
-            return transfer_shortage(self, error)
-        for change in changes:
-            change.window.apply(change)
+            same = needs.setdefault(window.store.pool_group, [])
+            if not same and missing and pages is not None and window.store.pool_group is pages.pool_group:
+                same.append((pages, max(missing, -self.num_own_pages)))
+            same.append((window.store, window.missing(history, num_blocks)))
+        for pool_group, same in needs.items():
+            needed = sum(count for _, count in same)
+            if needed > 0 and needed > pool_group.obtainable():
+                tiers = next(tiers for tiers, count in same if count > 0)
+                return self.manager.shortage("slots", tiers, needed)
         return None
 
     # -- what kernels read -------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,19 +18,36 @@ if TYPE_CHECKING:
     from ssmcache.soft_holds import PathHolder
 
 
-_NO_SLOTS = int_array()
-
-
 class WindowChange(NamedTuple):
-    """What becomes of the pages of a window at other lengths: blocks that need one, those that are stale, and the slots
-    that were taken for it.
+    """What becomes of the pages of a window at other lengths: blocks that need one, and those that are stale, of which
+    `num_own` have a private page.
     """
 
     window: SequenceWindow
     shape: tuple[int, int, int]
     missing: list[int]
     stale: list[int]
-    slots: IntArray
+    num_own: int
+
+
+def apply_changes(changes: list[WindowChange], slots: IntArray, num_pages: int) -> IntArray:
+    """Make changes of windows that share a pool, out of slots that were taken for it and of what goes stale; returns
+    `num_pages` slots for full attention, which shares the pool too. Nothing can fail.
+    """
+    num_needed = num_pages + sum(len(change.missing) for change in changes)
+    for change in changes:
+        slots += change.window.take_stale(change.stale)
+    for change in changes:  # all else is needed: stale pages leave the tree at once
+        if len(slots) < num_needed:
+            slots += change.window.take_over_stale(change.stale, num_needed - len(slots))
+    pages, slots = slots[:num_pages], slots[num_pages:]
+    for change in changes:
+        count = len(change.missing)
+        change.window.apply(change, slots[:count])
+        slots = slots[count:]
+    if slots:
+        changes[0].window.store.gpu_pool.give_back(slots)
+    return pages
 
 
 class SequenceWindow:
@@ -38,7 +55,7 @@ class SequenceWindow:
     needs, by block, locked while it is ACTIVE. Pages leave both when their block goes stale.
     """
 
-    __slots__ = ("_holder", "_priority", "_same_below", "_shape", "_stamp", "own", "pins", "store")
+    __slots__ = ("_holder", "_priority", "_same_below", "_shape", "own", "pins", "stamp", "store")
 
     def __init__(self, store: WindowStore, holder: PathHolder, priority: Priority | None) -> None:
         self.store = store
@@ -46,7 +63,7 @@ class SequenceWindow:
         self.own: dict[int, int] = {}
         self.pins: dict[int, Pin] = {}
         self._priority = priority
-        self._stamp = 0  # of the pages that are committed until the next suspend
+        self.stamp = 0  # of the pages that are committed until the next suspend
         self._shape = (0, 0, 0)  # number of blocks, and the stale range, that the pages are there for
         self._same_below = 0  # the history length from which on the range may be another
 
@@ -92,49 +109,35 @@ class SequenceWindow:
             freed += block in self.own if pin is None else pin.locked == 1 and not pin.held
         return len(missing) - freed
 
-    def prepare(self, history_length: int, num_blocks: int, stream: Any) -> WindowChange | None:
-        """Get hold of the slots that these lengths need, beside those that go stale; None if nothing changes. The
-        caller has checked `missing`, and hands the result to `apply` or `abandon`.
-
-        Errors: TransferError; nothing has changed for the sequence then.
-        """
+    def plan(self, history_length: int, num_blocks: int) -> WindowChange | None:
+        """What changes with these lengths; None if nothing does."""
         shape = self._shape_for(history_length, num_blocks)
         if shape == self._shape:
             return None
         missing, stale = self._changes(shape)
-        num_short = len(missing) - sum(block in self.own for block in stale)
-        slots = _NO_SLOTS
-        if num_short > 0:
-            # what goes stale lies in the tree: it is given up after nothing can fail any more, so others go first
-            slots = self.store.take(min(num_short, self.store.obtainable()), stream)
-        return WindowChange(self, shape, missing, stale, slots)
+        return WindowChange(self, shape, missing, stale, sum(block in self.own for block in stale))
 
-    def abandon(self, change: WindowChange) -> None:
-        """Undo `prepare`."""
-        self.store.gpu_pool.give_back(change.slots)
+    def take_stale(self, stale: list[int]) -> IntArray:
+        """The slots of stale pages that are private."""
+        return int_array(self.own.pop(block) for block in stale if block in self.own)
 
-    def apply(self, change: WindowChange) -> None:
-        """Give up what is stale, and make its slots and those of `prepare` the pages of what is missing."""
-        slots = change.slots + int_array(self.own.pop(block) for block in change.stale if block in self.own)
-        num_short = len(change.missing) - len(slots)
-        if num_short > 0:  # all else is needed: the stale pages leave the tree at once
-            slots += self._take_over([block for block in change.stale if block in self.pins], num_short)
-        elif num_short < 0:
-            self.store.gpu_pool.give_back(slots[num_short:])
-        self._drop(change.stale)
-        self.own.update(zip(change.missing, slots[: len(change.missing)], strict=True))
-        self._shape = change.shape
-
-    def _take_over(self, stale: list[int], count: int) -> IntArray:
-        """The slots of so many stale pages that nobody else needs, which leave the tree."""
+    def take_over_stale(self, stale: list[int], count: int) -> IntArray:
+        """The slots of at most so many stale pages that nobody else needs, which leave the tree."""
         slots = int_array()
         for block in stale:
-            pin = self.pins[block]
-            if len(slots) < count and pin.locked == 1 and not pin.held:
+            pin = self.pins.get(block)
+            if pin is not None and len(slots) < count and pin.locked == 1 and not pin.held:
                 del self.pins[block]
                 slots.append(pin.slot)
                 self.store.take_over(self._holder.cursor, GPU_TIER, pin.slot)
         return slots
+
+    def apply(self, change: WindowChange, slots: IntArray) -> None:
+        """The pages of what is missing lie in these slots, and what is stale is given up."""
+        self._drop(change.stale)
+        self.own.update(zip(change.missing, slots, strict=True))
+        self.store.num_allocated += len(slots)
+        self._shape = change.shape
 
     def incomplete(self, history_length: int, num_blocks: int) -> list[int]:
         """Blocks whose pages should be there and are not, for checks."""
@@ -182,7 +185,7 @@ class SequenceWindow:
 
     def begin_activity(self) -> None:
         """The sequence is ACTIVE from now on."""
-        self._stamp = self.store.stamp_of_activity()
+        self.stamp = self.store.stamp_of_activity()
 
     def set_idle(self, idle: bool) -> None:
         """The sequence is suspended: its pages may move; or the other way round."""
@@ -236,7 +239,7 @@ class SequenceWindow:
         for rank, positions in by_rank(self._priority, self.store.layer_group, blocks).items():
             same = [blocks[position] for position in positions]
             slots = int_array(self.own.pop(block) for block in same)
-            self.store.add(cursor, int_array(same), slots, self._stamp, rank)
+            self.store.add(cursor, int_array(same), slots, self.stamp, rank)
             self.store.merge_new(cursor, same[0])
             for block, slot in zip(same, slots.tolist(), strict=True):
                 self.pins[block] = pin = self.store.pins.pin(GPU_TIER, slot)

@@ -1,4 +1,4 @@
-"""How many slots each layer group has in each tier, and how that changes while a manager runs."""
+"""How many slots each pool has in each tier, and how that changes while a manager runs."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ from ssmcache.config import (
     KVCacheDesc,
     KVCacheManagerConfig,
 )
-from ssmcache.layout import DEFAULT_STEP, LayerGroup, LayerGroupKind, split_tier
+from ssmcache.layout import DEFAULT_STEP, LayerGroup, LayerGroupKind, pool_members, split_tier
 from ssmcache.memory.base import GPU_TIER, Memory, TransferError
-from ssmcache.pools import UNLIMITED_SLOTS, PagePool, StatePool, is_unlimited
+from ssmcache.pool_groups import PoolGroup
+from ssmcache.pools import UNLIMITED_SLOTS, AnyPool, PagePool, StatePool, is_unlimited
 from ssmcache.tiers import Tiers
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
     from ssmcache.sequence import KVCache
 
-AnyPool = PagePool | StatePool
-
-# beside its capacity a tier below the GPU has so many bytes for each layer group, in use while a batch of moves is
+# beside its capacity a tier below the GPU has so many bytes for each pool, in use while a batch of moves is
 # under way: enough for a copy to run at full speed, little beside any host memory
 _STAGING_BYTES = 64 << 20
 _TOLERATED_RATIO = 1.25
 
 
-def _staging_slots(group: LayerGroup, tier: int, capacity: int) -> int:
-    return 0 if tier == GPU_TIER else max(1, min(capacity, _STAGING_BYTES // group.slot_bytes))
+def _staging_slots(slot_bytes: int, tier: int, capacity: int) -> int:
+    return 0 if tier == GPU_TIER else max(1, min(capacity, _STAGING_BYTES // slot_bytes))
 
 
 def make_pools(
     groups: Sequence[LayerGroup], config: KVCacheManagerConfig, memory: Memory
 ) -> tuple[tuple[AnyPool, ...], ...]:
-    """The pools of each layer group, by tier, reserved in the memory.
+    """The pools, by tier, that layer groups have or share, reserved in the memory.
 
     Errors: ValueError when a quota is too small, or the memory does not have it; the memory is closed then.
     """
-    memory.open(config.cache_tiers, [group.slot_bytes for group in groups])
+    memory.open(config.cache_tiers, [members[0].slot_bytes for members in pool_members(groups)])
     try:
         by_tier = [_make_pools_of_tier(groups, config, memory, tier) for tier in range(len(config.cache_tiers))]
     except ValueError:
@@ -54,30 +53,37 @@ def _make_pools_of_tier(
     quota = config.cache_tiers[tier].quota
     slots = split_tier(groups, config, tier, quota, config.typical_step or DEFAULT_STEP, memory.grain(tier))
     pools: list[AnyPool] = []
-    for group, capacity in zip(groups, slots, strict=True):
-        kind = PagePool if group.kind is LayerGroupKind.ATTENTION else StatePool
-        pools.append(kind(capacity, _staging_slots(group, tier, capacity)))
+    for members, capacity in zip(pool_members(groups), _by_pool(groups, slots), strict=True):
+        kind = PagePool if [group.kind for group in members] == [LayerGroupKind.ATTENTION] else StatePool
+        pools.append(kind(capacity, _staging_slots(members[0].slot_bytes, tier, capacity)))
     if not memory.resize(tier, [None if is_unlimited(pool) else pool.capacity + pool.staging for pool in pools]):
         raise ValueError(f"tier {tier}: expected a memory with room for {quota} bytes, got too little")
     return pools
 
 
+def _by_pool(groups: Sequence[LayerGroup], slots: Sequence[int]) -> list[int]:
+    """Slots of each pool, of those of each layer group."""
+    return list(dict(zip((group.pool for group in groups), slots, strict=True)).values())
+
+
 def max_capacity(manager: KVCacheManager) -> int | None:
     """See `KVCacheManager.max_capacity`."""
-    limits = [
-        tiers.pools[GPU_TIER].capacity for tiers in manager.store.all_tiers() if tiers is not manager.store.snapshots
-    ]
-    least = min(limits, default=UNLIMITED_SLOTS)
+    least = UNLIMITED_SLOTS
+    for pool_group, members in zip(manager.store.pool_groups, pool_members(manager.groups), strict=True):
+        pool, num_states = pool_group.pools[GPU_TIER], sum(group.kind is LayerGroupKind.SSM for group in members)
+        num_pages = len(members) - num_states  # of each block
+        if num_pages and not is_unlimited(pool):
+            least = min(least, (pool.capacity - num_states) // num_pages)
     return None if least == UNLIMITED_SLOTS else least * manager.tokens_per_block
 
 
-def held_by_others(tiers: Tiers[Any, Any], sequence: KVCache) -> int:
-    """GPU slots that others than `sequence` lock, or hold where they cannot be evicted."""
-    held, own = tiers.num_held(GPU_TIER), _gpu_slots_of(tiers, sequence)
+def held_by_others(group: PoolGroup, sequence: KVCache) -> int:
+    """GPU slots of a pool that others than `sequence` lock, or hold where they cannot be evicted."""
+    held, own = group.num_held(GPU_TIER), sum([_gpu_slots_of(tiers, sequence) for tiers in group.members])
     movable = 0
-    if held and tiers.last_tier > GPU_TIER:  # what is held is idle, and so is the asking sequence
-        movable = min(max(0, held - own), tiers.room_below(GPU_TIER))
-    return tiers.pools[GPU_TIER].used - tiers.num_droppable(GPU_TIER) - own - movable
+    if held and group.last_tier > GPU_TIER:  # what is held is idle, and so is the asking sequence
+        movable = min(max(0, held - own), group.room_below(GPU_TIER))
+    return group.pools[GPU_TIER].used - group.num_droppable(GPU_TIER) - own - movable
 
 
 def _gpu_slots_of(tiers: Tiers[Any, Any], sequence: KVCache) -> int:
@@ -114,34 +120,35 @@ def need_adjustment(manager: KVCacheManager) -> bool:
         return False
     for tier, quota in enumerate(manager.quotas):
         wanted = _wanted_slots(manager, tier, quota)
-        for new, pools in zip(wanted, manager.pools, strict=True):
-            old = pools[tier].capacity
+        for new, pool_group in zip(wanted, manager.store.pool_groups, strict=True):
+            old = pool_group.pools[tier].capacity
             if max(new, old) > _TOLERATED_RATIO * min(new, old):
                 return True
     return False
 
 
-def _wanted_slots(manager: KVCacheManager, tier: int, quota: int | None) -> tuple[int, ...]:
-    """The split that the traffic wants; that of the settings before there is any."""
+def _wanted_slots(manager: KVCacheManager, tier: int, quota: int | None) -> list[int]:
+    """The split between pools that the traffic wants; that of the settings before there is any."""
     step = step_of(manager.traffic) or manager.config.typical_step or DEFAULT_STEP
-    return split_tier(manager.groups, manager.config, tier, quota, step, manager.memory.grain(tier))
+    slots = split_tier(manager.groups, manager.config, tier, quota, step, manager.memory.grain(tier))
+    return _by_pool(manager.groups, slots)
 
 
 class _Change:
-    """The slots of one tier, by layer group, before and after a change. Totals are what the memory has, with the slots
+    """The slots of one tier, by pool, before and after a change. Totals are what the memory has, with the slots
     for staging; `total` is the present one.
     """
 
     def __init__(self, manager: KVCacheManager, tier: int, new: Sequence[int]) -> None:
-        pools = [pools[tier] for pools in manager.pools]
+        pools = [pool_group.pools[tier] for pool_group in manager.store.pool_groups]
+        self._slot_bytes = [members[0].slot_bytes for members in pool_members(manager.groups)]
         self.tier = tier
         self.pools = pools
         self.new = new
         self.old = [pool.capacity for pool in pools]
         self.total = self.old_total = [pool.capacity + pool.staging for pool in pools]
-        staging = [_staging_slots(group, tier, count) for group, count in zip(manager.groups, new, strict=True)]
+        staging = [_staging_slots(size, tier, count) for size, count in zip(self._slot_bytes, new, strict=True)]
         self.new_total = [count + more for count, more in zip(new, staging, strict=True)]
-        self._slot_bytes = [group.slot_bytes for group in manager.groups]
 
     def set_capacities(self, capacities: Sequence[int], totals: Sequence[int]) -> None:
         for pool, capacity, total in zip(self.pools, capacities, totals, strict=True):
@@ -194,7 +201,7 @@ def _carry_out(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
     manager.calls.changing = True
     for change in changes:
         change.shrink()
-    groups = manager.store.all_tiers()
+    groups = manager.store.pool_groups
     fits = all(group.obtainable(tier) >= 0 for group in groups for tier in range(group.last_tier + 1))
     if (
         fits
@@ -215,7 +222,7 @@ def _carry_out(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
 def _make_room(manager: KVCacheManager, changes: Sequence[_Change]) -> bool:
     """Move and drop what no longer fits, and make the rest lie in the slots that remain; False if a copy failed."""
     stream = manager.streams.latest
-    groups = manager.store.all_tiers()
+    groups = manager.store.pool_groups
     try:
         for group in groups:
             for tier in range(group.last_tier + 1):

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ssmcache.memory.base import Copier
+from ssmcache.pool_groups import PoolGroup
 from ssmcache.pools import IntArray, StatePool
 from ssmcache.segments import SparseSegment
 from ssmcache.sparse import SparseStore
@@ -22,8 +22,10 @@ class SnapshotStore(SparseStore):
     parked ones of those that are suspended.
     """
 
-    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Copier) -> None:
-        super().__init__(store, layer_group, pools, memory)
+    order_in_block = 0
+
+    def __init__(self, store: BlockStore, layer_group: int, pool_group: PoolGroup, pools: Sequence[StatePool]) -> None:
+        super().__init__(store, layer_group, pool_group, pools)
         self._reused: list[set[int]] = [set() for _ in pools]  # by tier: slots that somebody has started from
 
     def note_reuse(self, tier: int, slot: int) -> None:

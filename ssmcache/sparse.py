@@ -10,9 +10,10 @@ from bisect import bisect_left
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ssmcache.memory.base import GPU_TIER, Copier
-from ssmcache.pools import IntArray, StatePool
-from ssmcache.segments import SparseSegment, use_of
+from ssmcache.memory.base import GPU_TIER
+from ssmcache.pool_groups import PoolGroup
+from ssmcache.pools import IntArray, StatePool, int_array
+from ssmcache.segments import SparseSegment
 from ssmcache.sparse_segments import SparseSegments
 from ssmcache.tree import Run
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class SparseStore(SparseSegments):
     """The slots of one layer group that lie on blocks of the tree, or are parked by a suspended sequence."""
 
-    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Copier) -> None:
-        super().__init__(store, layer_group, pools, memory)
+    def __init__(self, store: BlockStore, layer_group: int, pool_group: PoolGroup, pools: Sequence[StatePool]) -> None:
+        super().__init__(store, layer_group, pool_group, pools)
         self.gpu_pool = pools[GPU_TIER]
         self.num_evicted_unused = 0
         self._moved_runs: dict[Run, None] = {}  # by the batch under way
@@ -47,6 +48,18 @@ class SparseStore(SparseSegments):
         """`take` for one."""
         pool = self.gpu_pool
         return pool.take_one() if pool.used < pool.capacity else self.take(1, stream)[0]
+
+    def take_some(self, count: int, stream: Any) -> IntArray:
+        """As many slots, up to `count`, as can be had; the caller counts them once they are used.
+
+        Errors: TransferError; no slot was taken then.
+        """
+        pool, count = self.gpu_pool, min(count, self.obtainable())
+        if count <= 0:
+            return int_array()
+        if count > pool.capacity - pool.used:
+            self.pool_group.make_room(count, stream)
+        return pool.take(count)
 
     def protect(self, own: Run | None) -> None:
         """From now on nothing goes from the path of `own`, which is locked, until `protect(None)`."""
@@ -75,48 +88,36 @@ class SparseStore(SparseSegments):
 
     # -- going -------------------------------------------------------------------------------------------------------
 
-    def drop(self, tier: int, count: int, only_unread: bool = False) -> None:
-        """`only_unread`: no more than are of no use and come before all others."""
-        queue, kept, pool = self.queues[tier], self.pins.by_slot[tier], self.pools[tier]
-        passed_over: list[SparseSegment] = []
-        goal = pool.used - count
-        while pool.used > goal:
-            self._settle_uses()
-            segment = queue.oldest()
-            if only_unread and (segment is None or use_of(segment.rank)):
-                break
-            if segment is None:
-                self._put_back(passed_over)
-                self._store.drop_newest_soft_hold()
-                continue
-            assert isinstance(segment, SparseSegment)
-            run = segment.run
-            assert run is not None
-            if self._is_own(run):
-                queue.take_out(segment)
-                passed_over.append(segment)
-                continue
-            ordinals, slots = segment.take_oldest(self._num_at_once(segment, pool.used - goal, kept), kept)
-            if slots:
-                self._evict(run, tier, ordinals, slots)
-            if not segment.slots:
-                self.drop_empty(run)
-            elif not slots:  # what is left of it is pinned
-                queue.take_out(segment)
-                passed_over.append(segment)
-            if slots:  # which may take others with it
-                self._settle_loser(run, ordinals[0])
-        self._put_back(passed_over)
+    def oldest_block(self, segment: SparseSegment, dropping: bool) -> int:
+        pins = self.pins.by_slot[segment.tier]
+        for ordinal, slot in zip(reversed(segment.ordinals), reversed(segment.slots), strict=True):
+            pin = pins.get(slot)
+            if pin is None or not (dropping or pin.locked):
+                return ordinal
+        return segment.tail
 
-    def _put_back(self, passed_over: list[SparseSegment]) -> None:
-        """Enter segments again that could not go just now."""
-        for segment in passed_over:
-            if segment.run is not None and not self._stays_out(segment):
-                self.queues[segment.tier].put(segment)
-        passed_over.clear()
+    def drop_oldest(self, segment: SparseSegment, count: int, from_block: int) -> bool:
+        queue, kept = self.queues[segment.tier], self.pins.by_slot[segment.tier]
+        run = segment.run
+        assert run is not None
+        if self._is_own(run):
+            queue.take_out(segment)
+            return False
+        count = min(self._num_at_once(segment, count, kept), _num_from(segment, from_block, kept))
+        ordinals, slots = segment.take_oldest(count, kept)
+        if slots:
+            self._evict(run, segment.tier, ordinals, slots)
+        if not segment.slots:
+            self.drop_empty(run)
+        elif not slots:  # what is left of it is pinned
+            queue.take_out(segment)
+        if slots:  # which may take others with it
+            self._settle_loser(run, ordinals[0])
+        return bool(slots)
 
-    def _settle_uses(self) -> None:
-        """Bring up to date what the order of the queues depends on."""
+    def put_back(self, segment: SparseSegment) -> None:
+        if not self._stays_out(segment):
+            self.queues[segment.tier].put(segment)
 
     def _stays_out(self, segment: SparseSegment) -> bool:
         """Whether a segment that could not go comes back to the queue by other means."""
@@ -163,39 +164,27 @@ class SparseStore(SparseSegments):
         if run.pages is None and run.end > run.start:
             self._store.settle_leaf(run)
 
-    def select(self, tier: int, count: int) -> list[SparseSegment]:
+    def select_oldest(self, segment: SparseSegment, count: int, from_block: int) -> SparseSegment | None:
+        run, tier = segment.run, segment.tier
+        assert run is not None
         queue = self.queues[tier]
-        locked = (
-            {slot for slot, pin in self.pins.by_slot[tier].items() if pin.locked}
-            if self.pins.locked[tier]
-            else frozenset()
-        )
-        selected: list[SparseSegment] = []
-        passed_over: list[SparseSegment] = []
-        while count > 0:
-            segment = queue.oldest()
-            assert isinstance(segment, SparseSegment), "room was promised that does not exist"
-            run = segment.run
-            assert run is not None
-            queue.take_out(segment)
-            if self._is_own(run):
-                passed_over.append(segment)
-                continue
-            if count >= len(segment.slots) and not locked:
-                victim = segment
-            else:
-                ordinals, slots = segment.take_oldest(count, locked)
-                if segment.slots:
-                    passed_over.append(segment)
-                else:
-                    self.drop_empty(run)
-                if not slots:
-                    continue
-                victim = self.new_segment(run, segment.stamp, segment.rank, tier, ordinals, slots)
-            selected.append(victim)
-            count -= len(victim.slots)
-        self._put_back(passed_over)
-        return selected
+        queue.take_out(segment)
+        if self._is_own(run):
+            return None
+        locked: Container[int] = ()
+        if self.pins.locked[tier]:
+            locked = {pin.slot for pin in self.pins.of(tier, segment.slots) if pin.locked}
+        count = min(count, _num_from(segment, from_block, locked))
+        if count >= len(segment.slots) and not locked:
+            return segment
+        ordinals, slots = segment.take_oldest(count, locked)
+        if not slots:  # what is left of it is locked
+            return None
+        if segment.slots:
+            queue.put(segment)
+        else:
+            self.drop_empty(run)
+        return self.new_segment(run, segment.stamp, segment.rank, tier, ordinals, slots)
 
     def unselect(self, segment: SparseSegment) -> None:
         self.queues[segment.tier].put(segment)
@@ -233,7 +222,7 @@ class SparseStore(SparseSegments):
             self.join_like(run)
         self._moved_runs.clear()
 
-    def lose(self, segment: SparseSegment, indices: list[int]) -> None:
+    def take_lost(self, segment: SparseSegment, indices: list[int]) -> int:
         run, tier = segment.run, segment.tier
         assert run is not None
         self._store.version += 1
@@ -246,13 +235,28 @@ class SparseStore(SparseSegments):
         self._forgotten(run, tier, slots)
         if not segment.slots:
             self.drop_empty(run)
-        self._settle_lost(run, ordinals[0])
+        if self._cuts_path(ordinals[0]):
+            return ordinals[0]
+        self._settle_loser(run, ordinals[0])
+        return -1
 
-    def _settle_lost(self, run: Run, block: int) -> None:
-        """A run lost slots, the first of them that of `block`."""
-        self._settle_loser(run, block)
+    def _cuts_path(self, block: int) -> bool:
+        """Whether nothing from a block on can be used once its slot is lost."""
+        return False
 
     def lose_slot(self, cursor: Run, tier: int, slot: int) -> None:
-        """`lose` for a slot of the path of `cursor`."""
+        """A slot of the path of `cursor` cannot be read any more: it is gone, and what cannot be used without it."""
         segment, index = self._place_of(cursor, tier, slot)
-        self.lose(segment, [index])
+        run = segment.run
+        assert run is not None
+        block = self.take_lost(segment, [index])
+        if block >= 0:
+            self._store.lose(run, block)
+
+
+def _num_from(segment: SparseSegment, from_block: int, kept: Container[int]) -> int:
+    """How many slots of a segment that are not among `kept` are of blocks from `from_block` on, at least one."""
+    if from_block <= segment.ordinals[0]:
+        return len(segment.slots)
+    first = bisect_left(segment.ordinals, from_block)
+    return max(1, sum(slot not in kept for slot in segment.slots[first:]))

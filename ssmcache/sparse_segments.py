@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ssmcache.memory.base import GPU_TIER, Copier
+from ssmcache.memory.base import GPU_TIER
 from ssmcache.pins import Pin, PinTable
+from ssmcache.pool_groups import PoolGroup
 from ssmcache.pools import IntArray, StatePool, int_array
 from ssmcache.segments import DEFAULT_RANK, SparseSegment
 from ssmcache.tiers import Tiers
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 class SparseSegments(Tiers[SparseSegment, IntArray]):
     """The segments of one layer group: found, made, cut and joined. Who goes, and when, is `SparseStore`'s."""
 
-    def __init__(self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Copier) -> None:
-        super().__init__(layer_group, pools, memory)
+    def __init__(self, store: BlockStore, layer_group: int, pool_group: PoolGroup, pools: Sequence[StatePool]) -> None:
+        super().__init__(layer_group, pool_group, pools)
         self._store = store
         self.pins = PinTable(len(pools))
 

@@ -48,25 +48,28 @@ class SequenceStates:
         self._points: Sequence[int] = ()  # that have a slot reserved, ascending unless reserved by several calls,
         self._slots: IntArray = _NO_SLOTS  # and the slots
 
-    def shortage_of_live_state(self, source: Pin | None, softly_held: int) -> Shortage | None:
+    def shortage_of_live_state(
+        self, source: Pin | None, softly_held: int, leaving: Sequence[int] | None = None, others: int = 0
+    ) -> Shortage | None:
         """Whether a live state can be had, from a slot beside the snapshot that it starts from, which this sequence
-        holds softly so many times (0 or 1), or from that itself.
+        holds softly so many times (0 or 1), or from that itself. `others`: slots of the same pool that are needed
+        beside it, `leaving` of them, by tier, about to move up.
         """
         snapshots = self._snapshots
-        if snapshots.has_room_for(2):
+        if snapshots.has_room_for(2 + others):
             return None
         if source is None:
-            room = snapshots.obtainable()
+            room = snapshots.obtainable(GPU_TIER, leaving) - others
         else:  # in whatever tier it lies, it stays there until it was copied
             snapshots.pins.count(source, locked=1)
-            room = snapshots.obtainable()
+            room = snapshots.obtainable(GPU_TIER, leaving) - others
             snapshots.pins.count(source, locked=-1)
             others_wait = source.soft > softly_held and self._manager.num_active > 0
-            if source.tier == GPU_TIER and not source.locked and not others_wait:
+            if room >= 0 and source.tier == GPU_TIER and not source.locked and not others_wait:
                 return None  # if no other can go, the source itself becomes the live state
         if room > 0:
             return None
-        return self._manager.shortage("slots", snapshots, 1)
+        return self._manager.shortage("slots", snapshots, 1 + others)
 
     def start(self, cursor: Run, source: Pin | None) -> None:
         """Take the live slot, and queue the copy of the source into it: a snapshot of the path of `cursor` that the

@@ -23,7 +23,7 @@ class Shortage:
     evictable), "io" (a tier below could not be written, or not be read where
     others have something) or "lost" (a page cannot be read back: a sequence that was
     resumed before must be closed, one that was not may be resumed again, with a shorter match). Counts are slots of the
-    layer group in the tier: needed by the call, free, evictable, and held.
+    pool of the layer group in the tier, and of all that share it: needed by the call, free, evictable, and held.
     """
 
     reason: str
@@ -112,7 +112,10 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroupUsage:
-    """Slots of one layer group in one tier. `num_slots` is None where the quota is unlimited."""
+    """Slots of one layer group in one tier. `num_slots` is None where the quota is unlimited.
+
+    Layer groups with the same `pool` share it: `num_slots` and `peak_slots` are those of the pool.
+    """
 
     layer_group: int
     kind: str
@@ -122,6 +125,7 @@ class LayerGroupUsage:
     used_slots: int
     cached_slots: int
     peak_slots: int
+    pool: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from ssmcache.layout import LayerGroup, LayerGroupKind
 from ssmcache.memory.base import GPU_TIER, Copier
 from ssmcache.pages import PageTiers
 from ssmcache.places import PlaceTable
-from ssmcache.pools import IntArray, PagePool, SlotPool, StatePool
+from ssmcache.pool_groups import PoolGroup
+from ssmcache.pools import AnyPool, IntArray, SharedPages, StatePool
 from ssmcache.segments import DEFAULT_RANK, PageSegment
 from ssmcache.snapshots import SnapshotStore
 from ssmcache.soft_holds import PathHolder, SoftHolds
@@ -27,7 +28,8 @@ class BlockStore(SoftHolds):
     """Tree, pools and queues of one manager.
 
     Args:
-        groups: the layer groups, and `pools` their pools by tier, in the same order.
+        groups: the layer groups.
+        pools: by tier, of each pool that layer groups have or share.
         tokens_per_block: for the windows among them.
         keeps_path: whether a touch reaches all snapshots of a path, see `SnapshotAdmission`.
     """
@@ -35,7 +37,7 @@ class BlockStore(SoftHolds):
     def __init__(
         self,
         groups: Sequence[LayerGroup],
-        pools: Sequence[Sequence[SlotPool]],  # type: ignore[type-arg]  # of pages or states, as the group says
+        pools: Sequence[Sequence[AnyPool]],
         memory: Copier,
         tokens_per_block: int,
         events: CacheObserver | None,
@@ -46,17 +48,20 @@ class BlockStore(SoftHolds):
         self.pages = None
         self.snapshots = None
         windows: list[WindowStore] = []
-        for index, (group, tiers) in enumerate(zip(groups, pools, strict=True)):
-            pages = [pool for pool in tiers if isinstance(pool, PagePool)]
-            states = [pool for pool in tiers if isinstance(pool, StatePool)]
+        self.pool_groups = tuple(PoolGroup(self, index, by_tier, memory) for index, by_tier in enumerate(pools))
+        for index, group in enumerate(groups):
+            pool_group, by_tier = self.pool_groups[group.pool], pools[group.pool]
+            states = [pool for pool in by_tier if isinstance(pool, StatePool)]
             if group.kind is LayerGroupKind.ATTENTION:
-                self.pages = PageTiers(self, index, pages, memory)
+                pages = [SharedPages(pool) if isinstance(pool, StatePool) else pool for pool in by_tier]
+                self.pages = PageTiers(self, index, pool_group, pages)
             elif group.kind is LayerGroupKind.SSM:
-                self.snapshots = SnapshotStore(self, index, states, memory)
+                self.snapshots = SnapshotStore(self, index, pool_group, states)
             else:
                 assert group.window_size is not None
                 window = Window(group.window_size, group.num_sink_tokens, tokens_per_block)
-                windows.append(WindowStore(self, index, states, memory, window))
+                windows.append(WindowStore(self, index, pool_group, states, window))
+        self.shares_pools = len(pools) < len(groups)
         self.windows = tuple(windows)
         self.places = PlaceTable(windows, self.snapshots, tokens_per_block) if windows else None
         groups_there = (self.pages, *windows, self.snapshots)

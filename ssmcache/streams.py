@@ -53,7 +53,7 @@ class StreamOrder:
 
     def __init__(self, memory: Memory, pools: Sequence[Sequence[SlotPool[Any]]]) -> None:
         self._memory = memory
-        self._pools = pools  # by layer group and tier
+        self._pools = pools  # by pool and tier
         self.only: object = _NO_STREAM  # the one stream that there is: its own calls need not come here
         self.latest: Any = None  # the stream that was used last, for work that is nobody's
         self._fences: dict[SlotPool[Any], Fences] = {}
@@ -155,7 +155,7 @@ class StreamOrder:
         if self.only is not _SEVERAL:
             self._memory.copy(moves, stream)
             return
-        pools = self._pools[moves.layer_group]
+        pools = self._pools[moves.pool]
         sources: _SlotsOf = ((pools[moves.source_tier], moves.sources),)
         destinations: _SlotsOf = ((pools[moves.destination_tier], moves.destinations),)
         self._wait_for(stream, sources, destinations)
@@ -171,7 +171,7 @@ class StreamOrder:
         self._wait_for(stream, read, own)
         for pool, slots in own:
             if len(slots):
-                self._fences[pool].take(slots)
+                self._fences[pool.physical].take(slots)
 
     def _wait_for(self, stream: Hashable, read: _SlotsOf, written: _SlotsOf) -> None:
         """Make a stream wait before it reads some slots and writes others."""
@@ -180,7 +180,7 @@ class StreamOrder:
         most = _MAX_STREAMS if stream in self._known else _MAX_READS_BY_NEW
         for pool, slots in read:
             if len(slots):
-                for fence in self._fences[pool].of(slots):
+                for fence in self._fences[pool.physical].of(slots):
                     too_old = fence.too_old(stream, most)
                     events.update(too_old)
                     if too_old:
@@ -189,7 +189,7 @@ class StreamOrder:
                         events.add(fence.write)
         for pool, slots in written:
             if len(slots):
-                for fence in self._fences[pool].of(slots):
+                for fence in self._fences[pool.physical].of(slots):
                     events.update(fence.before_writing())
         clock = self._clocks.get(stream, _NOTHING)
         missing = [event for event in events if not event.is_before(stream, clock)]
@@ -220,10 +220,10 @@ class StreamOrder:
         """A stream has read some slots and written others, or could have."""
         for pool, slots in read:
             if len(slots):
-                self._fences[pool].read(slots, self._event(stream), self._clocks.get(stream, _NOTHING))
+                self._fences[pool.physical].read(slots, self._event(stream), self._clocks.get(stream, _NOTHING))
         for pool, slots in written:
             if len(slots):
-                self._fences[pool].write(slots, self._event(stream))
+                self._fences[pool.physical].write(slots, self._event(stream))
 
     def _event(self, stream: Hashable) -> Event:
         """The event of the call under way."""

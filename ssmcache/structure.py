@@ -78,7 +78,9 @@ class TreeStructure:
             above = segment.split_upper(upper, at, store.serial())
             if above is not None:
                 upper.items += (above,)
-                store.queues[above.tier].put(above)
+                chosen = store.pool_group.note_split(segment, above)
+                if segment.queued or not chosen:
+                    store.queues[above.tier].put(above)
                 if not segment.slots:
                     store.queues[segment.tier].retire(segment)
                     run.items = tuple(other for other in run.items if other is not segment)

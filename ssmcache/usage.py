@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ssmcache.compaction import num_private_slots
 from ssmcache.memory.base import GPU_TIER
 from ssmcache.pools import SlotPool, is_unlimited
 from ssmcache.stats import CacheStats, LayerGroupUsage, MemoryUsage, Transfers
+from ssmcache.tiers import Tiers
 
 if TYPE_CHECKING:
     from ssmcache.manager import KVCacheManager
@@ -30,10 +32,18 @@ def _group_usage(manager: KVCacheManager, index: int, tier: int) -> LayerGroupUs
         tier=manager.tier_names[tier],
         slot_bytes=group.slot_bytes,
         num_slots=limit_of(pool),
-        used_slots=pool.used,
+        used_slots=manager.used_slots(index, tier),
         cached_slots=manager.store.all_tiers()[index].cached[tier],
         peak_slots=min(pool.peak_used, pool.capacity),  # staging slots do not count
+        pool=group.pool,
     )
+
+
+def used_slots(manager: KVCacheManager, tiers: Tiers[Any, Any], tier: int) -> int:
+    """See `KVCacheManager.used_slots`."""
+    if not tiers.pool_group.is_shared:
+        return tiers.pools[tier].used
+    return tiers.cached[tier] + (num_private_slots(manager, tiers) if tier == GPU_TIER else 0)
 
 
 def limit_of(pool: SlotPool) -> int | None:  # type: ignore[type-arg]  # of pages or of states

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ssmcache.integers import MAX_BLOCKS
-from ssmcache.memory.base import Copier
+from ssmcache.pool_groups import PoolGroup
 from ssmcache.pools import StatePool
 from ssmcache.segments import SparseSegment, use_of, with_use
 from ssmcache.sparse import SparseStore
@@ -58,35 +58,16 @@ class WindowStore(SparseStore):
     needs, or at a place on it. Whatever their age, pages that nobody would read go first (`places.py`).
     """
 
+    order_in_block = 1
+    goes_by_use = True
+
     def __init__(
-        self, store: BlockStore, layer_group: int, pools: Sequence[StatePool], memory: Copier, window: Window
+        self, store: BlockStore, layer_group: int, pool_group: PoolGroup, pools: Sequence[StatePool], window: Window
     ) -> None:
-        super().__init__(store, layer_group, pools, memory)
+        super().__init__(store, layer_group, pool_group, pools)
         self.window = window
-        self._is_moving = False  # segments are on their way between tiers
 
     # -- uses --------------------------------------------------------------------------------------------------------
-
-    def bring(self, lifts: list[SparseSegment], tier: int, beside: int, stream: Any) -> None:
-        if not lifts:
-            self._settle_uses()
-        self._is_moving = True
-        try:
-            super().bring(lifts, tier, beside, stream)
-        finally:
-            self._is_moving = False
-
-    def _make_way(self, tier: int, count: int, leaving: list[int], downs: list[tuple[int, list[SparseSegment]]]) -> int:
-        # what nobody reads moves down where there is room, but pushes nothing out
-        below = range(tier + 1, self.last_tier + 1)
-        if below:
-            room = sum(max(0, -self._short_by(lower, 0, leaving)) for lower in below)
-            self.drop(tier, self._short_by(tier, count, leaving) - room, only_unread=True)
-        return super()._make_way(tier, count, leaving, downs)
-
-    def _settle_uses(self) -> None:
-        if not self._is_moving and self._store.places is not None:
-            self._store.places.settle()
 
     def _note_added(self, places: PlaceTable, segment: SparseSegment) -> None:
         assert segment.run is not None
@@ -128,11 +109,8 @@ class WindowStore(SparseStore):
             self._store.drop_subtree(run, block)
         super()._settle_loser(run, block)
 
-    def _settle_lost(self, run: Run, block: int) -> None:
-        if block < self.window.num_sink_blocks:
-            self._store.lose(run, block)
-        else:
-            super()._settle_lost(run, block)
+    def _cuts_path(self, block: int) -> bool:
+        return block < self.window.num_sink_blocks
 
     def _stays_out(self, segment: SparseSegment) -> bool:
         # what is all locked comes back with `release`: ACTIVE sequences lock many, which would come up again and again

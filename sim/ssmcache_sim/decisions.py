@@ -29,7 +29,7 @@ import numpy as np
 from ssmcache import KVCache, KVCacheManager, KVCacheManagerConfig
 from ssmcache.config import CacheTierConfig
 from ssmcache.events import CacheObserver
-from ssmcache.layout import LayerGroupKind
+from ssmcache.layout import LayerGroupKind, pool_members
 from ssmcache.memory.base import GPU_TIER, Memory, SlotMoves
 from ssmcache.tree import Run
 from ssmcache_sim.errors import OutputError
@@ -46,6 +46,7 @@ class DecisionLog:
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self._groups: tuple[str, ...] = ()
+        self._pools: tuple[str, ...] = ()
         self._tiers: tuple[str, ...] = ()
         self._attention: tuple[int, ...] = ()
         self._block = 1
@@ -57,6 +58,10 @@ class DecisionLog:
         manager = KVCacheManager(config, _WatchedMemory(memory, self), told)
         groups = manager.groups
         self._groups = tuple(f"{group.kind.value}{index}" for index, group in enumerate(groups))
+        self._pools = tuple(
+            " and ".join(name for name, group in zip(self._groups, groups, strict=True) if group in members)
+            for members in pool_members(groups)
+        )
         self._attention = tuple(index for index, group in enumerate(groups) if group.kind is not LayerGroupKind.SSM)
         self._tiers = manager.tier_names
         self._block = config.tokens_per_block
@@ -93,7 +98,7 @@ class DecisionLog:
         """The memory was told to copy."""
         source, destination = self._tier(moves.source_tier), self._tier(moves.destination_tier)
         self._write(
-            f"copied {self._groups[moves.layer_group]}: {source} {slot_text(moves.sources)} > "
+            f"copied {self._pools[moves.pool]}: {source} {slot_text(moves.sources)} > "
             f"{destination} {slot_text(moves.destinations)}"
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ssmcache.config import KVCacheManagerConfig
-from ssmcache.layout import DEFAULT_STEP, LayerGroupKind, layer_groups, split_quota, split_tier
+from ssmcache.layout import DEFAULT_STEP, LayerGroupKind, layer_groups, pool_members, split_quota, split_tier
 from ssmcache.pools import UNLIMITED_SLOTS
 from ssmcache_sim.causes import SNAPSHOT_CAUSES, last_block_tokens, snapshot_columns
 from ssmcache_sim.errors import SettingsError
@@ -60,6 +60,8 @@ def grid_capacity(trace: Trace, config: KVCacheManagerConfig) -> GridCapacity | 
         return "no attention layers: blocks stay only as far as snapshots need them"
     if config.has_windows:
         return "sliding windows: their pages have an order of use of their own"
+    if len(pool_members(groups)) < len(groups):
+        return "pages and states are of one size and share a pool: neither has an order of use of its own"
     blocks = _stack(slots[LayerGroupKind.ATTENTION])
     longest = trace.longest_path
     if longest // config.tokens_per_block > blocks:

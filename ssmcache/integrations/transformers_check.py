@@ -102,8 +102,8 @@ def _small_manager(model: Any, shapes: ModelShapes) -> Iterator[KVCacheManager]:
         return KVCacheManagerConfig(BLOCK_TOKENS, layers, tiers, ssm_reuse_interval=INTERVAL, typical_step=_ROOM)
 
     with manager_with_room(model, _ROOM, 2, config) as manager:
-        for group in range(len(manager.groups)):
-            manager.memory.view(group)[:] = _POISON
+        for group in manager.groups:
+            manager.memory.view(group.pool)[:] = _POISON
         yield manager
 
 

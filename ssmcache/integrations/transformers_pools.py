@@ -83,7 +83,7 @@ class ModelPools:
 
     def refresh(self) -> bool:
         """Whether the pools have changed their place, so that what was bound must be bound again."""
-        pools = [self._manager.memory.view(group) for group in range(len(self._manager.groups))]
+        pools = [self._manager.memory.view(group.pool) for group in self._manager.groups]
         if len(pools) == len(self._pools) and all(map(_is, pools, self._pools)):
             return False
         self._pools, self._slots = pools, {}

@@ -30,11 +30,12 @@ class TransferError(Exception):
 
 
 class SlotMoves(NamedTuple):
-    """A batch of copies within one layer group: slot `sources[i]` of one tier to slot `destinations[i]` of another or
-    the same. No destination is a source of the batch, and none comes twice. Arrays are lent until the call returns.
+    """A batch of copies between the slots of one pool: slot `sources[i]` of one tier to slot `destinations[i]` of
+    another or the same. No destination is a source of the batch, and none comes twice. Arrays are lent until the call
+    returns.
     """
 
-    layer_group: int
+    pool: int
     source_tier: int
     sources: MovedSlots
     destination_tier: int
@@ -57,15 +58,16 @@ class Copier(Protocol):
 
 
 class Memory(Protocol):
-    """Owns the bytes of all pools: for each tier and layer group, equal slots numbered from 0.
+    """Owns the bytes of all pools: for each tier several pools of equal slots, numbered from 0, that layer groups
+    have or share.
 
     The manager decides; a memory executes. No decision may depend on when a copy ends: an event is only ever handed to
     `wait`. Calls come from one thread at a time. A stream is whatever the memory takes for one; None is its default.
     """
 
     def open(self, tiers: Sequence[CacheTierConfig], slot_bytes: Sequence[int]) -> None:
-        """Get ready for these tiers, the first being the GPU, and for layer groups whose slots have so many bytes.
-        All pools are empty until `resize`. Called once.
+        """Get ready for these tiers, the first being the GPU, and for pools in each of them whose slots have so many
+        bytes. All pools are empty until `resize`. Called once.
 
         Errors: ValueError for a tier that this memory cannot play; nothing is kept then.
         """
@@ -74,8 +76,8 @@ class Memory(Protocol):
         """Bytes that the size of a pool of this tier is rounded up to; 1 where any size will do."""
 
     def resize(self, tier: int, num_slots: Sequence[int | None]) -> bool:
-        """Give every layer group of a tier a pool of so many slots (None: unlimited, which only a simulation can
-        promise). What lies in slots that remain stays as it is. All pools or none: False if there is not enough.
+        """Give the pools of a tier so many slots each (None: unlimited, which only a simulation can promise). What lies
+        in slots that remain stays as it is. All pools or none: False if there is not enough.
 
         Errors: ValueError for an unlimited pool that cannot be.
         """
@@ -99,8 +101,8 @@ class Memory(Protocol):
     def wait(self, stream: Any, event: Any) -> None:
         """Make what is queued on `stream` from now on wait for `event`, without blocking the caller."""
 
-    def view(self, layer_group: int) -> Any:
-        """The GPU pool of a layer group as an array of bytes, [num_slots, slot_bytes], not a copy; None if there are no
+    def view(self, pool: int) -> Any:
+        """A pool of the GPU as an array of bytes, [num_slots, slot_bytes], not a copy; None if there are no
         bytes. It is good until the next `resize`.
         """
 

@@ -15,7 +15,7 @@ def _expect(condition: bool, moves: SlotMoves, message: str) -> None:
     # not `assert`: a broken batch is wrong bytes, so the check must also run under -O
     if not condition:
         raise AssertionError(
-            f"batch of layer group {moves.layer_group}, tier {moves.source_tier} to {moves.destination_tier}: {message}"
+            f"batch of pool {moves.pool}, tier {moves.source_tier} to {moves.destination_tier}: {message}"
         )
 
 

@@ -60,7 +60,7 @@ class CudaMemory:
         self._num_slots: list[list[int]] = []
         self._tiers: list[TierPools | DiskQueue] = []
         self._loaded: dict[int, LoadedSlots] = {}  # by tier: those of the host, beside a disk
-        self._ring: list[list[SlotPool]] = []  # by layer group and buffer
+        self._ring: list[list[SlotPool]] = []  # by pool and buffer
         self._check = BatchCheck()
         self._end = ExitStack()
 
@@ -158,7 +158,7 @@ class CudaMemory:
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         self._require_open("copy")
         on = self._stream("copy", stream)
-        group = moves.layer_group
+        group = moves.pool
         num_slots = self._num_slots[moves.source_tier][group], self._num_slots[moves.destination_tier][group]
         sources, destinations = self._check.slots(moves, *num_slots)
         if sources.size == 0:
@@ -186,7 +186,7 @@ class CudaMemory:
         """Whether a copy has been left to the disk's threads, which is one from the disk to the host. For any other
         one, the slots of the host are waited for. Errors: TransferError.
         """
-        group = moves.layer_group
+        group = moves.pool
         read, written = self._loaded.get(moves.source_tier), self._loaded.get(moves.destination_tier)
         if read is not None:
             read.read(group, sources)
@@ -244,14 +244,14 @@ class CudaMemory:
             self._raise_if_device_failed("wait", error)
             raise
 
-    def view(self, layer_group: int) -> torch.Tensor:
-        """The GPU pool of a layer group, [num_slots, slot_bytes] uint8 on the device, not a copy. It is good until the
+    def view(self, pool: int) -> torch.Tensor:
+        """A pool of the GPU, [num_slots, slot_bytes] uint8 on the device, not a copy. It is good until the
         next `resize`, and must not be used after `close`.
         """
         self._require_open("view")
         pools = self._tiers[GPU_TIER]
         assert not isinstance(pools, DiskQueue)
-        return pools.pools[layer_group].rows
+        return pools.pools[pool].rows
 
     def loads(self) -> Sequence[Future[Any]]:
         """See `Memory.loads`: those from the disk to the host tier."""

@@ -38,7 +38,7 @@ def access(slot_bytes: int) -> tuple[torch.dtype, int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotPool:
-    """The slots of one layer group in one tier.
+    """The slots of one pool in one tier.
 
     Attributes:
         rows: [num_slots, slot_bytes] uint8.

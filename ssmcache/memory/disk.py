@@ -27,12 +27,12 @@ _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 def staging_bytes(slot_bytes: Sequence[int]) -> int:
-    """Bytes that a staging buffer for these layer groups should have: bounded, but room for one slot of each."""
+    """Bytes that a staging buffer for these pools should have: bounded, but room for one slot of each."""
     return max(MAX_STAGING_BYTES, *slot_bytes)
 
 
 class DiskTier:
-    """One file for each layer group in the directory `path`, of mode 0600.
+    """One file for each pool in the directory `path`, of mode 0600.
 
     The files have no name from the start, so the system frees them when this process ends in whatever way, no other
     process takes them for its own, and there is nothing to clean up. (Where the file system cannot do that they lose
@@ -45,7 +45,7 @@ class DiskTier:
     Args:
         tier: its index, for errors.
         path: a directory.
-        slot_bytes: of each layer group.
+        slot_bytes: of each pool.
         staging: [at least `staging_bytes(slot_bytes)`] buffer that all transfers go through; the caller's own.
 
     Slots are not checked: the caller has done so (`batches.BatchCheck`).
@@ -80,69 +80,69 @@ class DiskTier:
             pool.resize(count)
         return True
 
-    def store(self, layer_group: int, slots: SlotArray, fill: Callable[[SlotArray, ByteArray], None]) -> None:
+    def store(self, pool: int, slots: SlotArray, fill: Callable[[SlotArray, ByteArray], None]) -> None:
         """Write slots, [n]. `fill(positions, rows)` is called for one piece of the batch after the other and must have
         filled rows [k, slot_bytes] with what goes to `slots[positions]`, positions being [k], when it returns.
 
         Errors: TransferError without lost positions; what lies in `slots` is undefined then.
         """
-        self.allocate(layer_group, slots)
-        for positions, rows in self.pieces(layer_group, slots, self._staging):
+        self.allocate(pool, slots)
+        for positions, rows in self.pieces(pool, slots, self._staging):
             fill(positions, rows)
-            self.write(layer_group, slots[positions], rows)
-        self.sync(layer_group)
+            self.write(pool, slots[positions], rows)
+        self.sync(pool)
 
-    def load(self, layer_group: int, slots: SlotArray, drain: Callable[[SlotArray, ByteArray], None]) -> None:
+    def load(self, pool: int, slots: SlotArray, drain: Callable[[SlotArray, ByteArray], None]) -> None:
         """Read slots, [n]. `drain(positions, rows)` is called for one piece of the batch after the other with what lies
         in `slots[positions]`, and must be done with rows when it returns; not any more once something is lost.
 
         Errors: TransferError with the positions of all slots that cannot be read.
         """
         lost: dict[int, str] = {}
-        for positions, rows in self.pieces(layer_group, slots, self._staging):
-            found = self.read(layer_group, slots[positions], rows)
+        for positions, rows in self.pieces(pool, slots, self._staging):
+            found = self.read(pool, slots[positions], rows)
             lost.update((int(positions[row]), why) for row, why in found.items())
             if not lost:
                 drain(positions, rows)
         self.raise_if_lost(lost, slots.size)
 
-    def move(self, layer_group: int, sources: SlotArray, destinations: SlotArray) -> None:
+    def move(self, pool: int, sources: SlotArray, destinations: SlotArray) -> None:
         """Copy slots to other slots. Errors: as of `load` and `store`."""
-        self.allocate(layer_group, destinations)
-        self.load(layer_group, sources, lambda positions, rows: self.write(layer_group, destinations[positions], rows))
-        self.sync(layer_group)
+        self.allocate(pool, destinations)
+        self.load(pool, sources, lambda positions, rows: self.write(pool, destinations[positions], rows))
+        self.sync(pool)
 
     # -- steps of these, for callers with buffers of their own; `write`, `sync` and `read` may run in several threads at
     # -- once, on different slots and buffers
 
-    def allocate(self, layer_group: int, slots: SlotArray) -> None:
+    def allocate(self, pool: int, slots: SlotArray) -> None:
         """Make sure of the space for slots that will be written. Errors: TransferError without lost positions."""
         with self._write_errors():
-            self._pools[layer_group].allocate(slots)
+            self._pools[pool].allocate(slots)
 
-    def write(self, layer_group: int, slots: SlotArray, rows: ByteArray) -> None:
+    def write(self, pool: int, slots: SlotArray, rows: ByteArray) -> None:
         """Write rows, [k, slot_bytes], to slots, [k]; `sync` brings them to the disk. Errors: as of `allocate`."""
         with self._write_errors():
-            self._pools[layer_group].write(slots, rows)
+            self._pools[pool].write(slots, rows)
 
-    def sync(self, layer_group: int) -> None:
+    def sync(self, pool: int) -> None:
         """Wait until the disk has what was written. Errors: as of `allocate`."""
         with self._write_errors():
-            self._pools[layer_group].sync()
+            self._pools[pool].sync()
 
-    def read(self, layer_group: int, slots: SlotArray, rows: ByteArray) -> dict[int, str]:
+    def read(self, pool: int, slots: SlotArray, rows: ByteArray) -> dict[int, str]:
         """Fill rows, [k, slot_bytes], from slots, [k]. Returns the rows that cannot be read, ascending, and why."""
-        return self._pools[layer_group].read(slots, rows)
+        return self._pools[pool].read(slots, rows)
 
-    def forget_cached(self, layer_group: int) -> bool:
+    def forget_cached(self, pool: int) -> bool:
         """Have the next reads come from the disk, see `forget_cached`. For whoever measures."""
-        return forget_cached(self._pools[layer_group].file.fileno())
+        return forget_cached(self._pools[pool].file.fileno())
 
-    def pieces(self, layer_group: int, slots: SlotArray, buffer: ByteArray) -> Iterator[tuple[SlotArray, ByteArray]]:
+    def pieces(self, pool: int, slots: SlotArray, buffer: ByteArray) -> Iterator[tuple[SlotArray, ByteArray]]:
         """Positions of a batch, a buffer full at a time and in the order of the slots so that neighbours go together,
         with the rows of the buffer for them.
         """
-        slot_bytes = self._pools[layer_group].slot_bytes
+        slot_bytes = self._pools[pool].slot_bytes
         order = np.argsort(slots)
         num_rows = buffer.size // slot_bytes
         rows = buffer[: num_rows * slot_bytes].reshape(num_rows, slot_bytes)
@@ -182,7 +182,7 @@ class DiskTier:
 
 @dataclass(slots=True)
 class _FilePool:
-    """The slots of one layer group in one file. Slots are [n], rows [n, slot_bytes] and contiguous."""
+    """The slots of one pool in one file. Slots are [n], rows [n, slot_bytes] and contiguous."""
 
     file: io.FileIO
     slot_bytes: int

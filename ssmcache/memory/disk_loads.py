@@ -20,7 +20,7 @@ class LoadedSlots:
     Args:
         tier: its index, for errors.
         queue: that reads the disk.
-        num_groups: layer groups, all without slots until `resize`.
+        num_groups: pools, all without slots until `resize`.
     """
 
     def __init__(self, tier: int, queue: DiskQueue, num_groups: int) -> None:
@@ -41,15 +41,15 @@ class LoadedSlots:
             self._by[group] = np.zeros(count, dtype=np.int64)
 
     def load(
-        self, layer_group: int, sources: SlotArray, rows: ByteArray, destinations: SlotArray, ready: Callable[[], None]
+        self, pool: int, sources: SlotArray, rows: ByteArray, destinations: SlotArray, ready: Callable[[], None]
     ) -> None:
         """Fill `rows[destinations]` from slots of the disk, [n] each and not empty, once `ready` has returned: when
         nothing reads or writes these rows any more. Returns at once.
 
         Args:
-            rows: the pool of the layer group, [num_slots, slot_bytes].
+            rows: the pool, [num_slots, slot_bytes].
         """
-        earlier = [self._loads[number][2] for number in self._numbers(layer_group, destinations)]
+        earlier = [self._loads[number][2] for number in self._numbers(pool, destinations)]
 
         def all_ready() -> None:
             for future in earlier:
@@ -57,26 +57,26 @@ class LoadedSlots:
             ready()
 
         self._num_loads += 1
-        future = self._queue.load_later(layer_group, sources, rows, destinations, all_ready)
-        self._loads[self._num_loads] = layer_group, destinations.copy(), future
-        self._by[layer_group][destinations] = self._num_loads
-        self._lost[layer_group][destinations] = False
+        future = self._queue.load_later(pool, sources, rows, destinations, all_ready)
+        self._loads[self._num_loads] = pool, destinations.copy(), future
+        self._by[pool][destinations] = self._num_loads
+        self._lost[pool][destinations] = False
 
-    def read(self, layer_group: int, slots: SlotArray) -> None:
+    def read(self, pool: int, slots: SlotArray) -> None:
         """Wait until slots, [n], have what was loaded into them.
 
         Errors: TransferError with the positions of those that could not be.
         """
-        self._settle(layer_group, slots)
-        lost = np.flatnonzero(self._lost[layer_group][slots])
+        self._settle(pool, slots)
+        lost = np.flatnonzero(self._lost[pool][slots])
         if lost.size:
             reason = f"disk tier: cannot read {lost.size} of {slots.size} slots: {self._why_lost}"
             raise TransferError(self._tier, lost.tolist(), reason)
 
-    def overwrite(self, layer_group: int, slots: SlotArray) -> None:
+    def overwrite(self, pool: int, slots: SlotArray) -> None:
         """Wait until nothing is loaded into slots, [n], which are written now."""
-        self._settle(layer_group, slots)
-        self._lost[layer_group][slots] = False
+        self._settle(pool, slots)
+        self._lost[pool][slots] = False
 
     def under_way(self) -> list[Future[dict[int, str]]]:
         """The loads that are not done yet."""
@@ -87,15 +87,15 @@ class LoadedSlots:
         for number in list(self._loads):
             self._finish(number)
 
-    def _numbers(self, layer_group: int, slots: SlotArray) -> list[int]:
+    def _numbers(self, pool: int, slots: SlotArray) -> list[int]:
         """Of the loads that these slots wait for."""
         if not self._loads:
             return []
-        numbers = np.unique(self._by[layer_group][slots])
+        numbers = np.unique(self._by[pool][slots])
         return [number for number in numbers.tolist() if number]
 
-    def _settle(self, layer_group: int, slots: SlotArray) -> None:
-        for number in self._numbers(layer_group, slots):
+    def _settle(self, pool: int, slots: SlotArray) -> None:
+        for number in self._numbers(pool, slots):
             self._finish(number)
 
     def _finish(self, number: int) -> None:

@@ -28,7 +28,7 @@ Transfer = Callable[[SlotArray, int], Event]
 class _Batch:
     """Slots to be written; the writer alone changes it once it was queued."""
 
-    layer_group: int
+    pool: int
     slots: SlotArray
     read_before: tuple[Future[dict[int, str]], ...]  # background loads that still need what lay there
     error: str | None = None
@@ -52,7 +52,7 @@ class DiskQueue:
     Args:
         files: owned by the queue from now on.
         ring: buffers of at least one slot each, lent to it.
-        slot_bytes: of each layer group.
+        slot_bytes: of each pool.
     """
 
     def __init__(self, files: DiskTier, ring: BufferRing, slot_bytes: Sequence[int]) -> None:
@@ -85,19 +85,19 @@ class DiskQueue:
         self._read_by = [np.zeros(count, dtype=np.int64) for count in num_slots]
         return True
 
-    def store(self, layer_group: int, slots: SlotArray, fill: Transfer) -> None:
+    def store(self, pool: int, slots: SlotArray, fill: Transfer) -> None:
         """Write slots, [n] and not empty. `fill(positions, buffer)` queues copies of what goes to `slots[positions]`
         into the first rows of a buffer of the ring.
 
         Errors: TransferError without lost positions if there is no space; nothing was moved then. What `fill` raises;
         the slots are lost then.
         """
-        self._files.allocate(layer_group, slots)
-        batch = _Batch(layer_group, slots.copy(), self._readers_of(layer_group, slots))
+        self._files.allocate(pool, slots)
+        batch = _Batch(pool, slots.copy(), self._readers_of(pool, slots))
         self._num_queued += 1
-        self._written_by[layer_group][slots] = self._num_queued
+        self._written_by[pool][slots] = self._num_queued
         try:
-            for positions, _ in self._files.pieces(layer_group, slots, self._ring.buffers[0]):
+            for positions, _ in self._files.pieces(pool, slots, self._ring.buffers[0]):
                 index = self._ring.take()
                 try:
                     event = fill(positions, index)
@@ -111,15 +111,15 @@ class DiskQueue:
         finally:
             self._writer.submit(self._finish, batch)
 
-    def load(self, layer_group: int, slots: SlotArray, drain: Transfer) -> None:
+    def load(self, pool: int, slots: SlotArray, drain: Transfer) -> None:
         """Read slots, [n] and not empty. `drain(positions, buffer)` queues copies of what lay in `slots[positions]` out
         of the first rows of a buffer of the ring; not any more once something is lost.
 
         Errors: TransferError with the positions of all slots that cannot be read.
         """
-        self._wait_for_batch(int(self._written_by[layer_group][slots].max()))
-        lost = {int(position): self._why_lost for position in np.flatnonzero(self._lost[layer_group][slots])}
-        pieces = deque(positions for positions, _ in self._files.pieces(layer_group, slots, self._ring.buffers[0]))
+        self._wait_for_batch(int(self._written_by[pool][slots].max()))
+        lost = {int(position): self._why_lost for position in np.flatnonzero(self._lost[pool][slots])}
+        pieces = deque(positions for positions, _ in self._files.pieces(pool, slots, self._ring.buffers[0]))
         reads: deque[tuple[SlotArray, int, Future[dict[int, str]]]] = deque()
         try:
             while pieces or reads:
@@ -128,9 +128,7 @@ class DiskQueue:
                     index = self._ring.take()
                 if index is not None:
                     positions = pieces.popleft()
-                    reads.append(
-                        (positions, index, self._readers.submit(self._read, layer_group, slots[positions], index))
-                    )
+                    reads.append((positions, index, self._readers.submit(self._read, pool, slots[positions], index)))
                     continue
                 positions, index, read = reads[0]
                 lost.update((int(positions[row]), why) for row, why in read.result().items())
@@ -144,28 +142,28 @@ class DiskQueue:
         self._files.raise_if_lost(lost, slots.size)
 
     def load_later(
-        self, layer_group: int, slots: SlotArray, rows: ByteArray, into: SlotArray, ready: Callable[[], None]
+        self, pool: int, slots: SlotArray, rows: ByteArray, into: SlotArray, ready: Callable[[], None]
     ) -> Future[dict[int, str]]:
         """Read slots, [n] and not empty, into `rows[into]` in the background, once `ready` has returned.
 
         Returns a future of the positions that could not be read, and why; of what `ready` raises, if it does. Rows are
         the caller's, [any, slot_bytes], and must stay until then.
         """
-        written_by = int(self._written_by[layer_group][slots].max())
+        written_by = int(self._written_by[pool][slots].max())
         self._reading = {number: future for number, future in self._reading.items() if not future.done()}
         self._num_loads += 1
-        self._read_by[layer_group][slots] = self._num_loads
-        future = self._loaders.submit(self._load_into, layer_group, slots.copy(), rows, into.copy(), ready, written_by)
+        self._read_by[pool][slots] = self._num_loads
+        future = self._loaders.submit(self._load_into, pool, slots.copy(), rows, into.copy(), ready, written_by)
         self._reading[self._num_loads] = future
         return future
 
-    def move(self, layer_group: int, sources: SlotArray, destinations: SlotArray) -> None:
+    def move(self, pool: int, sources: SlotArray, destinations: SlotArray) -> None:
         """Copy slots to other slots, now. Errors: as of `load` and `store`."""
         self._wait_for_all()
-        lost = {int(position): self._why_lost for position in np.flatnonzero(self._lost[layer_group][sources])}
+        lost = {int(position): self._why_lost for position in np.flatnonzero(self._lost[pool][sources])}
         self._files.raise_if_lost(lost, sources.size)
-        self._files.move(layer_group, sources, destinations)
-        self._lost[layer_group][destinations] = False
+        self._files.move(pool, sources, destinations)
+        self._lost[pool][destinations] = False
 
     def close(self) -> None:
         """Finish what is under way and free the files. Safe to call twice."""
@@ -174,11 +172,11 @@ class DiskQueue:
         self._readers.shutdown()
         self._files.close()
 
-    def _readers_of(self, layer_group: int, slots: SlotArray) -> tuple[Future[dict[int, str]], ...]:
+    def _readers_of(self, pool: int, slots: SlotArray) -> tuple[Future[dict[int, str]], ...]:
         """Background loads that still read some of these slots."""
         if not self._reading:
             return ()
-        numbers = set(self._read_by[layer_group][slots].tolist())
+        numbers = set(self._read_by[pool][slots].tolist())
         return tuple(future for number, future in self._reading.items() if number in numbers)
 
     def _wait_for_all(self) -> None:
@@ -188,16 +186,16 @@ class DiskQueue:
 
     # -- in the threads ----------------------------------------------------------------------------------------------
 
-    def _rows(self, layer_group: int, index: int, count: int) -> ByteArray:
-        num_bytes = count * self._files.slot_bytes[layer_group]
+    def _rows(self, pool: int, index: int, count: int) -> ByteArray:
+        num_bytes = count * self._files.slot_bytes[pool]
         return self._ring.buffers[index][:num_bytes].reshape(count, -1)
 
-    def _read(self, layer_group: int, slots: SlotArray, index: int) -> dict[int, str]:
-        return self._files.read(layer_group, slots, self._rows(layer_group, index, slots.size))
+    def _read(self, pool: int, slots: SlotArray, index: int) -> dict[int, str]:
+        return self._files.read(pool, slots, self._rows(pool, index, slots.size))
 
     def _load_into(
         self,
-        layer_group: int,
+        pool: int,
         slots: SlotArray,
         rows: ByteArray,
         into: SlotArray,
@@ -207,12 +205,12 @@ class DiskQueue:
         ready()
         self._wait_for_batch(batch)
         with self._changed:
-            lost = {int(position): self._why_lost for position in np.flatnonzero(self._lost[layer_group][slots])}
+            lost = {int(position): self._why_lost for position in np.flatnonzero(self._lost[pool][slots])}
         order = np.argsort(slots)
         breaks = np.flatnonzero((np.diff(slots[order]) != 1) | (np.diff(into[order]) != 1)) + 1
         for positions in np.split(order, breaks):  # neighbours on both sides
             first = int(into[positions[0]])
-            found = self._files.read(layer_group, slots[positions], rows[first : first + positions.size])
+            found = self._files.read(pool, slots[positions], rows[first : first + positions.size])
             lost.update((int(positions[row]), why) for row, why in found.items())
         return lost
 
@@ -222,7 +220,7 @@ class DiskQueue:
             for load in batch.read_before:
                 load.exception()
             if batch.error is None:
-                self._files.write(batch.layer_group, slots, self._rows(batch.layer_group, index, slots.size))
+                self._files.write(batch.pool, slots, self._rows(batch.pool, index, slots.size))
         except Exception as error:
             batch.error = str(error)  # whatever it is: the slots do not have their bytes
         finally:
@@ -234,11 +232,11 @@ class DiskQueue:
     def _finish(self, batch: _Batch) -> None:
         try:
             if batch.error is None:
-                self._files.sync(batch.layer_group)
+                self._files.sync(batch.pool)
         except TransferError as error:
             batch.error = str(error)
         with self._changed:
-            self._lost[batch.layer_group][batch.slots] = batch.error is not None
+            self._lost[batch.pool][batch.slots] = batch.error is not None
             self._why_lost = batch.error or self._why_lost
             self._num_done += 1
             self._changed.notify_all()

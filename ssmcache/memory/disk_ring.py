@@ -19,7 +19,7 @@ class Event(Protocol):
 
 
 def ring_shape(slot_bytes: Sequence[int]) -> tuple[int, int]:
-    """(buffers, bytes of each) of a ring for these layer groups: about 64 MiB, or three slots of the largest. The bytes
+    """(buffers, bytes of each) of a ring for these pools: about 64 MiB, or three slots of the largest. The bytes
     are whole memory pages.
     """
     num_bytes = -(-staging_bytes(slot_bytes) // _PAGE_BYTES) * _PAGE_BYTES

@@ -77,7 +77,7 @@ class HostMemory:
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         self._require_open("copy")
-        group = moves.layer_group
+        group = moves.pool
         source, destination = self._tiers[moves.source_tier], self._tiers[moves.destination_tier]
         num_slots = self._num_slots[moves.source_tier][group], self._num_slots[moves.destination_tier][group]
         sources, destinations = self._check.slots(moves, *num_slots)
@@ -108,11 +108,11 @@ class HostMemory:
     def wait(self, stream: Any, event: Any) -> None:
         return None
 
-    def view(self, layer_group: int) -> ByteArray:
+    def view(self, pool: int) -> ByteArray:
         self._require_open("view")
         pools = self._tiers[GPU_TIER]
         assert not isinstance(pools, DiskTier)
-        return pools[layer_group]
+        return pools[pool]
 
     def loads(self) -> Sequence[Future[Any]]:
         return ()

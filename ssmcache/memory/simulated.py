@@ -104,7 +104,7 @@ class SimulatedMemory:
             raise AssertionError(f"a batch of {count} sources and {len(moves.destinations)} destinations")
         if count == 0:
             return
-        num_bytes = count * self._slot_bytes[moves.layer_group]
+        num_bytes = count * self._slot_bytes[moves.pool]
         direction = self._directions[moves.source_tier][moves.destination_tier]
         direction.num_slots += count
         direction.num_bytes += num_bytes
@@ -122,7 +122,7 @@ class SimulatedMemory:
         if event > self._stream_time_s.get(stream, 0.0):
             self._stream_time_s[stream] = event
 
-    def view(self, layer_group: int) -> None:
+    def view(self, pool: int) -> None:
         self._require_open("view")
 
     def copied(self, source_tier: int, destination_tier: int) -> CopiedSlots:

@@ -2,7 +2,8 @@
 with a priority and a time of its own. Written from the rules: lowest priority first, then window pages by their use,
 then the oldest; pages of full attention from the tails of leaves only; a window touches its sinks and what is seen at
 the path's end and at each snapshot, without SSM also where others part from the path, and what goes stale in between
-keeps the time of its sequence's resume.
+keeps the time of its sequence's resume. Layer groups may share one pool: then the victim is the first of all, of one
+block touched at one time the snapshot before window pages before the full page.
 
 The use of a window page: 0 if nobody would read it who goes on at a kept snapshot (without SSM: where a path ends or
 parts); 2 if somebody would who goes on where a path ends or parts, from the deepest snapshot above; 1 otherwise.
@@ -32,7 +33,9 @@ class Entry:
 
 @dataclass
 class Model:
-    """Layer groups by number. `windows`: (size, sink tokens) of a group; `slots` of every group."""
+    """Layer groups by number. `windows`: (size, sink tokens) of a group; `slots` of every group, or, if they are
+    `shared`, of all of them together.
+    """
 
     block: int
     slots: dict[int, int]
@@ -40,6 +43,7 @@ class Model:
     windows: dict[int, tuple[int, int]] = field(default_factory=dict)
     ssm: int = -1
     interval: int = 0
+    shared: bool = False
 
 
 class EvictionReference:
@@ -56,8 +60,18 @@ class EvictionReference:
 
     # -- what is there -----------------------------------------------------------------------------------------------
 
+    def members(self, group: int) -> list[int]:
+        """The layer groups that have the same pool."""
+        return list(self.model.slots) if self.model.shared else [group]
+
     def free(self, group: int) -> int:
-        return self.model.slots[group] - len(self.entries[group]) - len(self.own[group])
+        members = self.members(group)
+        return sum(self.model.slots[m] - len(self.entries[m]) - len(self.own[m]) for m in members)
+
+    def obtainable(self, group: int, kept: set[Prefix] = frozenset()) -> int:
+        """`kept`: of this group."""
+        droppable = [self.droppable(m, kept if m == group else set()) for m in self.members(group)]
+        return self.free(group) + sum(map(len, droppable))
 
     def needed(self, group: int, history: int, num_blocks: int) -> set[int]:
         size, num_sinks = self.model.windows[group]
@@ -104,28 +118,30 @@ class EvictionReference:
         return [prefix for prefix in entries if prefix not in kept]
 
     def make_room(self, group: int, count: int, kept: set[Prefix] = frozenset()) -> bool:
-        if count > self.free(group) + len(self.droppable(group, kept)):
+        if count > self.obtainable(group, kept):
             return False
-        entries = self.entries[group]
         while count > self.free(group):
-            candidates = self.droppable(group, kept)
-            if group == self.model.full:
-                parents = {prefix[: -self.model.block] for prefix in entries}
-                candidates = [prefix for prefix in candidates if prefix not in parents]
-            victim = self._first_to_go(group, candidates)
-            self._drop(group, victim)
+            candidates = []
+            places = self.places() if any(member in self.model.windows for member in self.members(group)) else {}
+            for member in self.members(group):
+                entries = self.entries[member]
+                parents = {prefix[: -self.model.block] for prefix in entries} if member == self.model.full else set()
+                last = 2 if member == self.model.full else 0 if member == self.model.ssm else 1
+                candidates += [
+                    (
+                        entries[prefix].priority,
+                        self.use(member, prefix, places) if member in self.model.windows else 2,
+                        entries[prefix].time,
+                        last,
+                        member,
+                        prefix,
+                    )
+                    for prefix in self.droppable(member, kept if member == group else set())
+                    if prefix not in parents
+                ]
+            *_, member, victim = min(candidates)
+            self._drop(member, victim)
         return True
-
-    def _first_to_go(self, group: int, candidates: list[Prefix]) -> Prefix:
-        entries = self.entries[group]
-        if group not in self.model.windows:
-            return min(candidates, key=lambda prefix: entries[prefix].order)
-        places = self.places()
-
-        def order(prefix: Prefix) -> tuple[int, int, tuple[int, int]]:
-            return entries[prefix].priority, self.use(group, prefix, places), entries[prefix].time
-
-        return min(candidates, key=order)
 
     def known(self) -> set[Prefix]:
         """Every block of the tree."""
@@ -201,12 +217,16 @@ class EvictionReference:
         wanted = {} if self.model.full < 0 else {self.model.full: set(range(len(self.path), num_blocks))}
         for group in self.model.windows:
             wanted[group] = self.needed(group, history, max(num_blocks, len(self.path)))
-        for group, needed in wanted.items():
-            held = self.own[group] | self.pins.get(group, set())
-            if len(needed - held) - len(held - needed) > self.free(group) + len(self.droppable(group, set())):
+        for group in wanted:
+            change = 0
+            for member in set(self.members(group)) & wanted.keys():
+                held = self.own[member] | self.pins.get(member, set())
+                change += len(wanted[member] - held) - len(held - wanted[member])
+            if change > self.obtainable(group):
                 return False
         for group, needed in wanted.items():
             self._keep(group, needed)
+        for group, needed in wanted.items():
             missing = needed - self.own[group] - self.pins.get(group, set())
             assert self.make_room(group, len(missing))
             self.own[group] |= missing
@@ -241,7 +261,9 @@ class EvictionReference:
     def _take_snapshot(self, prefix: Prefix) -> None:
         ssm = self.model.ssm
         if prefix not in self.entries[ssm] and self.make_room(ssm, 1, set(self.path)):
-            self.entries[ssm][prefix] = Entry(self.priority(ssm, len(prefix) // self.model.block - 1))
+            self.clock += 1
+            last = len(prefix) // self.model.block - 1
+            self.entries[ssm][prefix] = Entry(self.priority(ssm, last), (self.clock, -last))
 
     def close(self) -> None:
         """Touch the path and let go."""

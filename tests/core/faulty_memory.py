@@ -32,7 +32,7 @@ class FaultyMemory(HostMemory):
         self.num_failed += 1
         if len(moves.sources) > 1:  # some of it was on its way
             part = SlotMoves(
-                moves.layer_group, moves.source_tier, moves.sources[1:], moves.destination_tier, moves.destinations[:-1]
+                moves.pool, moves.source_tier, moves.sources[1:], moves.destination_tier, moves.destinations[:-1]
             )
             super().copy(part, stream)
         if lost:
@@ -62,7 +62,7 @@ def once(source_tier: int, tier: int, lost: Sequence[int], layer_group: int = 0,
     left = [after]
 
     def fault(moves: SlotMoves) -> Sequence[int] | None:
-        if (moves.layer_group, moves.source_tier, moves.destination_tier) != (layer_group, source_tier, tier):
+        if (moves.pool, moves.source_tier, moves.destination_tier) != (layer_group, source_tier, tier):
             return None
         left[0] -= 1
         return lost if left[0] == -1 else None

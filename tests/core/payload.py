@@ -33,14 +33,16 @@ SCOPE = ReuseScope()
 
 
 def digest(*parts: Hashable) -> np.ndarray:
-    """32 bytes that only these parts have."""
+    """64 bytes that only these parts have."""
     seed = np.random.SeedSequence([abs(hash(part)) % 2**63 for part in parts])
-    return np.frombuffer(seed.generate_state(2 * BYTES // 4, np.uint32).tobytes(), dtype=np.uint8)
+    return np.frombuffer(seed.generate_state(4 * BYTES // 4, np.uint32).tobytes(), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its memory, in slots by tier. `windows`: (window, sinks) in tokens."""
+    """A model and its memory, in slots of each layer group by tier. `windows`: (window, sinks) in tokens. `shared`:
+    slots of all layer groups are of one size, and so of one pool.
+    """
 
     block: int = 2
     full: bool = True
@@ -50,6 +52,7 @@ class Shape:
     slots: tuple[int, ...] = (12, 12)
     partly: bool | None = None
     max_util: float = 0.97
+    shared: bool = False
 
 
 def make_config(shape: Shape, path: str, **settings: object) -> KVCacheManagerConfig:
@@ -57,12 +60,14 @@ def make_config(shape: Shape, path: str, **settings: object) -> KVCacheManagerCo
     if shape.full:
         layers.append(AttentionLayerConfig(0, (BufferConfig("key", BYTES), BufferConfig("value", BYTES))))
     for index, (window, sinks) in enumerate(shape.windows):
-        layers.append(AttentionLayerConfig(10 + index, (BufferConfig("kv", 2 * BYTES),), window, sinks))
+        more = 0 if shape.shared else 4 + 4 * index
+        layers.append(AttentionLayerConfig(10 + index, (BufferConfig("kv", 2 * BYTES + more),), window, sinks))
     if shape.ssm:
-        layers.append(SsmLayerConfig(20, (BufferConfig("ssm_state", BYTES), BufferConfig("conv_state", BYTES))))
-    num_groups = shape.full + len(shape.windows) + shape.ssm
+        buffers = [BufferConfig("ssm_state", BYTES), BufferConfig("conv_state", BYTES)]
+        layers.append(SsmLayerConfig(20, buffers if shape.shared else [*buffers, BufferConfig("more", 12)]))
+    slot_bytes = sum(buffer.size for layer in layers for buffer in layer.buffers)
     kinds = (GpuCacheTierConfig, HostCacheTierConfig, lambda quota: DiskCacheTierConfig(quota, path))
-    tiers = [kind(2 * BYTES * num_groups * slots) for kind, slots in zip(kinds, shape.slots, strict=False)]
+    tiers = [kind(slot_bytes * slots) for kind, slots in zip(kinds, shape.slots, strict=False)]
     # as many slots for each layer group: windows as long as a sequence, and a snapshot at every block
     step = BatchDesc((KVCacheDesc(1),))
     return KVCacheManagerConfig(

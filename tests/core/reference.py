@@ -228,7 +228,9 @@ class ReferenceCache:
             _, source, _ = self.look_up(sequence.blocks[: sequence.known_blocks], sequence.known_tokens)
             others = set(self.snapshots) - {source}
             full = self.setup.states > 0 and self.free_states() < 1
-            held = any(other.source == source for other in self.holders() if other is not sequence)
+            # somebody who computes will leave room; else those that are only created would wait for each other
+            is_busy = any(other.status == "active" for other in self.open)
+            held = is_busy and any(other.source == source for other in self.holders() if other is not sequence)
             if full and not others and (source is None or held):
                 return "slots"
             self.first_resume(sequence, take_over=full and not others)
@@ -250,6 +252,9 @@ class ReferenceCache:
             self.counts["copied_states"] += not take_over
             self.snapshots[sequence.source].used = True
         if take_over:
+            for other in self.holders():
+                if other is not sequence and other.source == sequence.source:
+                    other.holding = False
             del self.snapshots[sequence.source]
             self.taken_over += 1
         else:

@@ -107,13 +107,17 @@ class ReferenceTierCache(ReferenceTiers):
     def can_start(self, sequence: TierSequence, source: Prefix | None) -> bool:
         if self.room_beside(source) > 0:
             return True
-        awaited = any(other.source == source for other in self.holders() if other is not sequence)
+        is_busy = any(other.status == "active" for other in self.open)
+        awaited = is_busy and any(other.source == source for other in self.holders() if other is not sequence)
         return source is not None and self.states.entries[source].tier == GPU and not awaited
 
     def start(self, sequence: TierSequence, source: Prefix | None) -> None:
         if source is not None:
             self.counts["snapshots_reused"] += 1
             if self.room_beside(source) < 1:
+                for other in self.holders():
+                    if other is not sequence and other.source == source:
+                        other.holding = False
                 del self.states.entries[source]
                 self.reached["taken over"] += 1
                 return

@@ -30,7 +30,7 @@ def test_batches_that_break_a_rule_are_refused_and_others_are_not(
         is_same = destination_tier == 0
         limits = num_sources, num_sources if is_same else num_destinations
         if breaks_a_rule(sources, destinations, is_same, limits):
-            with pytest.raises(AssertionError, match=r"^batch of layer group 0, tier 0 to [01]: "):
+            with pytest.raises(AssertionError, match=r"^batch of pool 0, tier 0 to [01]: "):
                 check.slots(moves, *limits)
         else:
             assert [slots.tolist() for slots in check.slots(moves, *limits)] == [sources, destinations]

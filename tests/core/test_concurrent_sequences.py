@@ -62,7 +62,7 @@ class RecordingMemory(SimulatedMemory):
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         for source, destination in zip(moves.sources, moves.destinations, strict=True):
-            self.contents[moves.layer_group, destination] = self.contents[moves.layer_group, source]
+            self.contents[moves.pool, destination] = self.contents[moves.pool, source]
         super().copy(moves, stream)
 
 

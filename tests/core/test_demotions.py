@@ -16,6 +16,7 @@ from test_tier_payload import KINDS, draw_shape
 
 from ssmcache import KVCacheManager, ReuseScope, SimulatedMemory, sizing
 from ssmcache.compaction import segments_of
+from ssmcache.pool_groups import PoolGroup
 from ssmcache.sparse import SparseStore
 from ssmcache.tiers import Tiers
 
@@ -101,8 +102,17 @@ def test_requests_one_after_the_other_leave_the_tiers_as_one_list_cut_in_pieces(
 # -- any calls ---------------------------------------------------------------------------------------------------------
 
 
-def movable(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> Iterator[tuple[int, int]]:
-    """(priority and time, tier) of the slots of a layer group that may move; no two are alike."""
+Age = tuple[int, int, int]  # priority and time, then which goes first of one block and time
+
+
+def movable(manager: KVCacheManager, group: PoolGroup) -> Iterator[tuple[Age, int]]:
+    """(age, tier) of the slots of a pool that may move; no two are alike."""
+    for tiers in group.members:
+        for time, tier in _movable(manager, tiers):
+            yield (time, tiers.order_in_block, tiers.layer_group), tier
+
+
+def _movable(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> Iterator[tuple[int, int]]:
     for segment in segments_of(manager, tiers):
         if not isinstance(tiers, SparseStore):
             if segment.run.holds == segment.run.idle_holds:
@@ -118,18 +128,18 @@ def movable(manager: KVCacheManager, tiers: Tiers[Any, Any]) -> Iterator[tuple[i
 
 
 class Watch:
-    """Takes the place of `Tiers.bring`."""
+    """Takes the place of `PoolGroup.bring`."""
 
     def __init__(self, bring: Callable[..., None], with_priorities: bool) -> None:
         self.bring, self.with_priorities = bring, with_priorities
         self.manager: KVCacheManager | None = None
         self.num_down = self.num_through = 0
 
-    def __call__(self, tiers: Tiers[Any, Any], lifts: list[Any], tier: int, beside: int, stream: Any) -> None:
-        before = dict(movable(self.manager, tiers))
-        self.bring(tiers, lifts, tier, beside, stream)
-        after = dict(movable(self.manager, tiers))
-        pool = tiers.pools[tier]
+    def __call__(self, group: PoolGroup, lifts: list[Any], tier: int, beside: int, stream: Any) -> None:
+        before = dict(movable(self.manager, group))
+        self.bring(group, lifts, tier, beside, stream)
+        after = dict(movable(self.manager, group))
+        pool = group.pools[tier]
         free = pool.capacity - pool.used
         assert free >= beside
         from_here = {time: after[time] for time, source in before.items() if source == tier and time in after}
@@ -139,7 +149,7 @@ class Watch:
         if down or through:
             assert free == beside, "more went than there was need for"
         for older, younger in ((through, down + stayed), (down, stayed)):
-            if self.with_priorities and tiers is self.manager.store.pages:
+            if self.with_priorities and self.manager.store.pages in group.members:
                 break  # a page goes after those below it, whatever its priority
             assert not older or not younger or max(older) < min(younger), "not the oldest went, or not the furthest"
         self.num_down += len(down)
@@ -156,13 +166,13 @@ class RunnerWithPriorities(Runner):
 
 
 @pytest.mark.parametrize("with_priorities", [False, True], ids=["by age", "by priority"])
-@pytest.mark.parametrize("slots", [(12, 7), (10, 3, 8), (14, 3, 16)])
+@pytest.mark.parametrize("slots", [(9, 7), (10, 3, 8), (14, 3, 16)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_oldest_go_furthest_and_no_more_than_are_needed(
     kind: str, slots: tuple[int, ...], with_priorities: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = Watch(Tiers.bring, with_priorities)
-    monkeypatch.setattr(Tiers, "bring", lambda *arguments: watch(*arguments))
+    watch = Watch(PoolGroup.bring, with_priorities)
+    monkeypatch.setattr(PoolGroup, "bring", lambda *arguments: watch(*arguments))
     for seed in range(8):
         random = Random(seed)
         shape = draw_shape(random, kind, slots)
@@ -186,8 +196,8 @@ class RunnerWithoutLoveForSinks(Runner):
 def test_what_a_lost_sink_takes_along_makes_room_too(
     slots: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = Watch(Tiers.bring, with_priorities=True)
-    monkeypatch.setattr(Tiers, "bring", lambda *arguments: watch(*arguments))
+    watch = Watch(PoolGroup.bring, with_priorities=True)
+    monkeypatch.setattr(PoolGroup, "bring", lambda *arguments: watch(*arguments))
     shape = Shape(block=1, full=False, windows=((3, 1),), slots=slots, max_util=1.0, partly=False)
     for seed in range(60):
         runner = RunnerWithoutLoveForSinks(shape, str(tmp_path))

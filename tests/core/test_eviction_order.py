@@ -22,6 +22,10 @@ SHAPES = {
     "full and SSM": Shape(ssm=True),
     "full, a window and SSM": Shape(windows=((5, 3),), ssm=True),
     "a window and SSM": Shape(full=False, windows=((5, 1),), ssm=True),
+    "full and a window, one pool": Shape(windows=((4, 1),), shared=True),
+    "two windows, one pool": Shape(full=False, windows=((4, 1), (7, 0)), shared=True),
+    "full and SSM, one pool": Shape(ssm=True, shared=True),
+    "all, one pool": Shape(windows=((5, 3), (3, 0)), ssm=True, shared=True),
 }
 
 
@@ -31,7 +35,8 @@ class Pair:
     def __init__(self, shape: Shape, slots: list[int]) -> None:
         self.manager = KVCacheManager(make_config(shape, "."), SimulatedMemory())
         for pools, count in zip(self.manager.pools, slots, strict=True):
-            pools[0].capacity = count  # so that each layer group is short at its own time
+            # so that each layer group is short at its own time, unless they share a pool
+            pools[0].capacity = sum(slots) if shape.shared else count
         first = int(shape.full)
         self.reference = EvictionReference(
             Model(
@@ -41,6 +46,7 @@ class Pair:
                 windows=dict(enumerate(shape.windows, start=first)),
                 ssm=len(slots) - 1 if shape.ssm else -1,
                 interval=shape.interval,
+                shared=shape.shared,
             )
         )
         self.seen: Counter[str] = Counter()
@@ -98,7 +104,7 @@ def priorities(random: Random) -> PriorityFunction:
 def serve_at_random(shape: Shape, seed: int, with_priorities: bool) -> Pair:
     random = Random(seed)
     block = random.choice((1, 2, 3))
-    settings = {name: getattr(shape, name) for name in ("full", "windows", "ssm")}
+    settings = {name: getattr(shape, name) for name in ("full", "windows", "ssm", "shared")}
     interval = block * random.choice((1, 2))
     varied = Shape(block=block, interval=interval, slots=(40,), partly=False, **settings)
     num_groups = varied.full + len(varied.windows) + varied.ssm

@@ -20,6 +20,7 @@ SHAPES = {
     "full and SSM, two tiers": Shape(ssm=True, slots=(7, 6)),
     "SSM": Shape(ssm=True, full=False, slots=(6,)),
     "full and a window": Shape(windows=((4, 2),), slots=(12,)),
+    "all in one pool": Shape(windows=((4, 2),), ssm=True, slots=(12,), shared=True),
     "full and two windows, two tiers": Shape(windows=((4, 2), (7, 0)), slots=(10, 8)),
     "three windows": Shape(full=False, windows=((3, 1), (6, 0), (9, 4)), slots=(13,)),
     "a window, two tiers": Shape(full=False, windows=((5, 3),), slots=(9, 8)),

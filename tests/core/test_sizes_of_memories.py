@@ -77,7 +77,7 @@ def test_a_memory_that_has_no_more_refuses_a_trade_before_anything_is_dropped() 
 
 def test_a_tier_that_cannot_be_written_leaves_sizes_and_memory_as_they_were() -> None:
     memory = Small()
-    runner = wanting_states(memory, 12, 4)
+    runner = wanting_states(memory, 12, 6)
     manager = runner.manager
     memory.limit += 3 * SLOT
     sizes = [pools[0].capacity for pools in manager.pools]
@@ -104,7 +104,10 @@ def test_pools_trade_places_within_what_the_memory_has() -> None:
     memory.limit = memory.bytes_in_use
     runner.close(compute_all(runner, [1] * 24))
     assert runner.manager.adjust()
-    assert [pools[0].capacity for pools in runner.manager.pools] == [21, 11]  # 12 pages to 1 + 24 // 4 states
+    assert [pools[0].capacity for pools in runner.manager.pools] == [
+        21,
+        12,
+    ]  # 12 pages to 1 + 24 // 4 states of 44 bytes
     runner.manager.check()
     assert not runner.manager.adjust() or memory.bytes_in_use <= memory.limit
     request = runner.create([1] * 24 + [2])

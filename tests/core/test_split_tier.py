@@ -35,7 +35,7 @@ STEP = BatchDesc((KVCacheDesc(64),))
 @st.composite
 def some_layers(draw: st.DrawFn) -> Layers:
     layers: Layers = []
-    sizes = st.integers(1, 70)
+    sizes = draw(st.sampled_from((st.integers(1, 70), st.integers(1, 2))))  # also of slots that share a pool
     if draw(st.booleans()):
         layers.append(AttentionLayerConfig(0, (BufferConfig("key", draw(sizes)), BufferConfig("value", draw(sizes)))))
     for index in range(draw(st.integers(0, 2))):
@@ -75,11 +75,19 @@ def needed_slots(group: LayerGroup, desc: KVCacheDesc, block: int) -> int:
     return count
 
 
-def least_slots(group: LayerGroup, constraints: Sequence[BatchDesc], block: int, max_util: float) -> int:
+def pools_of(groups: Sequence[LayerGroup], apart: bool = False) -> list[list[LayerGroup]]:
+    """Layer groups that share a pool: those with slots of one size; states are `apart` where their share is given."""
+    pools: dict[tuple[int, bool], list[LayerGroup]] = {}
+    for group in groups:
+        pools.setdefault((group.slot_bytes, apart and group.kind.value == "ssm"), []).append(group)
+    return list(pools.values())
+
+
+def least_slots(pool: list[LayerGroup], constraints: Sequence[BatchDesc], block: int, max_util: float) -> int:
     """Fewest slots, by trying them, with which each batch fits whoever of it is let in last."""
-    slots = 1
+    slots = len(pool)
     for batch in constraints:
-        needs = [needed_slots(group, desc, block) for desc in batch.kv_caches]
+        needs = [sum(needed_slots(group, desc, block) for group in pool) for desc in batch.kv_caches]
         while sum(needs) > slots or any(sum(needs) - need > Fraction(str(max_util)) * slots for need in needs):
             slots += 1
     return slots
@@ -105,17 +113,21 @@ def test_floors_are_met_within_the_quota_and_hardly_anything_is_wasted(
         ssm_fraction=fraction if is_hybrid else None,
     )  # fmt: skip
     groups = layer_groups(config)
-    floors = [least_slots(group, constraints if tier == 0 else [], block, max_util) for group in groups]
-    least = sum(pool_bytes(group, floor, grain) for group, floor in zip(groups, floors, strict=True))
+    pools = pools_of(groups, config.ssm_fraction is not None)
+    floors = [least_slots(pool, constraints if tier == 0 else [], block, max_util) for pool in pools]
+    firsts = [pool[0] for pool in pools]
+    least = sum(pool_bytes(group, floor, grain) for group, floor in zip(firsts, floors, strict=True))
     quota = max(1, least - grain + 1) + more
-    slots = split_tier(groups, config, tier, quota, step, grain)
+    by_group = dict(zip(groups, split_tier(groups, config, tier, quota, step, grain), strict=True))
+    assert all(len({by_group[group] for group in pool}) == 1 for pool in pools)
+    slots = [by_group[group] for group in firsts]
     assert all(count >= floor for count, floor in zip(slots, floors, strict=True))
-    used = sum(pool_bytes(group, count, grain) for group, count in zip(groups, slots, strict=True))
+    used = sum(pool_bytes(group, count, grain) for group, count in zip(firsts, slots, strict=True))
     rounded = ceil(quota / grain) * grain
     assert used <= rounded
     assert rounded - used < max(grain, *(group.slot_bytes for group in groups), 0) * len(groups) + grain
     if grain > max(group.slot_bytes for group in groups):
-        for group, count in zip(groups, slots, strict=True):
+        for group, count in zip(firsts, slots, strict=True):
             assert pool_bytes(group, count + 1, grain) > pool_bytes(group, count, grain), "a grain has room left"
     with pytest.raises(ValueError, match=r"^quota of the (GPU|next|last) tier: expected at least \d+ bytes .* got \d+"):
         split_tier(groups, config, tier, least - grain, step, grain)
@@ -141,15 +153,16 @@ def test_much_memory_is_split_as_the_typical_step_uses_it(
     groups = layer_groups(config)
     quota = 10**9
     slots = split_tier(groups, config, 0, quota, step, 1)
-    uses = []
+    uses = dict.fromkeys(groups, 0)
     for group in groups:
-        uses.append(sum(needed_slots(group, desc, block) for desc in step.kv_caches))
+        uses[group] += sum(needed_slots(group, desc, block) for desc in step.kv_caches)
         if group.kind.value == "ssm":
             most = 1 if admission == "last" else 24
-            uses[-1] += sum(min(most, desc.capacity // config.ssm_reuse_interval) for desc in step.kv_caches)
-    total = sum(use * group.slot_bytes for use, group in zip(uses, groups, strict=True))
+            uses[group] += sum(min(most, desc.capacity // config.ssm_reuse_interval) for desc in step.kv_caches)
+    total = sum(use * group.slot_bytes for group, use in uses.items())
     if total:
-        for use, count in zip(uses, slots, strict=True):
+        for group, count in zip(groups, slots, strict=True):
+            use = sum(uses[other] for other in groups if other.slot_bytes == group.slot_bytes)
             # the first group gets what others leave, less than a slot each
             assert count == pytest.approx(quota * use / total, abs=sum(group.slot_bytes for group in groups))
 
@@ -184,10 +197,11 @@ def test_on_a_quota_without_slack_the_batch_of_every_constraint_runs_and_a_byte_
 ) -> None:
     settings = {"constraints": constraints, "max_util_for_resume": max_util}
     groups = layer_groups(config_of(layers, 1, block))
-    floors = [least_slots(group, constraints, block, max_util) for group in groups]
-    quota = sum(floor * group.slot_bytes for floor, group in zip(floors, groups, strict=True))
+    pools = pools_of(groups)
+    floors = [least_slots(pool, constraints, block, max_util) for pool in pools]
+    quota = sum(floor * pool[0].slot_bytes for floor, pool in zip(floors, pools, strict=True))
     manager = KVCacheManager(config_of(layers, quota, block, **settings), SimulatedMemory())
-    assert [pools[0].capacity for pools in manager.pools] == floors
+    assert [group.pools[0].capacity for group in manager.store.pool_groups] == floors
     texts: list[list[int]] = []
     for _ in range(2):
         for batch in constraints:

@@ -27,6 +27,7 @@ SHAPES = {
     "windows, 2 tiers": Shape(windows=((4, 2), (7, 0)), slots=(10, 8)),
     "a window alone, 2 tiers": Shape(full=False, windows=((4, 2),), slots=(9, 8)),
     "window and SSM, 3 tiers": Shape(windows=((5, 3),), ssm=True, slots=(8, 4, 5)),
+    "all in one pool, 3 tiers": Shape(windows=((4, 2),), ssm=True, slots=(8, 4, 5), shared=True),
 }
 
 
@@ -38,7 +39,7 @@ class Counting(SimulatedMemory):
         self.slots: Counter[tuple[int, int, int]] = Counter()
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:
-        self.slots[moves.layer_group, moves.source_tier, moves.destination_tier] += len(moves.sources)
+        self.slots[moves.pool, moves.source_tier, moves.destination_tier] += len(moves.sources)
         super().copy(moves, stream)
 
 
@@ -55,13 +56,19 @@ def check_transfers(runner: Runner, memory: Counting) -> None:
     manager, stats = runner.manager, runner.manager.stats()
     names, num_tiers = manager.tier_names, len(manager.tier_names)
     told = {(t.layer_group, names.index(t.source_tier), names.index(t.tier)): t for t in stats.transfers}
-    assert {key: transfer.num_slots for key, transfer in told.items()} == {k: n for k, n in memory.slots.items() if n}
+    by_pool: Counter[tuple[int, int, int]] = Counter()
+    for (group, *ends), transfer in told.items():
+        by_pool[manager.groups[group].pool, *ends] += transfer.num_slots
+    assert by_pool == {key: count for key, count in memory.slots.items() if count}
     for source in range(num_tiers):
         for target in range(num_tiers):
             there = [t for (_, *ends), t in told.items() if ends == [source, target]]
             seen = memory.copied(source, target)
+            assert sum(transfer.num_bytes for transfer in there) == seen.num_bytes
             assert sum(transfer.num_slots for transfer in there) == seen.num_slots
-            assert sum(transfer.num_bytes for transfer in there) == seen.num_bytes == seen.num_slots * SLOT
+            for transfer in there:
+                size = runner.manager.groups[transfer.layer_group].slot_bytes
+                assert transfer.num_bytes == transfer.num_slots * size
     assert len(stats.usable_tokens_by_tier) == num_tiers
     assert sum(stats.usable_tokens_by_tier) == stats.usable_tokens
     assert stats.usable_tokens <= stats.attention_tokens <= stats.tree_tokens <= stats.lookup_tokens
@@ -97,15 +104,15 @@ def check_usage(runner: Runner) -> None:
             assert group.used_slots == cached[index, tier] + (private[index] if tier == 0 else 0)
             assert group.num_slots == manager.pools[index][tier].capacity
             assert group.used_slots <= group.peak_slots <= group.num_slots
-            assert group.slot_bytes == SLOT
-    assert usage.used_bytes == sum(group.used_slots for group in usage.groups) * SLOT
+            assert group.slot_bytes == layer_group.slot_bytes
+    assert usage.used_bytes == sum(group.used_slots * group.slot_bytes for group in usage.groups)
 
 
 def resize_at_random(runner: Runner, random: Random) -> None:
     manager = runner.manager
     if not manager.num_active and random.random() < 0.3:
         tier = random.randrange(len(manager.quotas))
-        quota = SLOT * len(manager.groups) * random.randint(1, runner.shape.slots[tier] + 3)
+        quota = sum(group.slot_bytes for group in manager.groups) * random.randint(1, runner.shape.slots[tier] + 3)
         _ = manager.adjust() if random.random() < 0.5 else manager.resize_tier(tier, quota)
 
 
@@ -209,7 +216,7 @@ def test_a_moved_snapshot_is_still_known_as_used_or_unused() -> None:
             assert runner.resume(request)
             runner.close(request)
         slots = {slot for run in manager.store.all_runs() for item in run.items for slot in item.slots}
-        assert manager.resize_tier(0, 2 * 2 * SLOT)
+        assert manager.resize_tier(0, 2 * sum(group.slot_bytes for group in manager.groups))
         manager.check()
         left = {slot for run in manager.store.all_runs() for item in run.items for slot in item.slots}
         assert left <= {0, 1}

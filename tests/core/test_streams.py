@@ -66,7 +66,7 @@ class OrderedMemory(SimulatedMemory):
 
     def copy(self, moves: SlotMoves, stream: Any) -> None:
         super().copy(moves, stream)
-        group = moves.layer_group
+        group = moves.pool
         for slot in moves.sources:
             self.read(group, moves.source_tier, slot, stream)
         for slot in moves.destinations:
@@ -174,7 +174,7 @@ def run_on_streams(runner: StreamRunner, random: Random, num_steps: int, prefetc
             random.choice(suspended).kv.prefetch(random.randrange(len(manager.quotas)))
         elif action < 0.9 and not active:
             tier = random.randrange(len(manager.quotas))
-            quota = SLOT * len(manager.groups) * random.randint(1, runner.shape.slots[tier] + 3)
+            quota = sum(group.slot_bytes for group in manager.groups) * random.randint(1, runner.shape.slots[tier] + 3)
             _ = manager.adjust() if random.random() < 0.5 else manager.resize_tier(tier, quota)
         elif active and random.random() < 0.3:  # room in steps, and given back
             request = random.choice(active)

@@ -74,7 +74,7 @@ def test_floors_count_shared_pages_once_and_are_the_least_that_the_gate_lets_in(
         least = 1
         while least < total or any(count > Fraction(share) * least for count in others):
             least += 1
-        assert floor_slots(group, settings) == least, (batch, block, share)
+        assert floor_slots((group,), settings) == least, (batch, block, share)
 
 
 @pytest.mark.parametrize("admission", ["every", "last"])

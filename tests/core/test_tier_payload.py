@@ -28,6 +28,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "windows": {"windows": ((4, 2), (7, 0))},
     "windows alone": {"full": False, "windows": ((4, 2),)},
     "windows and ssm": {"windows": ((5, 3),), "ssm": True},
+    "full and window, one pool": {"windows": ((5, 3),), "shared": True},
+    "hybrid, one pool": {"ssm": True, "shared": True},
+    "all, one pool": {"windows": ((4, 2), (7, 0)), "ssm": True, "shared": True},
 }
 TIERS = {"gpu": (12,), "gpu and host": (8, 7), "three tiers": (7, 4, 6)}
 
@@ -67,7 +70,7 @@ class ForgetfulMemory(HostMemory):
         if 0 <= self.left < count:
             kept = [place for place in range(count) if place != self.left]
             sources, destinations = ([slots[place] for place in kept] for slots in (moves.sources, moves.destinations))
-            moves = SlotMoves(moves.layer_group, moves.source_tier, sources, moves.destination_tier, destinations)
+            moves = SlotMoves(moves.pool, moves.source_tier, sources, moves.destination_tier, destinations)
         self.left -= count
         super().copy(moves, stream)
 

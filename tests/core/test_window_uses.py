@@ -15,6 +15,7 @@ from window_uses import READ, READ_BETWEEN, UNREAD, blocks_seen, uses_of_blocks
 
 from ssmcache import KVCacheManager, SimulatedMemory
 from ssmcache.layout import LayerGroupKind
+from ssmcache.pool_groups import PoolGroup
 from ssmcache.pools import IntArray
 from ssmcache.segments import SparseSegment
 from ssmcache.sparse import SparseStore
@@ -165,7 +166,7 @@ def test_a_window_before_a_snapshot_that_went_goes_first_and_that_of_the_one_abo
     between, end = [READ_BETWEEN] * 2, [READ] * 2
     assert uses() == [*between, *between, *end]
     assert store.snapshots is not None
-    store.snapshots.drop(0, 1)  # the deepest is the oldest
+    store.snapshots.pool_group.drop(0, 1)  # the deepest is the oldest
     assert uses() == [*between, *end, UNREAD, UNREAD]
 
 
@@ -233,7 +234,7 @@ class Watch:
 @contextmanager
 def watching(runner: Runner) -> Iterator[Watch]:
     watch = Watch(runner)
-    evict, drop_from, select = SparseStore._evict, SparseStore.drop_from, SparseStore.select
+    evict, drop_from, select = SparseStore._evict, SparseStore.drop_from, PoolGroup._select
 
     def watched_evict(store: SparseStore, run: Run, tier: int, ordinals: IntArray, slots: IntArray) -> None:
         if isinstance(store, WindowStore) and not watch.nested:
@@ -246,8 +247,9 @@ def watching(runner: Runner) -> Iterator[Watch]:
         drop_from(store, *arguments)
         watch.nested = outer
 
-    def watched_select(store: SparseStore, tier: int, count: int) -> list[SparseSegment]:
-        selected = select(store, tier, count)
+    def watched_select(group: PoolGroup, tier: int, count: int) -> list[SparseSegment]:
+        selected = select(group, tier, count)
+        (store,) = group.members
         if isinstance(store, WindowStore) and selected:
             parked = {segment.run for segment in selected} - set(watch.runner.manager.store.all_runs())
             places = {
@@ -264,9 +266,11 @@ def watching(runner: Runner) -> Iterator[Watch]:
     patch = pytest.MonkeyPatch()
     patch.setattr(SparseStore, "_evict", watched_evict)
     patch.setattr(SparseStore, "drop_from", watched_drop_from)
-    patch.setattr(SparseStore, "select", watched_select)
-    yield watch
-    patch.undo()
+    patch.setattr(PoolGroup, "_select", watched_select)
+    try:
+        yield watch
+    finally:
+        patch.undo()
 
 
 RANDOM_SHAPES = {

@@ -42,7 +42,7 @@ def manager_of(setup: TierSetup, staging: int) -> KVCacheManager:
     if setup.pages:
         layers.append(AttentionLayerConfig(0, (BufferConfig("kv", 1),)))
     if setup.states:
-        layers.append(SsmLayerConfig(1, (BufferConfig("state", 1),)))
+        layers.append(SsmLayerConfig(1, (BufferConfig("state", 3),)))
     tiers = [GpuCacheTierConfig(100), HostCacheTierConfig(100), DiskCacheTierConfig(100, ".")][: setup.num_tiers]
     config = KVCacheManagerConfig(
         setup.block, layers, tiers, setup.interval or setup.block, enable_partial_reuse=False,

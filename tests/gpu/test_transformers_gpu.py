@@ -40,8 +40,8 @@ def test_what_came_back_from_pinned_memory_has_the_same_logits(family):
     config = cache_config(model, tokens_per_block=16, cache_tiers=tiers, ssm_reuse_interval=64)
     memory = CudaMemory()
     manager = KVCacheManager(config, memory)
-    for group in range(len(manager.groups)):
-        memory.view(group).fill_(0xFF)
+    for group in manager.groups:
+        memory.view(group.pool).fill_(0xFF)
     runner = SequenceRunner(model, manager, probe(model), max_tokens=2048)
     prompts = np.random.default_rng(0).integers(3, VOCABULARY, (40, 1000))
     cuts = range(64, 1000, 64)

@@ -60,8 +60,8 @@ def small_runner(
         ssm_fraction=states * state_bytes / quota if state_bytes else None,
     )
     manager = KVCacheManager(config, HostMemory())
-    for group in range(len(manager.groups)):
-        manager.memory.view(group)[:] = 0xFF
+    for group in manager.groups:
+        manager.memory.view(group.pool)[:] = 0xFF
     return Small(SequenceRunner(model, manager, probe(model), max_tokens=MAX_TOKENS, **settings), manager)
 
 

@@ -169,7 +169,7 @@ def mixed_up(memory: Broken, moves: SlotMoves) -> SlotMoves:
 
 def flipped(memory: Broken, moves: SlotMoves) -> SlotMoves:
     """One bit of a page of each batch that goes down."""
-    if moves.source_tier == 0 and moves.destination_tier and moves.layer_group == 0:
+    if moves.source_tier == 0 and moves.destination_tier and moves.pool == 0:
         memory.view(0)[moves.sources[0], 7] ^= 16
         memory.num_faults += 1
     return moves
