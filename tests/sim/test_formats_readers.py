@@ -448,9 +448,7 @@ def test_absurd_numbers_are_named_in_every_format(write_trace: WriteTrace) -> No
 def test_arrivals_past_the_end_of_the_clock_are_an_error(write_trace: WriteTrace) -> None:
     path = write_trace([talk(f"s{index}", call(0, [1])) for index in range(200)])
     message = error_of(path, session_start=parse_session_start("spacing:1e11"))
-    assert message == (
-        "trace.jsonl: arrivals: expected up to 9007199254740992 ms, got 1.99e+16"
-    )
+    assert message == ("trace.jsonl: arrivals: expected up to 9007199254740992 ms, got 1.99e+16")
 
 
 def test_lone_surrogates_in_names_are_written_out_and_stay_apart(write_trace: WriteTrace) -> None:

@@ -166,6 +166,8 @@ def test_a_bad_row_is_named_with_file_and_line(write_trace: WriteTrace, bad: Any
 def test_a_forced_block_size_that_does_not_fit_is_an_error(write_trace: WriteTrace) -> None:
     assert "in blocks of 64, got 3" in error_of(write_trace([row()]), 64)
     assert "trace block: expected a positive integer, got 0" in error_of(write_trace([row()]), 0)
+    assert "expected a positive integer, got 512.0" in error_of(write_trace([row()]), 512.0)  # type: ignore[arg-type]
+    assert read_trace(write_trace([row()]), np.int64(512)).tokens_per_block == 512  # type: ignore[arg-type]
     assert "trace block: expected a positive integer up to 1,048,576, got 10485" in error_of(
         write_trace([row()]), 1048577
     )
