@@ -14,10 +14,13 @@ from typing import Literal, NamedTuple, cast, get_args
 import numpy as np
 
 from ssmcache_sim.errors import TraceError
+from ssmcache_sim.trace import MAX_BLOCK
 
 Kind = Literal["shared-prefix", "chat", "agent", "branching"]
 _LENGTH_SIGMA = 0.7  # of the logarithm of lengths: measured traces lie between 0.6 and 1
 _MS_PER_SECOND = 1000
+_LEAST = {"session_turn_delay_mean": 0, "system_prompt_tokens": 0, "request_rate": 1e-9}
+_MOST = {"tokens_per_block": MAX_BLOCK, "session_turns_mean": 1e5, "branches": 1e4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,14 @@ class GeneratorSettings:
     tokens_per_block: int = 16
 
     def __post_init__(self) -> None:
-        least = {"session_turn_delay_mean": 0, "system_prompt_tokens": 0, "request_rate": 1e-9}
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not least.get(field.name, 1) <= value < 1e12:
-                expected = f"a number from {least.get(field.name, 1):g} on"
-                raise TraceError(f"{field.name}: expected {expected}, got {value!r}")
+            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
+            if field.type is int and type(value) is not int:
+                raise TraceError(f"{field.name}: expected a whole number, got {value!r}")
+            if not least <= value:
+                raise TraceError(f"{field.name}: expected a number from {least:g} on, got {value!r}")
+            if value > _MOST.get(field.name, 1e7):
+                raise TraceError(f"{field.name}: expected up to {_MOST.get(field.name, 1e7):,.0f}, got {value!r}")
 
 
 PRESETS: dict[Kind, GeneratorSettings] = {

@@ -16,15 +16,15 @@ from ssmcache.units import plural
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.scratch import gather
 
-Int64Array = npt.NDArray[np.int64]
-Float64Array = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-
 # What files and settings may claim: far beyond anything real, and far from what the arithmetic on it can hold.
 MAX_TOKENS = 1 << 30  # of a prompt or an output
 MAX_BLOCK = 1 << 20  # tokens of a block
 MAX_INTERVAL = 1 << 24  # tokens between snapshots; the phase has an entry for each
 MAX_TIME_MS = float(1 << 53)  # whole milliseconds are exact
+
+Int64Array = npt.NDArray[np.int64]
+Float64Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
 _OUTPUTS, _UNKNOWN_OUTPUTS = "outputs", "outputs (none known)"  # parts of `reading`
 

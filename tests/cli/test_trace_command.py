@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -243,3 +244,126 @@ def test_a_wrong_argument_is_one_line(run_here: RunHere, arguments: tuple[object
 def test_help_is_there(ssmcache: Run, arguments: list[str]) -> None:
     result = ssmcache("trace", *arguments)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def token_rows(path: Path, *prompts: int, session: str = "s") -> Path:
+    """A trace of prompts of so many tokens, a second apart."""
+    rows = [
+        {
+            "arrival_time_ns": time * 10**9,
+            "input_toks": n,
+            "output_toks": 0,
+            "input_tok_ids": [7] * n,
+            "session_id": session,
+        }
+        for time, n in enumerate(prompts)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_a_guessed_block_is_named_and_warned_of_by_every_command(run_here: RunHere, tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"timestamp": 0, "input_length": 5000, "output_length": 1, "hash_ids": [0, 1]}))
+    warning = (
+        "warning: one.jsonl: blocks of 4,096 tokens are inferred from a single row, where 512 are usual: "
+        "--trace-block (tokens_per_block) says what one id stands for\n"
+    )
+    code, out, err = run_here("trace", "info", path)
+    assert (code, err) == (0, warning)
+    assert "4,096 tokens, inferred from a single row" in out
+    code, out, err = run_here("trace", "info", path, "--json")
+    assert (code, err) == (0, warning)
+    assert json.loads(out)["block_origin"] == "4,096 tokens, inferred from a single row"
+    for command in (("replay", path, *MODEL, "--json"), ("trace", "convert", path, tmp_path / "a.npz")):
+        code, _, err = run_here(*command)
+        assert (code, err) == (0, warning)
+    assert run_here("trace", "info", tmp_path / "a.npz")[2] == warning
+    code, out, err = run_here("trace", "info", path, "--trace-block", 2048)
+    assert (code, err) == (0, "")
+    assert "inferred" not in out
+
+
+def test_commands_say_that_empty_prompts_have_no_hit_rate(run_here: RunHere, tmp_path: Path) -> None:
+    path = token_rows(tmp_path / "empty.jsonl", 0, 0, 0)
+    code, out, _ = run_here("trace", "info", path, "--json", "--plot", tmp_path / "a.png")
+    assert (code, json.loads(out, parse_constant=no_constant)["prompt_tokens"]) == (0, 0)
+    for command in (
+        ("replay", path, *MODEL, "--json"),
+        ("verify", path, *MODEL),
+        ("explain", path, *MODEL),
+        ("recommend", path, *MODEL, "--gpu-memory", "20GiB"),
+        ("sweep", path, *MODEL, "--out", tmp_path / "out"),
+    ):
+        code, out, err = run_here(*command)
+        expected = "error: empty.jsonl: hit rates: expected a prompt with tokens, got 3 empty prompts and no other\n"
+        assert (code, out, err) == (1, "", expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recommendation_of_a_trace_that_begins_with_empty_prompts_is_whole(run_here: RunHere, tmp_path: Path) -> None:
+    path = token_rows(tmp_path / "half.jsonl", *[0] * 20, *[600] * 20)
+    code, out, _ = run_here("recommend", path, *MODEL, "--gpu-memory", "20GiB", "--json")
+    assert code == 0
+    assert json.loads(out, parse_constant=no_constant)["prompt_tokens"] == 12_000
+
+
+def test_a_session_of_a_lone_surrogate_is_converted_and_shown(run_here: RunHere, tmp_path: Path) -> None:
+    path = token_rows(tmp_path / "lone.jsonl", 40, 40, session="\ud800")
+    assert run_here("trace", "convert", path, tmp_path / "a.npz")[0] == 0
+    for trace in (path, tmp_path / "a.npz"):
+        code, out, err = run_here("explain", trace, *MODEL, "--session", "\\ud800")
+        assert (code, err) == (0, "")
+        assert "\\ud800" in out
+
+
+def test_what_the_terminal_cannot_show_is_written_out(ssmcache: Run, tmp_path: Path) -> None:
+    path = token_rows(tmp_path / "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n \N{SNOWMAN}.jsonl", 40)
+    result = ssmcache("trace", "info", path, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "gr\\xfcn \\u2603.jsonl" in result.stdout
+
+
+@pytest.mark.parametrize("seconds", [1e308, 1e300, float("inf"), float("nan")])
+def test_times_that_no_clock_counts_to_are_one_line(run_here: RunHere, tmp_path: Path, seconds: float) -> None:
+    row = {"chat_id": 1, "parent_chat_id": -1, "input_length": 16, "output_length": 1, "hash_ids": [1]}
+    path = tmp_path / "late.jsonl"
+    path.write_text("".join(json.dumps({**row, "timestamp": time}) + "\n" for time in (0, seconds)))
+    for options in (("--json",), ("--plot", tmp_path / "a.png")):
+        code, out, err = run_here("trace", "info", path, *options)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: late.jsonl:2: timestamp: expected seconds")
+        assert err.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_the_latest_times_there_may_be_are_shown_and_drawn(run_here: RunHere, tmp_path: Path) -> None:
+    row = {"input_length": 600, "output_length": 1 << 30, "hash_ids": [1, 2]}
+    path = tmp_path / "late.jsonl"
+    path.write_text("".join(json.dumps({**row, "timestamp": time}) + "\n" for time in (0, 5, (1 << 53) - 1)))
+    code, out, _ = run_here("trace", "info", path, "--json", "--plot", tmp_path / "a.png")
+    assert code == 0
+    assert json.loads(out, parse_constant=no_constant)["span_seconds"] == ((1 << 53) - 1) / 1000
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert run_here("trace", "info", path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tokens-per-block", 512 << 30), "settings: expected blocks of up to 1,048,576 and intervals of up to"),
+        (("--ssm-reuse-interval", 512 << 30), "settings: expected blocks of up to 1,048,576 and intervals of up to"),
+        (("--trace-block", 1 << 40), "trace block: expected a positive integer up to 1,048,576, got 1099511627776"),
+    ],
+)
+def test_a_size_that_nothing_has_is_one_line(
+    run_here: RunHere, sample: str, options: tuple[object, ...], message: str
+) -> None:
+    code, out, err = run_here("replay", sample, *MODEL, *options, "--gpu-memory", "unlimited")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1

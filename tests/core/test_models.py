@@ -520,6 +520,102 @@ def test_a_bad_field_is_named(tmp_path: Path, base: dict[str, Any], fields: dict
     assert text.startswith(f"{tmp_path / 'config.json'}: {expected}")
 
 
+MAMBA_SSM: dict[str, Any] = {"d_model": 256, "n_layer": 2, "ssm_cfg": {"layer": "Mamba2"}}
+ZAMBA2: dict[str, Any] = {
+    "model_type": "zamba2",
+    "layers_block_type": ["mamba", "hybrid"],
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "mamba_expand": 2,
+    "mamba_headdim": 64,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "fields", "expected"),
+    [
+        (LLAMA, {"num_hidden_layers": 10**9}, "field 'num_hidden_layers': expected at most 10,000, got 1000000000"),
+        (BAMBA, {"num_hidden_layers": 10**9}, "field 'num_hidden_layers': expected at most 10,000, got 1000000000"),
+        (
+            QWEN3_NEXT,
+            {"num_hidden_layers": 10**9},
+            "field 'num_hidden_layers': expected at most 10,000, got 1000000000",
+        ),
+        (MAMBA_SSM, {"n_layer": 10**9}, "field 'n_layer': expected at most 10,000, got 1000000000"),
+        (NEMOTRON, {"hybrid_override_pattern": "M" * 10_001}, "length of hybrid_override_pattern: expected at most"),
+        (BAMBA, {"attn_layer_indices": [1] * 10_001}, "length of attn_layer_indices: expected at most 10,000, got"),
+        (BAMBA, {"attn_layer_indices": [True]}, "field 'attn_layer_indices': expected a list of integers, got [True]"),
+        (LLAMA, {"num_key_value_heads": 10**18}, "field 'num_key_value_heads': expected at most 16,777,216, got"),
+        (
+            LLAMA,
+            {"head_dim": 1 << 24, "num_key_value_heads": 1 << 24},
+            "bytes of a token or a snapshot: expected at most",
+        ),
+        (
+            NEMOTRON,
+            {"ssm_state_size": 1 << 24, "mamba_head_dim": 1 << 24},
+            "bytes of a token or a snapshot: expected at",
+        ),
+        (QWEN3_NEXT, {"layer_types": [["linear_attention"]] * 8}, "layer_types[0]: expected one of 'linear_attention'"),
+        (QWEN3_NEXT, {"num_experts": False}, "field 'num_experts': expected a positive integer, got False"),
+        (ZAMBA2, {"mamba_headdim": 1024}, "Mamba heads x head size: expected the inner width 512, got 0"),
+        (ZAMBA2, {"num_attention_heads": 1024}, "field 'num_attention_heads': expected at most 2 x hidden_size = 512"),
+        (MAMBA_SSM, {"ssm_cfg": {"layer": "Mamba2", "headdim": 0}}, ", ssm_cfg: field 'headdim': expected a positive"),
+        (MAMBA_SSM, {"ssm_cfg": {"layer": "Mamba2", "d_conv": 0}}, ", ssm_cfg: field 'd_conv': expected a positive"),
+        (LLAMA, {"torch_dtype": "x" * 10_000}, "field 'torch_dtype': dtype: expected one of"),
+        (LLAMA, {"head_dim": "x" * 10_000}, "field 'head_dim': expected a positive integer, got 'xxx"),
+    ],
+)
+def test_an_absurd_field_is_named_shortly(
+    tmp_path: Path, base: dict[str, Any], fields: dict[str, Any], expected: str
+) -> None:
+    text = message(write_config(tmp_path, **{**base, **fields}))
+    assert text.removeprefix(f"{tmp_path / 'config.json'}").removeprefix(": ").startswith(expected)
+    assert len(text) < 600 + len(str(tmp_path))
+
+
+HOSTILE = (0, -1, 1, True, 1.5, float("inf"), float("nan"), "", "M", [], [[1]], {}, 1 << 24, 10**9, 10**18, 10**400)
+
+
+@pytest.mark.parametrize(
+    "base", [NEMOTRON, BAMBA, LLAMA, QWEN3_NEXT, MAMBA_SSM, ZAMBA2], ids=lambda base: str(base)[:25]
+)
+def test_any_value_of_any_field_is_a_model_or_one_line(tmp_path: Path, base: dict[str, Any]) -> None:
+    for field in base:
+        for value in HOSTILE:
+            path = write_config(tmp_path, **{**base, field: value})
+            try:
+                spec = load_model(str(path))
+            except ModelError as error:
+                text = str(error)
+            else:
+                text = repr(spec.kv_tokens_per_snapshot())
+                assert len(spec.layers) <= 10_000
+                assert max(spec.kv_bytes_per_token(), spec.snapshot_bytes()) <= 1 << 40
+                assert all(buffer.size > 0 for layer in spec.cache_layers(16) for buffer in layer.buffers)
+            assert 0 < len(text.replace(str(tmp_path), "")) < 600
+
+
+def test_a_convolution_of_one_position_keeps_nothing(tmp_path: Path) -> None:
+    spec = load_model(str(write_config(tmp_path, **{**BAMBA, "mamba_d_conv": 1})))
+    assert spec.conv_state_bytes() == 0
+    roles = {buffer.role for layer in spec.cache_layers(16) for buffer in layer.buffers}
+    assert roles == {"key", "value", "ssm_state"}
+
+
+def test_files_that_are_no_config_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(f'{{"model_type": "llama", "hidden_size": {"1" * 5000}}}')
+    assert "expected JSON of a model, got: Exceeds the limit" in message(path)
+    path.write_text("[" * 100_000)
+    assert "expected JSON of a model, got: maximum recursion depth" in message(path)
+    path.write_bytes(b" " * ((1 << 24) + 1))
+    assert message(path) == f"{path}: expected a config.json of at most 16,777,216 bytes, got more"
+    assert "unknown model" in message("x" * 5000)
+
+
 def test_kimi_layers_must_be_listed_once_each(tmp_path: Path) -> None:
     linear = {"kda_layers": [1, 2], "full_attn_layers": [2]}
     path = write_config(tmp_path, model_type="kimi_linear", num_hidden_layers=3, linear_attn_config=linear)

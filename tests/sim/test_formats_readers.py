@@ -160,6 +160,21 @@ def test_a_sub_agent_longer_than_its_conversation_is_counted(write_trace: WriteT
     assert trace.repairs == (("sub-agents longer than their conversation, started with it", 1),)
 
 
+def test_a_sub_agent_of_unknown_duration_starts_where_it_was_recorded_and_is_counted(write_trace: WriteTrace) -> None:
+    unknown = [{"agent_id": "x", "duration_ms": None, "status": "async_launched"}, {"agent_id": None}]
+    helpers = [
+        {"t": 3.0 + n, "type": "subagent", "requests": [call(1, [7 + n])], **more} for n, more in enumerate(unknown)
+    ]
+    path = write_trace([talk("a", call(0, [1]), *helpers, call(9, [1, 2])), talk("b", call(0, [1]))])
+    for options in (ReadOptions(), ReadOptions(skip_broken=True)):
+        trace = read_trace(path, options=options)
+        assert (trace.num_requests, trace.num_broken) == (5, 0)
+        assert trace.arrival_ms.tolist() == [0, 0, 4000, 5000, 9000]
+        assert trace.repairs == (("sub-agents of unknown duration, started where they were recorded", 2),)
+        assert trace.sessions is not None
+        assert trace.sessions.names == ("a", "a/x", "a/2", "b")  # one without a name is known by its place
+
+
 @pytest.mark.parametrize(
     ("rule", "starts_ms"),
     [
@@ -197,7 +212,11 @@ def test_poisson_starts_are_seeded(write_trace: WriteTrace) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "none", "all:1", "spacing", "spacing:-1", "poisson:0", "closed:1.5", "closed:nan"]
+    "text",
+    [
+        *("", "none", "all:1", "spacing", "spacing:-1", "poisson:0", "closed:1.5", "closed:nan"),
+        *("spacing:1e300", "spacing:inf", "poisson:1e-300", "closed:inf"),
+    ],
 )
 def test_a_wrong_rule_is_one_line(text: str) -> None:
     with pytest.raises(TraceError, match=r"^session start: expected all, spacing:SECONDS, .*, got "):
@@ -215,6 +234,11 @@ BAD_TALKS = [
     (talk("a", {"type": "subagent", "t": 1, "requests": [3]}), "requests[0].requests[0]: expected an object, got 3"),
     (talk("a", hash_id_scope="global"), 'hash_id_scope: expected "local", got "global"'),
     (talk("a", block_size=8), "block_size: expected 4, got 8"),
+    (
+        talk("a", {"type": "subagent", "t": 1, "agent_id": [], "requests": []}),
+        "requests[0].agent_id: expected a string",
+    ),
+    (talk("a", {"type": "subagent", "t": 1, "duration_ms": -1, "requests": []}), "requests[0].duration_ms: expected a"),
 ]
 
 
@@ -379,3 +403,71 @@ def test_sessions_and_turns_are_read_or_counted(write_trace: WriteTrace) -> None
     assert sessions.turns.tolist() == [1, 4, 0, 2]
     assert read_trace(write_trace([row(1)]), 16).sessions is None
     assert "session_id: expected a string or an integer, got []" in error_of(write_trace([row(1, session_id=[])]))
+
+
+# what any of them may not hold
+
+ABSURD = [
+    (call(1e308, [1]), "requests[0].t: expected seconds up to 100,000,000,000, got 1e+308"),
+    (call(float("inf"), [1]), "requests[0].t: expected seconds up to 100,000,000,000, got Infinity"),
+    (call(float("nan"), [1]), "requests[0].t: expected seconds, not negative, got NaN"),
+    (call(True, [1]), "requests[0].t: expected seconds, not negative, got true"),
+    (call(0, [1], api_time=10**12), "requests[0].api_time: expected seconds up to 100,000,000,000, got 1000000000000"),
+    (call(0, [1], out=1 << 31), "requests[0].out: expected a non-negative integer up to 1,073,741,824, got 2147483648"),
+]
+
+
+@pytest.mark.parametrize(("request_", "message"), ABSURD, ids=[message[:30] for _, message in ABSURD])
+def test_times_and_lengths_that_no_arithmetic_holds_are_broken_rows(
+    write_trace: WriteTrace, request_: dict[str, Any], message: str
+) -> None:
+    assert error_of(write_trace([talk("good", call(0, [1])), talk("bad", request_)])) == f"trace.jsonl:2: {message}"
+
+
+def test_absurd_numbers_are_named_in_every_format(write_trace: WriteTrace) -> None:
+    most = "integer up to 1,073,741,824, got 1073741825"
+    large = (1 << 30) + 1
+    cases: list[tuple[dict[str, Any], str]] = [
+        (chat_row([1] * 16, 16, 0, timestamp=1e308), "timestamp: expected seconds up to 100,000,000,000, got 1e+308"),
+        (chat_row([1] * 16, 16, 0, output_length=large), f"output_length: expected a non-negative {most}"),
+        (token_row([1], output_toks=large), f"output_toks: expected a non-negative {most}"),
+        (talk("a", block_size=1 << 40), "block_size: expected a positive integer up to 1,048,576, got 1099511627776"),
+        (
+            request_end(1, [1], 2, block=1 << 40),
+            "event.request.replay.trace_block_size: expected a positive integer up",
+        ),
+    ]
+    for row, message in cases:
+        assert error_of(write_trace([row])).startswith(f"trace.jsonl:1: {message}")
+    line = "2023-11-16 18:15:46,1,1073741825"
+    assert error_of(write_trace([HEADER, line], "a.csv")).startswith(
+        "a.csv:2: GeneratedTokens: expected a non-negative"
+    )
+
+
+def test_arrivals_past_the_end_of_the_clock_are_an_error(write_trace: WriteTrace) -> None:
+    path = write_trace([talk(f"s{index}", call(0, [1])) for index in range(200)])
+    message = error_of(path, session_start=parse_session_start("spacing:1e11"))
+    assert message == ("trace.jsonl: arrivals: expected up to 9007199254740992 ms, got 1.99e+16")
+
+
+def test_lone_surrogates_in_names_are_written_out_and_stay_apart(write_trace: WriteTrace) -> None:
+    lone = ["\ud800", "\udfff", "\ud83d\ude00", "plain"]  # the third is a pair: JSON makes one character of it
+    expected = ("\\ud800", "\\udfff", "\N{GRINNING FACE}", "plain")
+    rows = [token_row([1], index, session_id=name) for index, name in enumerate(lone)]
+    talks = [talk(name, call(0, [1])) for name in lone]
+    chats = [chat_row([1], 16, index, chat_id=name) for index, name in enumerate(lone)]
+    for path in map(write_trace, (rows, talks, chats)):
+        trace = read_trace(path)
+        assert trace.sessions is not None
+        assert trace.sessions.names == expected
+
+
+def test_a_trace_of_empty_prompts_alone_has_no_hit_rate(write_trace: WriteTrace) -> None:
+    path = write_trace([token_row([], index) for index in range(3)])
+    assert error_of(path) == ("trace.jsonl: hit rates: expected a prompt with tokens, got 3 empty prompts and no other")
+    requests = read_requests(path)
+    assert requests.prompt_tokens.tolist() == [0, 0, 0]
+    some = read_trace(write_trace([token_row([], 0), token_row(range(20), 1)]))
+    with pytest.raises(TraceError, match="got 1 empty prompt and no other"):
+        some.first_requests(1)

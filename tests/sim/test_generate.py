@@ -84,3 +84,9 @@ def test_wrong_knobs_are_one_line() -> None:
         replace(SMALL, num_sessions=0)
     with pytest.raises(TraceError, match=r"^session_turns_mean: expected a number from 1 on, got nan$"):
         replace(SMALL, session_turns_mean=float("nan"))
+    with pytest.raises(TraceError, match=r"^num_sessions: expected a whole number, got 2.5$"):
+        replace(SMALL, num_sessions=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TraceError, match=r"^num_sessions: expected up to 10,000,000, got 100000000000$"):
+        replace(SMALL, num_sessions=10**11)
+    with pytest.raises(TraceError, match=r"^tokens_per_block: expected up to 1,048,576, got 1099511627776$"):
+        replace(SMALL, tokens_per_block=1 << 40)

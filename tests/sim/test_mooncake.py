@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 
 from ssmcache_sim.errors import TraceError
 from ssmcache_sim.formats import read_trace
+from ssmcache_sim.formats.binary import write_binary
+from ssmcache_sim.trace_info import describe
 
 pytestmark = pytest.mark.usefixtures("wherever_ids_lie")
 
@@ -90,6 +93,38 @@ def test_a_block_size_that_the_ids_do_not_tell_is_asked_for(write_trace: WriteTr
     assert read_trace(path, 128).tokens_per_block == 128
 
 
+@pytest.mark.parametrize(
+    ("lengths", "block", "said"),
+    [
+        ([5000], 4096, "inferred from a single row"),
+        ([5000, 5000, 5000], 4096, "inferred from 3 rows of one length"),
+        ([1300], 512, "inferred from a single row"),
+        ([5000, 3000], 2048, None),
+        ([1300, 700], 512, None),
+    ],
+)
+def test_a_block_size_told_by_one_length_is_named_as_inferred(
+    write_trace: WriteTrace, tmp_path: Path, lengths: list[int], block: int, said: str | None
+) -> None:
+    rows = [row(timestamp=time, input_length=n, hash_ids=list(range(-(-n // block)))) for time, n in enumerate(lengths)]
+    path, packed = write_trace(rows), tmp_path / "a.npz"
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        trace = read_trace(path)
+        write_binary(trace, packed)
+        again = read_trace(packed)
+    warning = f"trace.jsonl: blocks of {block:,} tokens are {said}, where 512 are usual: --trace-block"
+    messages = [str(one.message) for one in warned]
+    assert len(messages) == (0 if said is None or block == 512 else 2)  # a converted trace says the same
+    assert all(message.startswith(warning) for message in messages)
+    for one in (trace, again):
+        assert one.tokens_per_block == block
+        assert (one.inferred_block and str(one.inferred_block)) == said
+        assert ((said or "no") in repr(one)) == (said is not None)
+        assert describe(one).block_origin == ("" if said is None else f"{block:,} tokens, {said}")
+    assert read_trace(path, block).inferred_block is None
+
+
 def test_the_published_block_size_wins_where_it_fits(write_trace: WriteTrace) -> None:
     assert read_trace(write_trace([row(input_length=10, hash_ids=[4])])).tokens_per_block == 512
 
@@ -131,6 +166,11 @@ def test_a_bad_row_is_named_with_file_and_line(write_trace: WriteTrace, bad: Any
 def test_a_forced_block_size_that_does_not_fit_is_an_error(write_trace: WriteTrace) -> None:
     assert "in blocks of 64, got 3" in error_of(write_trace([row()]), 64)
     assert "trace block: expected a positive integer, got 0" in error_of(write_trace([row()]), 0)
+    assert "expected a positive integer, got 512.0" in error_of(write_trace([row()]), 512.0)  # type: ignore[arg-type]
+    assert read_trace(write_trace([row()]), np.int64(512)).tokens_per_block == 512  # type: ignore[arg-type]
+    assert "trace block: expected a positive integer up to 1,048,576, got 10485" in error_of(
+        write_trace([row()]), 1048577
+    )
 
 
 def test_a_file_without_requests_is_an_error(write_trace: WriteTrace) -> None:

@@ -5,6 +5,7 @@ A new format is a module with a `TraceFormat`, and a place in `_FORMATS`.
 
 import json
 import warnings
+from operator import index
 from pathlib import Path
 
 from ssmcache_sim.errors import TraceError, TraceWarning
@@ -69,9 +70,8 @@ def read_requests(
 ) -> Trace | LengthTrace:
     """As `read_trace`, and reads files without hit rates, too. Warns (TraceWarning) of what it had to guess."""
     options = options or ReadOptions()
-    if tokens_per_block is not None and not 1 <= tokens_per_block <= MAX_BLOCK:
-        most = f" up to {MAX_BLOCK:,}" if tokens_per_block > MAX_BLOCK else ""
-        raise TraceError(f"trace block: expected a positive integer{most}, got {tokens_per_block}")
+    if tokens_per_block is not None:
+        tokens_per_block = _checked_block(tokens_per_block)
     source = SourceFile(Path(path), options.skip_broken, progress)
     trace_format = _tell_format(source) if options.format_name is None else _named_format(options.format_name)
     for name in options.given():
@@ -83,6 +83,17 @@ def read_requests(
     if isinstance(requests, Trace) and requests.inferred_block is not None and requests.inferred_block.warning:
         warnings.warn(f"{requests.name}: {requests.inferred_block.warning}", TraceWarning, stacklevel=3)
     return requests
+
+
+def _checked_block(tokens_per_block: int) -> int:
+    try:
+        block = index(tokens_per_block)  # NumPy's integers are as good
+    except TypeError:
+        raise TraceError(f"trace block: expected a positive integer, got {tokens_per_block!r}") from None
+    if not 1 <= block <= MAX_BLOCK:
+        most = f" up to {MAX_BLOCK:,}" if block > MAX_BLOCK else ""
+        raise TraceError(f"trace block: expected a positive integer{most}, got {block}")
+    return block
 
 
 def _named_format(name: str) -> TraceFormat:

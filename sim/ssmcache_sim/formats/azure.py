@@ -46,7 +46,7 @@ def read(source: SourceFile, tokens_per_block: int | None, options: ReadOptions)
         name=source.name,
         sha256=source.sha256,
         format_name=NAME,
-        arrival_ms=arrivals(rows, order, rebase=True),
+        arrival_ms=arrivals(source, rows, order, rebase=True),
         prompt_tokens=rows.prompt_tokens[order],
         output_tokens=rows.output_tokens[order],
         repairs=all_repairs(rows, (), ordered=True),
