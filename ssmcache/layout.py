@@ -17,6 +17,7 @@ _ROUNDING_SLOTS = 1e-6
 # a buffer starts at a multiple of the largest of these that divides its size: 256 bytes are what kernels and copies ask
 # for, 4 the largest element of KV and states. So a layer with one small buffer does not shift all those after it
 _ALIGNMENTS = (256, 4, 2, 1)
+_LEAST_PER_PADDING = 16  # bytes of a slot for each that is added to its end
 
 
 class LayerGroupKind(Enum):
@@ -89,18 +90,28 @@ def pool_members(groups: Sequence[LayerGroup]) -> tuple[tuple[LayerGroup, ...], 
 
 
 def _places(layers: Sequence[LayerConfig], tokens_per_block: int) -> tuple[list[BufferPlace], int]:
-    """Where the buffers of a slot lie, and the bytes of the slot, so that all of them are aligned in every slot."""
-    places = []
-    end, slot_alignment = 0, 1
-    for layer in layers:
-        for buffer in layer.buffers:
-            alignment = next(size for size in _ALIGNMENTS if buffer.size % size == 0)
-            slot_alignment = max(slot_alignment, alignment)
-            offset = _round_up(end, alignment)
-            num_pages = buffer.pages_per_block(tokens_per_block)
-            places.append(BufferPlace(layer.layer_id, buffer.role, offset, buffer.size, num_pages))
-            end = offset + buffer.size
-    return places, _round_up(end, slot_alignment)
+    """Where the buffers of a slot lie, and the bytes of the slot. What has the largest alignment comes first, so that
+    nothing is lost between buffers; a slot is rounded up to the largest alignment for which that costs little.
+    """
+    buffers = [(layer.layer_id, buffer, _alignment_of(buffer.size)) for layer in layers for buffer in layer.buffers]
+    offsets: dict[tuple[int, str], int] = {}
+    end = 0
+    for layer_id, buffer, _ in sorted(buffers, key=lambda entry: -entry[2]):
+        offsets[layer_id, buffer.role] = end
+        end += buffer.size
+    places = [
+        BufferPlace(
+            layer_id, buffer.role, offsets[layer_id, buffer.role], buffer.size, buffer.pages_per_block(tokens_per_block)
+        )
+        for layer_id, buffer, _ in buffers
+    ]
+    largest = max(alignment for *_, alignment in buffers)
+    rounded = (_round_up(end, alignment) for alignment in _ALIGNMENTS if alignment <= largest)
+    return places, next(size for size in rounded if (size - end) * _LEAST_PER_PADDING <= end)
+
+
+def _alignment_of(num_bytes: int) -> int:
+    return next(alignment for alignment in _ALIGNMENTS if num_bytes % alignment == 0)
 
 
 def _round_up(num_bytes: int, step: int) -> int:

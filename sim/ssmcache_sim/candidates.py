@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ssmcache.config import Admission
+from ssmcache.layout import LayerGroupKind
 from ssmcache.models import ModelSpec
 from ssmcache_sim.cost import PrefillCost
 from ssmcache_sim.device_profile import H100, DeviceProfile
 from ssmcache_sim.errors import MemoryTooSmallError, SettingsError
 from ssmcache_sim.grid import StackDistances
-from ssmcache_sim.settings import Prefill
+from ssmcache_sim.settings import Prefill, ReplaySettings, build_config, make_settings, slot_bytes_of
 from ssmcache_sim.sizes import format_size
 from ssmcache_sim.splits import Splits, SplitTotals, possible_splits, split_totals
 from ssmcache_sim.trace import MAX_INTERVAL, Trace
@@ -104,8 +105,10 @@ def find_candidates(
     """
     candidates, left_out = [], []
     for shape in _shapes(trace, bool(model.num_ssm_layers), question, longest_path):
-        page_bytes = shape.tokens_per_block * model.kv_bytes_per_token(question.kv_dtype)
-        slot_bytes = model.snapshot_bytes(question.state_dtype)
+        config = build_config(model, settings_of(model, question, shape))
+        page_bytes, slot_bytes = (
+            slot_bytes_of(config, kind) for kind in (LayerGroupKind.ATTENTION, LayerGroupKind.SSM)
+        )
         splits = _splits_of(shape, longest_path, question.gpu_memory_bytes, page_bytes, slot_bytes)
         if isinstance(splits, int):
             left_out.append(LeftOut(shape, splits))
@@ -118,6 +121,22 @@ def find_candidates(
             f"({format_size(least)}), got {question.gpu_memory_bytes} bytes ({format_size(question.gpu_memory_bytes)})"
         )
     return tuple(candidates), tuple(left_out)
+
+
+def settings_of(model: ModelSpec, question: Question, shape: Shape) -> ReplaySettings:
+    """Those of a replay of this shape, with the manager's own split."""
+    return make_settings(
+        model,
+        shape.tokens_per_block,
+        gpu_memory_bytes=question.gpu_memory_bytes,
+        ssm_reuse_interval=shape.ssm_reuse_interval,
+        kv_dtype=question.kv_dtype,
+        state_dtype=question.state_dtype,
+        prefill=question.prefill,
+        host_memory_bytes=question.host_memory_bytes,
+        disk_memory_bytes=question.disk_memory_bytes,
+        admission=shape.admission,
+    )
 
 
 def _splits_of(shape: Shape, longest_path: int, memory_bytes: int, page_bytes: int, slot_bytes: int) -> Splits | int:

@@ -62,7 +62,7 @@ def open_directory(path: Path, command: str) -> None:
 def make_directory(path: Path) -> None:
     """Makes a directory of ours inside a result; it may be there already. Errors: OutputError."""
     with writing(path):
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

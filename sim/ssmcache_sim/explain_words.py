@@ -1,10 +1,11 @@
 """The story of a request in plain words. Every sentence is true of the request that it is about."""
 
 from ssmcache.config import KVCacheManagerConfig
-from ssmcache.layout import LayerGroupKind, layer_groups
+from ssmcache.layout import LayerGroupKind
 from ssmcache.units import format_size, format_size_up
 from ssmcache_sim.explain import Explanation, LostPart, RequestStory
 from ssmcache_sim.remedies import Remedy
+from ssmcache_sim.settings import slot_bytes_of
 
 _MS_PER_SECOND, _MS_PER_MINUTE, _MS_PER_HOUR = 1_000, 60_000, 3_600_000
 _SKIPPED = {
@@ -91,7 +92,7 @@ def _kv_evicted(part: LostPart, explanation: Explanation, config: KVCacheManager
     )
     if part.distance is None or explanation.capacity_blocks is None:
         return said
-    page_bytes = _slot_bytes(config, LayerGroupKind.ATTENTION)
+    page_bytes = slot_bytes_of(config, LayerGroupKind.ATTENTION)
     needed, room = part.distance, explanation.capacity_blocks
     return (
         f"{said} With all that was used since, it took {needed * block:,} tokens of KV "
@@ -119,7 +120,7 @@ def _snapshot(part: LostPart, where: str, explanation: Explanation, config: KVCa
     )
     if part.distance is None or explanation.capacity_snapshots is None:
         return said
-    state_bytes = _slot_bytes(config, LayerGroupKind.SSM)
+    state_bytes = slot_bytes_of(config, LayerGroupKind.SSM)
     needed, room = part.distance, explanation.capacity_snapshots
     return (
         f"{said} With all that were used since, it took {needed:,} snapshots ({format_size(needed * state_bytes)}) to "
@@ -160,10 +161,6 @@ def _during(part: LostPart) -> str:
 
 def _requests(first: int | None, last: int | None) -> str:
     return f"request {first:,}" if first == last else f"requests {first:,} to {last:,}"
-
-
-def _slot_bytes(config: KVCacheManagerConfig, kind: LayerGroupKind) -> int:
-    return next(group.slot_bytes for group in layer_groups(config) if group.kind is kind)
 
 
 def _duration(ms: float) -> str:

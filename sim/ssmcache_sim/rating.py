@@ -17,8 +17,9 @@ from typing import Literal
 
 import numpy as np
 
+from ssmcache.layout import LayerGroupKind
 from ssmcache.models import ModelSpec
-from ssmcache_sim.candidates import Candidate, Question, Shape
+from ssmcache_sim.candidates import Candidate, Question, Shape, settings_of
 from ssmcache_sim.certainty import Contender
 from ssmcache_sim.cost import PrefillCost
 from ssmcache_sim.grid import StackDistances, stack_distances
@@ -26,7 +27,7 @@ from ssmcache_sim.grid_last import LastBoundaries, last_boundaries, last_needs_r
 from ssmcache_sim.measured import Measured, attention_on_tiers, estimate, measure_by_replay, pool_slots
 from ssmcache_sim.replay_tiers import check_lower_tiers
 from ssmcache_sim.search import Option, SearchResult, search
-from ssmcache_sim.settings import ReplaySettings, build_config, make_settings
+from ssmcache_sim.settings import ReplaySettings, build_config, slot_bytes_of
 from ssmcache_sim.splits import Splits
 from ssmcache_sim.trace import Trace
 
@@ -131,8 +132,8 @@ class Rater:
         return self._hybrid(shape, replace(settings, host_memory_bytes=0, disk_memory_bytes=0))
 
     def _attention(self, trace: Trace, distances: StackDistances, settings: ReplaySettings) -> Measured:
-        page_bytes = settings.tokens_per_block * self.model.kv_bytes_per_token(self.question.kv_dtype)
-        return attention_on_tiers(trace, distances, build_config(self.model, settings), page_bytes)
+        config = build_config(self.model, settings)
+        return attention_on_tiers(trace, distances, config, slot_bytes_of(config, LayerGroupKind.ATTENTION))
 
     def _hybrid(self, shape: Shape, settings: ReplaySettings) -> Measured:
         interval = shape.ssm_reuse_interval
@@ -161,18 +162,7 @@ def exact_settings(
     """Settings from which a manager makes exactly this split of the GPU's memory, and the tiers below in the same way:
     the fraction with the fewest digits that does.
     """
-    settings = make_settings(
-        model,
-        shape.tokens_per_block,
-        gpu_memory_bytes=question.gpu_memory_bytes,
-        ssm_reuse_interval=shape.ssm_reuse_interval,
-        kv_dtype=question.kv_dtype,
-        state_dtype=question.state_dtype,
-        prefill=question.prefill,
-        host_memory_bytes=question.host_memory_bytes,
-        disk_memory_bytes=question.disk_memory_bytes,
-        admission=shape.admission,
-    )
+    settings = settings_of(model, question, shape)
     wanted = splits.num_pages(num_slots), num_slots
     if not num_slots:
         assert _on_gpu(model, settings) == wanted

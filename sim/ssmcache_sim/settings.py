@@ -12,6 +12,7 @@ from ssmcache.config import (
     HostCacheTierConfig,
     KVCacheManagerConfig,
 )
+from ssmcache.layout import LayerGroupKind, layer_groups
 from ssmcache.models import ModelSpec, dtype_name
 from ssmcache_sim.errors import SettingsError
 from ssmcache_sim.schemas import Positive, Share
@@ -165,3 +166,8 @@ def _tiers(settings: ReplaySettings) -> tuple[CacheTierConfig, ...]:
     elif settings.disk_path is not None:
         raise SettingsError(f"disk path: expected a size of the disk tier beside it, got {settings.disk_path!r} alone")
     return tuple(tiers)
+
+
+def slot_bytes_of(config: KVCacheManagerConfig, kind: LayerGroupKind) -> int:
+    """Bytes of a slot: of a block's KV, or of a state; 0 if the model has no such layers."""
+    return next((group.slot_bytes for group in layer_groups(config) if group.kind is kind), 0)

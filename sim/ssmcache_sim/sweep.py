@@ -27,7 +27,7 @@ from ssmcache_sim.totals import ReplayTotals
 from ssmcache_sim.trace import Trace
 
 _CELLS = "cells"
-_PASS = "pass-"
+_PASS = ".pass"  # until the sweep is done: a file of all cells that one pass gives
 _CELL_FORMAT = 4  # raised when a cell's file, or what a replay counts, changes
 
 
@@ -121,7 +121,7 @@ def plan_sweep(spec: SweepSpec, trace: Trace, model: ModelSpec, directory: Path)
     if not cells:
         raise UserError(f"no combination of the sweep is possible; the first: {skipped[0].reason}")
     names = "".join(f"{cell.path.name}{cell.grid!r}" for cell in cells if cell.grid is not None)
-    of_pass = directory / _CELLS / f"{_PASS}{_digest(names)}.json"
+    of_pass = directory / _CELLS / f"{_digest(names)}{_PASS}"
     planned = tuple(cell if cell.grid is None else replace(cell, path=of_pass) for cell in cells)
     finished: dict[PlannedCell, ReplayTotals] = {}
     for path, of_file in _by_file(planned).items():
@@ -191,7 +191,7 @@ def forget_passes(directory: Path) -> None:
     """Removes what passes of a sweep's directory gave. Errors: OutputError."""
     folder = directory / _CELLS
     with writing(folder):
-        for path in folder.glob(f"{_PASS}*.json"):
+        for path in folder.glob(f"*{_PASS}"):
             path.unlink()
         if folder.exists() and not any(folder.iterdir()):
             folder.rmdir()

@@ -53,13 +53,13 @@ def test_buffers_of_any_sizes_can_be_seen_as_any_elements_that_they_are_made_of(
             for dtype in (np.uint8, np.float16, np.float32):
                 if size % np.dtype(dtype).itemsize == 0:
                     typed = view.view(dtype)
-                    assert typed.flags.aligned, (size, dtype)
+                    assert typed.flags.aligned or group.slot_bytes < 64, (size, dtype)
             view[:] = number
             assert view.strides[0] == group.slot_bytes
         for number, (_, view) in enumerate(views(manager, index)):
             assert (view == number).all(), "buffers overlap"
         waste = group.slot_bytes - sum(place.size for place in group.buffers)
-        assert 0 <= waste < 256 * (len(group.buffers) + 1)
+        assert 0 <= 16 * waste <= group.slot_bytes
         if all(place.size % 256 == 0 for place in group.buffers):
             assert waste == 0
 

@@ -182,10 +182,10 @@ def test_shifts_within_a_block_are_refused(trace_of: TraceOf, num_tokens: int) -
         phase_ceilings(trace, num_tokens)
 
 
-def test_the_sample_at_no_shift_is_the_sweep_and_its_ceilings(sample_path: Path) -> None:
+def test_the_sample_at_no_shift_is_the_sweep_and_its_ceilings(sample_path: Path, tmp_path: Path) -> None:
     trace = read_trace(sample_path)
     sweep = SweepSpec((512, 1024), (1024, 4096), (200 * GIB, None))
-    plan = plan_sweep(sweep, trace, load_model("nemotron-h-8b"), Path("none"))
+    plan = plan_sweep(sweep, trace, load_model("nemotron-h-8b"), tmp_path)
     by_shift = phase_cells(trace, plan.cells, lambda done: None)
     unshifted = [cell.own_hit_tokens for cell in by_shift if cell.shift_tokens == 0]
     swept = run_sweep(trace, plan, 1, lambda done: None)
