@@ -12,6 +12,7 @@ Int64Array = npt.NDArray[np.int64]
 EdgeKey = int | bytes
 
 _DIGEST_BYTES = 32
+_INT64 = np.dtype(np.int64)
 _MAX_TOKEN = np.iinfo(np.int64).max
 _NO_ID = np.iinfo(np.int64).min  # of a digest that no sequence has had
 
@@ -98,12 +99,15 @@ class BlockKeys:
     __slots__ = ("keys", "start", "stop", "tokens_per_block")
 
     def __init__(self, keys: npt.ArrayLike, tokens_per_block: int, num_tokens: int) -> None:
-        tokens_per_block = to_integer("BlockKeys", "tokens_per_block", tokens_per_block, 1)
-        num_tokens = to_integer("BlockKeys", "num_tokens", num_tokens)
+        if type(tokens_per_block) is not int or tokens_per_block <= 0:  # made for every request of a replay
+            tokens_per_block = to_integer("BlockKeys", "tokens_per_block", tokens_per_block, 1)
+        if type(num_tokens) is not int or num_tokens < 0:
+            num_tokens = to_integer("BlockKeys", "num_tokens", num_tokens)
         array = np.asarray(keys)
-        if array.size and array.dtype.kind not in "iu":
-            raise ValueError(f"keys of BlockKeys: expected integers of 64 bits, got {array.dtype}")
-        array = array.astype(np.int64, copy=False)  # those without a sign stay as different as they are
+        if array.dtype is not _INT64:
+            if array.size and array.dtype.kind not in "iu":
+                raise ValueError(f"keys of BlockKeys: expected integers of 64 bits, got {array.dtype}")
+            array = array.astype(np.int64, copy=False)  # those without a sign stay as different as they are
         if array.flags.writeable:
             array = array.copy()
             array.flags.writeable = False

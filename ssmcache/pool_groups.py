@@ -139,20 +139,25 @@ class PoolGroup:
 
     def drop(self, tier: int, count: int, only_unread: bool = False) -> None:
         """Free the `count` oldest droppable slots of a tier; `only_unread`: as far as nobody would read them."""
-        pool = self.pools[tier]
+        pool, by_use = self.pools[tier], self._goes_by_use
         goal = pool.used - count
         passed_over: list[Any] = []
+        only = self.members[0] if len(self.members) == 1 else None
         while pool.used > goal:
-            self._settle_uses()
-            segment, from_block = self._oldest(tier, dropping=True)
+            if by_use:
+                self._settle_uses()
+            segment, from_block = self._oldest(tier, dropping=True) if only is None else (only.queues[tier].oldest(), 0)
             if only_unread and (segment is None or use_of(segment.rank)):
                 break
             if segment is None:
                 self._put_back(passed_over)
                 self._store.drop_newest_soft_hold()
-            elif not self._member_of(segment).drop_oldest(segment, pool.used - goal, from_block):
+                continue
+            member = self._member_of(segment) if only is None else only
+            if not member.drop_oldest(segment, pool.used - goal, from_block):
                 passed_over.append(segment)
-        self._put_back(passed_over)
+        if passed_over:
+            self._put_back(passed_over)
 
     def _select(self, tier: int, count: int) -> list[Any]:
         """Take the `count` oldest slots that may move out of the queues of a tier, as segments of their own."""
