@@ -1,5 +1,6 @@
 """Prefix caching for hybrid language models: one cache manager, on real memory or in a simulator."""
 
+from ssmcache.calls import BrokenManagerError
 from ssmcache.config import (
     AttentionLayerConfig,
     BatchDesc,
@@ -25,6 +26,7 @@ __all__ = [
     "AttentionLayerConfig",
     "BatchDesc",
     "BlockKeys",
+    "BrokenManagerError",
     "BufferConfig",
     "CacheStats",
     "DiskCacheTierConfig",

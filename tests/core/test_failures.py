@@ -22,6 +22,7 @@ from test_tier_payload import KINDS, TIERS, draw_shape
 from ssmcache import (
     AttentionLayerConfig,
     BlockKeys,
+    BrokenManagerError,
     BufferConfig,
     GpuCacheTierConfig,
     HostMemory,
@@ -33,7 +34,6 @@ from ssmcache import (
     ReuseScope,
     StateError,
 )
-from ssmcache.calls import BrokenManagerError
 from ssmcache.memory.base import SlotMoves
 
 FACTOR = int(os.environ.get("REFERENCE_CASES", "1"))
