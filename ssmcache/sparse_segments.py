@@ -161,6 +161,7 @@ class SparseSegments(Tiers[SparseSegment, IntArray]):
 
     def take_over(self, cursor: Run, tier: int, slot: int) -> None:
         """Take a slot out of the tree; it becomes the caller's."""
+        self._store.version += 1
         segment, index = self._place_of(cursor, tier, slot)
         run = segment.run
         assert run is not None

@@ -88,7 +88,6 @@ class SequenceStates:
             # ACTIVE, so they would wait for each other for ever
             self.live_slot = source.slot
             snapshots.pins.end_soft(source)
-            manager.store.version += 1
             manager.store.drop_soft_holds_from(source)
             snapshots.take_over(cursor, tier, self.live_slot)
         else:
@@ -276,7 +275,6 @@ class SequenceStates:
             tier = segment.tier
             snapshots.take_over(cursor, tier, slot[0])
             snapshots.pools[tier].give_back(slot)
-            self._manager.store.version += 1
             self._manager.counters.snapshots_superseded += 1
             self._tell_skipped(cursor, (block + 1) * self._manager.tokens_per_block, "not_admitted")
 

@@ -572,3 +572,22 @@ def test_a_probe_keeps_nothing_of_what_it_is_asked() -> None:
         assert manager.probe_reuse([item, item, item]).usable_tokens == 0
     assert manager.probe_reuse([items[0], 1, items[1], 2]).usable_tokens == 4
     assert len(manager._token_ids._digests) == known
+
+
+def test_a_stale_window_page_that_is_used_again_at_once_is_no_longer_what_others_wait_for() -> None:
+    runner = Runner(Shape(block=2, full=False, windows=((4, 0),), slots=(4,), partly=False))
+    text = [1, 2, 3, 4, 5, 6, 7, 8]
+    serve(runner, text)
+    busy = runner.create([*text, *range(30, 60)])
+    assert runner.resume(busy)
+    assert busy.kv.resize(12)
+    waiting = runner.create([*text, 9])
+    assert busy.kv.num_committed_tokens == waiting.kv.num_committed_tokens == 8
+    assert busy.kv.resize(16, 12)  # there is no other room: the two new pages lie where those are that go stale
+    runner.manager.check()
+    assert runner.manager.probe_reuse(text).usable_tokens == 0
+    runner.close(busy)
+    assert runner.resume(waiting)  # reads all that it has
+    runner.manager.check()
+    assert waiting.kv.num_committed_tokens == 0
+    runner.finish()
