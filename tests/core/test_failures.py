@@ -497,7 +497,7 @@ def test_two_requests_that_would_start_from_the_only_slot_do_not_wait_for_each_o
 def test_while_nobody_computes_or_is_suspended_any_waiting_request_that_fits_alone_is_let_in(
     kind: str, tiers: tuple[int, ...], tmp_path: Path
 ) -> None:
-    for seed in range(20 * FACTOR):
+    for seed in range(8 * FACTOR):
         random = Random(seed)
         runner = Runner(draw_shape(random, kind, tiers), str(tmp_path))
         texts = [[random.randint(0, 1) for _ in range(random.randint(2, 6))] for _ in range(4)]
