@@ -10,7 +10,7 @@ import numpy as np
 from ssmcache.memory.base import GPU_TIER, SlotMoves
 from ssmcache.pool_groups import PoolGroup
 from ssmcache.pools import int_array
-from ssmcache.segments import Segment, SparseSegment
+from ssmcache.segments import PageSegment, Segment, SparseSegment
 from ssmcache.sparse import SparseStore
 from ssmcache.tiers import Tiers
 
@@ -94,8 +94,8 @@ def _renumber(tiers: Tiers[Any, Any], segment: Segment, table: dict[int, int]) -
                 segment.slots[index] = table[slot]
                 tiers.follow(segment.tier, int_array((slot,)), segment.tier, int_array((table[slot],)))
     else:
-        old = tiers.slots_of(segment)
-        segment.renumber(_mapped(old, table))  # type: ignore[attr-defined]
+        assert isinstance(segment, PageSegment)
+        segment.renumber(_mapped(segment.slots, table))
 
 
 def _mapped(slots: Any, table: dict[int, int]) -> Any:

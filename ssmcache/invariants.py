@@ -70,7 +70,7 @@ def _check_slots(manager: KVCacheManager, group: PoolGroup) -> None:
         num_cached: dict[int, int] = {}
         for tiers in group.members:
             segments = [segment for segment in segments_of(manager, tiers) if segment.tier == tier]
-            cached = [slot for segment in segments for slot in tiers.slots_of(segment).tolist()]
+            cached = [slot for segment in segments for slot in segment.slots.tolist()]
             num_cached[tiers.layer_group] = len(cached)
             in_use += cached + (private_slots(manager, tiers) if tier == GPU_TIER else [])
         everywhere = Counter(in_use + pool.returned_slots())

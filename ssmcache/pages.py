@@ -93,9 +93,6 @@ class PageTiers(Tiers[PageSegment, SlotArray]):
 
     # -- moving ------------------------------------------------------------------------------------------------------
 
-    def slots_of(self, segment: PageSegment) -> SlotArray:
-        return segment.slots
-
     def cut(self, segment: PageSegment, count: int, selected: bool) -> tuple[PageSegment, PageSegment]:
         run = segment.run
         assert run is not None

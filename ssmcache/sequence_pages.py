@@ -100,7 +100,7 @@ class SequencePages(PathHolder):
 
         Returns False, with `shortage` set and nothing changed, if there are not enough pages.
         Cost: O(pages added or removed); with windows, O(their pages) where a block is crossed.
-        Errors: StateError unless ACTIVE; TypeError, ValueError for lengths that are none, or out of order.
+        Errors: StateError unless ACTIVE; ValueError for lengths that are none, or out of order.
         """
         with self.calls:
             if self.status is not ACTIVE:

@@ -194,9 +194,6 @@ class SparseStore(SparseSegments):
 
     # -- moving ------------------------------------------------------------------------------------------------------
 
-    def slots_of(self, segment: SparseSegment) -> IntArray:
-        return segment.slots
-
     def cut(self, segment: SparseSegment, count: int, selected: bool) -> tuple[SparseSegment, SparseSegment]:
         size = len(segment.slots)
         first = self.split_off(segment, list(range(size - count, size) if selected else range(count)))

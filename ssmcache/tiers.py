@@ -90,9 +90,6 @@ class Tiers(Generic[S, Slots]):
         """Whether a segment can be asked to go, and so has to be in the queue of its tier."""
         return segment.may_go()
 
-    def slots_of(self, segment: S) -> Slots:
-        raise NotImplementedError
-
     def settle(self, segment: S, tier: int, slots: Slots) -> Slots:
         """The segment lies in `slots` of `tier` now; returns the slots that it leaves."""
         raise NotImplementedError

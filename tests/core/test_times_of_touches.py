@@ -34,7 +34,7 @@ def times_of(manager: KVCacheManager, tiers: Tiers) -> list[int]:
     for segment in segments_of(manager, tiers):
         if not segment.stamp or (tiers is manager.store.pages and segment.run.holds > segment.run.idle_holds):
             continue
-        first = segment.tail + 1 - len(tiers.slots_of(segment))
+        first = segment.tail + 1 - len(segment.slots)
         ordinals = getattr(segment, "ordinals", range(first, segment.tail + 1))
         found += [segment.stamp - ordinal for ordinal in ordinals]
     return found
